@@ -1,0 +1,188 @@
+"""The site: what one party has. Its stages, optimizers and metrics, and what exchanges may do with them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.core.graph import Graph
+from cutlayer.core.parts import Loss
+from cutlayer.core.plan import Plan
+from cutlayer.engine.metrics import MetricBook, MetricFactory
+from cutlayer.engine.optim import (
+    Bundle,
+    OptimizerFactory,
+    SchedulerFactory,
+    load_stage_state,
+    squared_norm,
+    stage_state,
+)
+from cutlayer.engine.stage import ModuleStage
+from cutlayer.errors import ConfigError, ContractError
+
+__all__ = ["Batches", "Parts", "Place", "Site", "stage_seed"]
+
+Place = tuple[str, int]  # stage, lane; lane 0 for a stage without replicas
+
+
+class Batches(Protocol):
+    """A party's data for one mode, in the order that the plan fixes."""
+
+    def load(self, *, lane: int, epoch: int, index: int, size: int) -> Mapping[str, Tensor]:
+        """Return the `index`-th batch of an epoch, of `size` samples: field -> tensor of shape (size, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a worker is made of; all of it stays at its party. See `cutlayer.Party`, which builds it."""
+
+    party: str
+    modules: Mapping[str, nn.Module]
+    optimizer: OptimizerFactory | None = None
+    scheduler: SchedulerFactory | None = None
+    scheduler_every: str = "epoch"
+    metrics: Mapping[str, MetricFactory] = field(default_factory=dict)
+    batches: Mapping[str, Batches] = field(default_factory=dict)
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    finite: bool = True
+
+
+def stage_seed(seed: int, stage: str, lane: int) -> int:
+    """Return the seed of a stage's own generator, from the party's private seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{stage}:{lane}".encode()).digest()[:7], "little")
+
+
+class Site:
+    """One party's stages, optimizers and metrics. Fulfils `exchange.Local`.
+
+    Args:
+        plan: The plan, known to all.
+        parts: This party's modules, data and optimizer.
+
+    Raises:
+        ConfigError: a stage of this party has no module, or parameters have no optimizer.
+    """
+
+    def __init__(self, plan: Plan, parts: Parts) -> None:
+        """Build stages, optimizers and metrics of this party."""
+        self.plan, self.parts, self.graph = plan, parts, plan.graph
+        self.stages = _stages(self.graph, parts)
+        self.bundles = _bundles(self.graph, parts, self.stages)
+        self.books = {
+            place: MetricBook(place[0], parts.metrics.get(place[0]), shared=self.graph.by_name[place[0]].replicated)
+            for place in self.stages
+            if isinstance(self.graph.by_name[place[0]], Loss)
+        }
+
+    def place(self, stage: str, lane: int) -> Place:
+        """Return where the replica of a stage for a lane is kept."""
+        return stage, lane if self.graph.by_name[stage].replicated else 0
+
+    def stepping(self, lanes: tuple[int, ...]) -> list[Bundle]:
+        """Return the bundles that a step of these lanes updates."""
+        return [bundle for lane, bundle in self.bundles.items() if lane is None or lane in lanes]
+
+    def state(self, stage: str, lane: int) -> dict[str, Tensor]:
+        """Return all state of a replica, by name; see `optim.stage_state`."""
+        place = self.place(stage, lane)
+        return stage_state(self.stages[place], self._bundle(place))
+
+    def load_state(self, stage: str, lane: int, state: Mapping[str, Tensor], where: str) -> None:
+        """Take over the state of another replica. Raises `ContractError` if it does not fit."""
+        place = self.place(stage, lane)
+        load_stage_state(self.stages[place], self._bundle(place), state, where)
+
+    def gradients(self, stage: str, lane: int) -> dict[str, Tensor]:
+        """Return the gradients of a replica's parameters, by parameter name."""
+        module = self.stages[self.place(stage, lane)].module
+        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+    def set_gradients(self, stage: str, lane: int, gradients: Mapping[str, Tensor], where: str) -> None:
+        """Replace the gradients of a replica's parameters. Raises `ContractError` if they do not fit."""
+        parameters = dict(self.stages[self.place(stage, lane)].module.named_parameters())
+        for name, gradient in gradients.items():
+            own = parameters.get(name)
+            if own is None or own.shape != gradient.shape or own.dtype != gradient.dtype:
+                raise ContractError("a gradient received does not fit", where=f"{where}, {name}", code="E524")
+            own.grad = gradient.to(own.device).clone()
+
+    def squared_norm(self, lanes: tuple[int, ...]) -> float:
+        """Return the sum of squares of the gradients here; a replicated stage counts at its first lane."""
+        counted = [bundle for lane, bundle in self.bundles.items() if lane is None or lane == lanes[0]]
+        return squared_norm(p for bundle in counted for p in bundle.parameters)
+
+    def clip(self, squared_norm: float, lanes: tuple[int, ...]) -> None:
+        """Scale gradients by min(1, clip_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does."""
+        largest = self.plan.training.clip_norm or float("inf")
+        factor = min(1.0, largest / (squared_norm**0.5 + 1e-6))
+        for bundle in self.stepping(lanes):
+            for parameter in bundle.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def metric_sums(self, stage: str, lane: int) -> dict[str, Tensor]:
+        """Return the sums behind a loss's metrics."""
+        return self.books[self.place(stage, lane)].sums()
+
+    def set_metric_sums(self, stage: str, lane: int, sums: Mapping[str, Tensor], where: str) -> None:
+        """Replace the sums behind a loss's metrics. Raises `ContractError` if they do not fit."""
+        self.books[self.place(stage, lane)].set_sums(sums, where)
+
+    def clear(self) -> None:
+        """Forget what an unfinished step has left."""
+        for stage in self.stages.values():
+            stage.forget()
+        for bundle in self.bundles.values():
+            bundle.drop_gradients()
+
+    def _bundle(self, place: Place) -> Bundle:
+        return self.bundles[place[1] if self.graph.by_name[place[0]].replicated else None]
+
+
+def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
+    stages: dict[Place, ModuleStage] = {}
+    for part in graph.stages:
+        lanes = [lane for lane in range(len(part.places)) if part.places[lane] == parts.party]
+        if not lanes:
+            continue
+        if part.name not in parts.modules:
+            raise ConfigError(
+                f"party {parts.party!r} has no module for stage {part.name!r}",
+                expected=f"modules for {', '.join(s.name for s in graph.stages if parts.party in s.places)}",
+                got=", ".join(parts.modules) or "none",
+                remedy=f"add it: Party({parts.party!r}, modules={{{part.name!r}: ...}})",
+                code="E223",
+            )
+        for place, lane in enumerate(lanes):
+            module = parts.modules[part.name] if place == 0 else copy.deepcopy(parts.modules[part.name])
+            if part.frozen:
+                module.requires_grad_(False)
+            if isinstance(part, Loss) and any(p.requires_grad for p in module.parameters()):
+                raise ConfigError(
+                    f"the module of the loss {part.name!r} has parameters to train",
+                    where=f"party {parts.party}",
+                    remedy="make it a stage, with a loss without parameters after it",
+                    code="E223",
+                )
+            stages[part.name, lane] = ModuleStage(
+                part.name,
+                module,
+                spec=None if isinstance(part, Loss) else part.output,
+                seed=stage_seed(parts.seed, part.name, lane),
+                device=parts.device,
+            )
+    return stages
+
+
+def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, ModuleStage]) -> dict[int | None, Bundle]:
+    groups: dict[int | None, dict[str, ModuleStage]] = {}
+    for (name, lane), stage in stages.items():
+        groups.setdefault(lane if graph.by_name[name].replicated else None, {})[name] = stage
+    return {lane: Bundle(group, parts.optimizer, parts.scheduler) for lane, group in groups.items()}

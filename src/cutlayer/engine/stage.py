@@ -1,0 +1,232 @@
+"""A stage at work: what the engine asks of it, and the implementation by a torch module and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.tensors import check_spec
+from cutlayer.errors import CutlayerError, StageError
+
+__all__ = ["Context", "ModuleStage", "StageProtocol"]
+
+Key = tuple[int, int]  # lane, micro
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a stage must know of a forward.
+
+    Attributes:
+        key: Lane and microbatch; a backward names the same.
+        batch: Samples in the microbatch.
+        training: Train mode, with gradients; else evaluation mode, without.
+        wanted: For each input, whether its gradient will be asked for.
+    """
+
+    key: Key
+    batch: int
+    training: bool
+    wanted: tuple[bool, ...]
+
+
+class StageProtocol(Protocol):
+    """What the engine asks of a stage. Values are tensors; a stage sees only those of its own party.
+
+    `forward` gives the output for the inputs. `backward` takes the gradient at the output and gives those at the
+    inputs (None where not wanted), and keeps gradients of its parameters until the party's optimizer steps. `spent` is
+    the number of floating-point operations of the last call.
+    """
+
+    spent: int
+
+    def forward(self, inputs: Sequence[Tensor], context: Context) -> Tensor:
+        """Return the output."""
+
+    def backward(self, gradient: Tensor | float, context_key: Key) -> Sequence[Tensor | None]:
+        """Return gradients at the inputs of the forward with that key."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters that an optimizer trains."""
+
+
+class _Enter(torch.autograd.Function):
+    """Lets a value into a stage: new graph, in-place operations allowed, gradient put into `sink[place]`."""
+
+    @staticmethod
+    def forward(ctx: Any, _handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int) -> Tensor:  # noqa: ANN401
+        ctx.sink, ctx.place = sink, place
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # noqa: ANN401
+        ctx.sink[ctx.place] = gradient
+        return None, None, None, None
+
+
+def _enter(handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
+    entered: Tensor = _Enter.apply(handle, value, sink, place)  # type: ignore[no-untyped-call]
+    return entered
+
+
+@dataclass
+class _Kept:
+    """What a forward leaves for its backward."""
+
+    output: Tensor
+    inputs: list[Tensor]
+    wanted: tuple[bool, ...]
+    sink: list[Tensor | None]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class ModuleStage:
+    """A stage made of an `nn.Module` and autograd.
+
+    Args:
+        name: The stage's name, for errors.
+        module: Called with the inputs in plan order; must give one tensor.
+        spec: What the output must look like; None for a loss, which must give a scalar.
+        seed: Seeds the stage's own generator (dropout and the like), which travels with its state.
+        device: Where it runs.
+
+    Raises:
+        StageError: the module fails, or gives something else than `spec`.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, *, spec: TensorSpec | None, seed: int, device: torch.device
+    ) -> None:
+        """Move the module to its device and give it a generator of its own."""
+        self.name, self.spec, self.device = name, spec, device
+        self.module = module.to(device)
+        self.generator = torch.Generator().manual_seed(seed).get_state()
+        self.cuda_generator: Tensor | None = None
+        if device.type == "cuda":
+            self.cuda_generator = torch.Generator(device).manual_seed(seed).get_state()
+        self.spent = 0
+        self._flops: dict[tuple[str, tuple[tuple[int, ...], ...]], int] = {}
+        self._kept: dict[Key, _Kept] = {}
+        self._handle = torch.zeros((), requires_grad=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters, in the module's order."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def forward(self, inputs: Sequence[Tensor], context: Context) -> Tensor:
+        """Run the module on inputs of shape (batch, ...); return its output, detached, of the stage's spec.
+
+        The output is seen by the stage's own party, and by the parties of the cuts that the plan derives from it.
+        """
+        if self.module.training != context.training:
+            self.module.train(context.training)
+        inputs = [value.to(self.device) for value in inputs]
+        shapes = tuple(tuple(value.shape) for value in inputs)
+        sink: list[Tensor | None] = [None] * len(inputs)
+        with torch.set_grad_enabled(context.training):
+            entered = [
+                _enter(self._handle, value, sink, place) if wanted and context.training else value.detach()
+                for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True))
+            ]
+            mode = "forward" if context.training else "evaluate"
+            output = self._guarded(mode, shapes, lambda: self._with_generator(entered, context.training))
+        self._check(output, context.batch, shapes)
+        if context.training:
+            self._kept[context.key] = _Kept(output, inputs, context.wanted, sink, shapes)
+        return output.detach()
+
+    def backward(self, gradient: Tensor | float, context_key: Key) -> list[Tensor | None]:
+        """Run backwards from `gradient` (shape and dtype of the output; a number for a scalar output).
+
+        Returns the gradients at the inputs, each of its input's shape and dtype; None where not wanted.
+        """
+        kept = self._kept.pop(context_key, None)
+        if kept is None:
+            raise StageError(
+                f"stage {self.name!r} has no forward to go back from",
+                where=f"lane {context_key[0]}, microbatch {context_key[1]}",
+                remedy="call backward once for each forward, in program order",
+                code="E303",
+            )
+        seed = torch.as_tensor(gradient, dtype=kept.output.dtype, device=self.device).expand_as(kept.output)
+        if kept.output.requires_grad:
+            self._guarded("backward", kept.shapes, lambda: torch.autograd.backward([kept.output], [seed]))
+        return [
+            torch.zeros_like(value) if wanted and gradient is None else gradient  # an input that the module did not use
+            for value, wanted, gradient in zip(kept.inputs, kept.wanted, kept.sink, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Drop what forwards have kept, for a roll-back in mid-step."""
+        self._kept.clear()
+
+    def _with_generator(self, inputs: list[Tensor], advance: bool) -> Tensor:
+        """Run the module with this stage's generator in place of torch's; evaluation does not advance it."""
+        outer = torch.get_rng_state()
+        outer_cuda = torch.cuda.get_rng_state(self.device) if self.cuda_generator is not None else None
+        torch.set_rng_state(self.generator)
+        if self.cuda_generator is not None:
+            torch.cuda.set_rng_state(self.cuda_generator, self.device)
+        try:
+            output = self.module(*inputs)
+            if advance:
+                self.generator = torch.get_rng_state()
+                if self.cuda_generator is not None:
+                    self.cuda_generator = torch.cuda.get_rng_state(self.device)
+        finally:
+            torch.set_rng_state(outer)
+            if outer_cuda is not None:
+                torch.cuda.set_rng_state(outer_cuda, self.device)
+        if not isinstance(output, Tensor):
+            raise StageError(
+                f"stage {self.name!r} gave no tensor",
+                expected="one tensor",
+                got=type(output).__name__,
+                remedy="let its module return the one tensor that crosses; cut it differently otherwise",
+                code="E302",
+            )
+        return output
+
+    def _guarded(self, kind: str, shapes: tuple[tuple[int, ...], ...], work: Callable[[], _T]) -> _T:
+        """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
+        try:
+            if (kind, shapes) not in self._flops:
+                with FlopCounterMode(display=False) as counter:
+                    result = work()
+                self.spent = self._flops[kind, shapes] = counter.get_total_flops()
+                return result
+            self.spent = self._flops[kind, shapes]
+            return work()
+        except CutlayerError:
+            raise
+        except Exception as error:
+            raise StageError(
+                f"stage {self.name!r} failed in its {kind}",
+                where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="run the module alone on inputs of these shapes; BatchNorm needs two samples a microbatch: set "
+                "drop_last, or fewer microbatches",
+                code="E304",
+            ) from error
+
+    def _check(self, output: Tensor, batch: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+        if self.spec is not None:
+            wrong, expected = check_spec(output, self.spec, batch), str(self.spec)
+        else:
+            wrong, expected = ("" if output.numel() == 1 else f"shape {list(output.shape)}"), "a scalar"
+        if wrong:
+            raise StageError(
+                f"stage {self.name!r} gives another tensor than the plan says",
+                where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
+                expected=f"{expected} for {batch} samples",
+                got=wrong,
+                remedy="correct the stage's output in the plan, or the module",
+                code="E301",
+            )

@@ -1,0 +1,83 @@
+"""Tensors as raw bytes, and named tensors as one message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.wire import Buffer
+from cutlayer.errors import ContractError, NonFiniteError
+
+__all__ = ["dtype_name", "from_payload", "pack", "to_payload", "torch_dtype", "unpack"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a torch dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name of `core.spec.DTYPES`."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(name)
+    return dtype
+
+
+def to_payload(value: Tensor) -> memoryview:
+    """Return a tensor's bytes in C order. Shares memory with the tensor where it is contiguous and on the CPU."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data.cast("B") if flat.numel() else memoryview(b"")
+
+
+def from_payload(payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the tensor of these bytes. Shares memory with a writable payload where `device` is the CPU."""
+    kind = torch_dtype(dtype)
+    if not memoryview(payload).nbytes:
+        return torch.empty(shape, dtype=kind, device=device)
+    if memoryview(payload).readonly:
+        payload = bytearray(payload)
+    flat = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8))
+    return flat.view(kind).reshape(shape).to(device)
+
+
+def check_finite(value: Tensor, where: str) -> None:
+    """Raise `NonFiniteError` if a floating tensor holds a NaN or an infinity. Says where, never a value."""
+    if not value.is_floating_point() or not value.numel():
+        return
+    low, high = torch.aminmax(value)
+    if not (isfinite(float(low)) and isfinite(float(high))):
+        raise NonFiniteError(
+            "a tensor at a cut holds a NaN or an infinity",
+            where=where,
+            expected="finite numbers",
+            remedy="lower the learning rate, clip gradients (training.clip_norm), or look for bad samples",
+            code="E351",
+        )
+
+
+def check_spec(value: Tensor, spec: TensorSpec, batch: int) -> str:
+    """Return how a tensor differs from its spec, or an empty text."""
+    return spec.mismatch(dtype_name(value.dtype), tuple(value.shape), batch)
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return named tensors as one safetensors message."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def unpack(payload: Buffer, source: str) -> dict[str, Tensor]:
+    """Read what `pack` wrote. Raises `ContractError` if it is no such message. Keeps nothing of `payload`."""
+    try:
+        return safetensors.torch.load(bytes(payload))
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise ContractError(
+            "a message of an exchange cannot be read", where=f"from {source}", got=type(error).__name__, code="E523"
+        ) from None

@@ -1,0 +1,194 @@
+"""The frame: fixed little-endian header, bounded msgpack control part, raw payload. Nothing executable.
+
+```
+offset  size  field
+0       4     magic "CUTL"
+4       1     protocol version
+5       1     kind (1 data; others belong to the link, see docs/reference/protocol.md)
+6       2     flags, 0
+8       4     length of the control part, at most 65,536
+12      8     length of the payload
+20      8     sequence number on this link, from 1; 0: not numbered
+28      8     run: first eight bytes of the SHA-256 of the run's name
+36      ...   control part, then payload
+```
+The control part of a data frame is a msgpack array: session, mode, round, step, edge, lane, micro, direction, dtype,
+shape. dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape is then [length].
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import msgspec
+
+from cutlayer.core.program import DIRECTIONS, MODES, Tag
+from cutlayer.core.spec import DTYPES
+from cutlayer.errors import WireError
+
+__all__ = ["BYTES", "CONTROL_MAX", "HEADER", "KIND_DATA", "VERSION", "Frame", "Header", "parse_control", "parse_header"]
+
+MAGIC = b"CUTL"
+VERSION = 1
+KIND_DATA = 1
+CONTROL_MAX = 65_536
+PAYLOAD_MAX = 2**40
+BYTES = "bytes"
+HEADER = struct.Struct("<4sBBHIQQQ")
+_BYTES_CODE = 255
+_NAMES = tuple(DTYPES)
+_DIMS_MAX = 16
+_UINT = 2**63 - 1
+
+Buffer = bytes | bytearray | memoryview
+
+
+class _Control(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    session: int
+    mode: int
+    round: int
+    step: int
+    edge: int
+    lane: int
+    micro: int
+    direction: int
+    dtype: int
+    shape: list[int]
+
+
+_ENCODE = msgspec.msgpack.Encoder().encode
+_DECODE = msgspec.msgpack.Decoder(_Control).decode
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed part of a frame, checked."""
+
+    kind: int
+    control_length: int
+    payload_length: int
+    sequence: int
+    run: int
+
+    def pack(self) -> bytes:
+        """Return the 36 bytes."""
+        return HEADER.pack(
+            MAGIC, VERSION, self.kind, 0, self.control_length, self.payload_length, self.sequence, self.run
+        )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A value on its way: where it belongs, what it looks like, and its bytes (C order, little-endian).
+
+    `dtype` is a name of `core.spec.DTYPES`, or "bytes" with shape (length,).
+    """
+
+    tag: Tag
+    dtype: str
+    shape: tuple[int, ...]
+    payload: Buffer
+
+    @cached_property
+    def control(self) -> bytes:
+        """Return the encoded control part."""
+        tag = self.tag
+        code = _BYTES_CODE if self.dtype == BYTES else _NAMES.index(self.dtype)
+        return _ENCODE(
+            _Control(
+                tag.session,
+                MODES.index(tag.mode),
+                tag.round,
+                tag.step,
+                tag.edge,
+                tag.lane,
+                tag.micro,
+                DIRECTIONS.index(tag.direction),
+                code,
+                list(self.shape),
+            )
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the payload."""
+        return memoryview(self.payload).nbytes
+
+    @property
+    def framing(self) -> int:
+        """Return the bytes of header and control part."""
+        return HEADER.size + len(self.control)
+
+    def head(self, sequence: int, run: int) -> bytes:
+        """Return header and control part, ready for a link."""
+        return Header(KIND_DATA, len(self.control), self.nbytes, sequence, run).pack() + self.control
+
+
+def parse_header(data: Buffer) -> Header:
+    """Read the first 36 bytes of a frame. Raises `WireError`; allocates nothing."""
+    if len(data) < HEADER.size:
+        raise WireError("a frame is cut short", expected=f"{HEADER.size} header bytes", got=str(len(data)), code="E501")
+    magic, version, kind, flags, control, payload, sequence, run = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise WireError("these bytes are no cutlayer frame", expected=repr(MAGIC), got=repr(magic), code="E502")
+    if version != VERSION:
+        raise WireError(
+            "the frame has another protocol version",
+            expected=str(VERSION),
+            got=str(version),
+            remedy="install the same release of cutlayer at all parties",
+            code="E503",
+        )
+    if flags:
+        raise WireError("unknown flags in a frame", expected="0", got=str(flags), code="E504")
+    if control > CONTROL_MAX or payload > PAYLOAD_MAX:
+        raise WireError(
+            "a frame announces too much",
+            expected=f"at most {CONTROL_MAX} control and {PAYLOAD_MAX} payload bytes",
+            got=f"{control} and {payload}",
+            code="E505",
+        )
+    return Header(kind, control, payload, sequence, run)
+
+
+def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[int, ...]]:
+    """Read the control part of a data frame: tag, dtype and shape.
+
+    Raises:
+        WireError: it is no such part, or dtype and shape do not give `payload_length` bytes.
+    """
+    try:
+        control = _DECODE(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError("the control part of a frame cannot be read", got=str(error)[:200], code="E506") from None
+    numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro)
+    if not all(0 <= number <= _UINT for number in (*numbers, *control.shape)) or len(control.shape) > _DIMS_MAX:
+        raise WireError("a number in the control part is out of range", expected="0 to 2^63 - 1", code="E507")
+    if not (0 <= control.mode < len(MODES) and 0 <= control.direction < len(DIRECTIONS)):
+        raise WireError("unknown mode or direction in a frame", code="E507")
+    if control.dtype != _BYTES_CODE and not 0 <= control.dtype < len(_NAMES):
+        raise WireError("unknown dtype code in a frame", got=str(control.dtype), code="E507")
+    dtype = BYTES if control.dtype == _BYTES_CODE else _NAMES[control.dtype]
+    shape = tuple(control.shape)
+    size = prod(shape) * (1 if dtype == BYTES else DTYPES[dtype])
+    if size != payload_length or (dtype == BYTES and len(shape) != 1):
+        raise WireError(
+            "dtype and shape do not give the announced size",
+            expected=f"{payload_length} bytes",
+            got=f"{dtype}{list(shape)}",
+            code="E508",
+        )
+    tag = Tag(
+        control.session,
+        MODES[control.mode],
+        control.round,
+        control.step,
+        control.edge,
+        control.lane,
+        control.micro,
+        DIRECTIONS[control.direction],
+    )
+    return tag, dtype, shape

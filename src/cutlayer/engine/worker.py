@@ -1,0 +1,204 @@
+"""The worker: fulfils the instructions of one party's program with local modules, data and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.core.parts import Loss
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
+from cutlayer.engine.ledger import Ledger
+from cutlayer.engine.site import Batches, Parts, Site, stage_seed
+from cutlayer.engine.stage import Context
+from cutlayer.engine.tensors import check_finite, dtype_name, from_payload, to_payload
+from cutlayer.engine.values import Values
+from cutlayer.engine.wire import Buffer
+from cutlayer.errors import ContractError, DataError
+
+__all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A tensor's dtype, shape and bytes, on its way in or out."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    payload: Buffer
+
+
+class Worker:
+    """Runs one party's instructions, called in program order by the party's driver.
+
+    Args:
+        plan: The plan, known to all.
+        parts: This party's modules, data and optimizer.
+
+    Raises:
+        ConfigError: a stage of this party has no module, or parameters have no optimizer.
+    """
+
+    def __init__(self, plan: Plan, parts: Parts) -> None:
+        """Build the site."""
+        self.plan, self.parts, self.graph = plan, parts, plan.graph
+        self.party = parts.party
+        self.site = Site(plan, parts)
+        self.ledger = Ledger(parts.party)
+        self.history: list[dict[str, Any]] = []
+        self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage, lane) -> microbatches, in data order
+        self.mode: Mode = "start"
+        self.round = 0
+        self._values = Values(self.graph, self.party)
+
+    def begin(self, mode: Mode, number: int) -> None:
+        """Begin a round of a mode: metrics start at zero."""
+        self.mode, self.round = mode, number
+        for book in self.site.books.values():
+            book.reset()
+        self.clear()
+
+    def load(self, job: Load, index: int) -> None:
+        """LOAD: read the lane's `index`-th batch of this round and cut it into microbatches."""
+        source = self.parts.batches.get(self.mode)
+        where = f"party {self.party}, {self.mode} round {self.round}, batch {index}"
+        if source is None:
+            raise DataError(
+                f"party {self.party!r} has no data for {self.mode}",
+                where=where,
+                remedy=f"give Party({self.party!r}, ...) a data set for it: data, evaluation or prediction",
+                code="E252",
+            )
+        epoch = self.round if self.mode == "train" else 0
+        batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+        for name in job.fields:
+            value = _field(batch, name, sum(job.sizes), where)
+            for micro, part in enumerate(torch.split(value, list(job.sizes))):
+                self._values.put_field(name, job.lane, micro, part)
+
+    def forward(self, job: Forward) -> None:
+        """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
+        place = self.site.place(job.stage, job.lane)
+        edges = self.graph.inputs_of[job.stage]
+        inputs = [self._values.get(edge, job.lane, job.micro) for edge in edges]
+        context = Context(
+            key=(job.lane, job.micro),
+            batch=job.size,
+            training=self.mode == "train",
+            wanted=tuple(edge.trained for edge in edges),
+        )
+        stage = self.site.stages[place]
+        output = stage.forward(inputs, context)
+        self.ledger.compute("forward", job.stage, stage.spent)
+        part = self.graph.by_name[job.stage]
+        if isinstance(part, Loss):
+            self.site.books[place].update(output, inputs, job.size, part.reduction)
+            return
+        self._values.put_output(job.stage, job.lane, job.micro, output)
+        if self.mode == "predict" and job.stage in self.graph.outputs:
+            self.predictions.setdefault((job.stage, job.lane), []).append(output.cpu())
+
+    def backward(self, job: Backward) -> None:
+        """BACKWARD: add the consumers' gradients in plan order, run the stage backwards, keep its inputs' gradients."""
+        stage = self.site.stages[self.site.place(job.stage, job.lane)]
+        gradient: Tensor | float = job.scale
+        if not isinstance(self.graph.by_name[job.stage], Loss):
+            self._values.drop_output(job.stage, job.lane, job.micro)
+            gradient = self._values.added(job.stage, job.lane, job.micro, stage.device)
+        found = stage.backward(gradient, (job.lane, job.micro))
+        self.ledger.compute("backward", job.stage, stage.spent)
+        for edge, value in zip(self.graph.inputs_of[job.stage], found, strict=True):
+            if edge.trained and value is not None:
+                self._values.put_gradient(edge.index, job.lane, job.micro, value)
+
+    def parcel(self, job: Send) -> Parcel:
+        """SEND: return the value or gradient of an edge as bytes.
+
+        Raises:
+            ContractError: it is not what the plan says. NonFiniteError: it holds a NaN or an infinity.
+        """
+        edge = self.graph.edges[job.edge]
+        if job.direction == "down":
+            value = self._values.take_gradient(job.edge, job.lane, job.micro)
+        else:
+            value = self._values.get(edge, job.lane, job.micro)
+            if self._values.used_here(edge, job.lane):
+                value = value.clone()  # an in-place operation of a consumer here must not reach bytes on their way
+        self._check_leaving(job, value)
+        return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
+
+    def deliver(self, job: Recv, parcel: Parcel) -> None:
+        """RECV: take in the value or gradient of an edge. Raises `NonFiniteError` if it holds a NaN or an infinity."""
+        value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device)
+        if self.parts.finite:
+            check_finite(value, f"party {self.party}, from {job.source} at {self.graph.edges[job.edge].label}")
+        if job.direction == "down":
+            self._values.put_gradient(job.edge, job.lane, job.micro, value)
+        else:
+            self._values.put(self.graph.edges[job.edge], job.lane, job.micro, value)
+
+    def step(self, job: Step) -> None:
+        """STEP: clip, and update parameters."""
+        training = self.plan.training
+        bundles = self.site.stepping(job.lanes)
+        if training.clip_norm is not None and training.clip == "party":
+            nn.utils.clip_grad_norm_([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
+        for bundle in bundles:
+            bundle.step(self.parts.scheduler_every == "step")
+
+    def end_step(self) -> None:
+        """Drop all values of a step: none is needed after it."""
+        self._values.clear()
+        for stage in self.site.stages.values():
+            stage.forget()
+
+    def end_round(self) -> None:
+        """Advance schedulers that count epochs; note the metrics."""
+        if self.mode == "train" and self.parts.scheduler_every == "epoch":
+            for bundle in self.site.bundles.values():
+                if bundle.scheduler is not None:
+                    bundle.scheduler.step()
+        for (stage, lane), book in self.site.books.items():
+            values = book.values()
+            if values:
+                row = {"mode": self.mode, "round": self.round, "loss": stage, "lane": lane, "metrics": values}
+                self.history.append(row)
+
+    def clear(self) -> None:
+        """Forget everything of an unfinished step, for a roll-back."""
+        self._values.clear()
+        self.site.clear()
+
+    def _check_leaving(self, job: Send, value: Tensor) -> None:
+        edge = self.graph.edges[job.edge]
+        where = f"party {self.party}, cut {edge.label}, {self.mode} round {self.round}, microbatch {job.micro}"
+        wrong = edge.spec.mismatch(dtype_name(value.dtype), tuple(value.shape), job.size) if edge.spec else "no spec"
+        if wrong:
+            raise ContractError(
+                "a tensor about to leave is not what the plan says",
+                where=where,
+                expected=str(edge.spec),
+                got=wrong,
+                remedy="correct the spec in the plan, or the data",
+                code="E522",
+            )
+        if self.parts.finite:
+            check_finite(value, where)
+
+
+def _field(batch: Mapping[str, Tensor], name: str, size: int, where: str) -> Tensor:
+    value = batch.get(name)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+        raise DataError(
+            f"the batch has no usable field {name!r}",
+            where=where,
+            expected=f"a tensor of {size} samples",
+            got=f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"fields {', '.join(batch)}",
+            remedy="let the data set give this field; name tuple items with Party(fields=[...])",
+            code="E253",
+        )
+    return value

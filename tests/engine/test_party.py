@@ -1,0 +1,120 @@
+"""The interpreter: what a party does, in which order, and where it goes on after a restart."""
+
+from __future__ import annotations
+
+import pytest
+
+from cutlayer.core.compile import compile_plan
+from cutlayer.core.parts import Loss, Release, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Backward, Checkpoint, Forward, Load, Recv, Step
+from cutlayer.engine.ledger import Ledger
+from cutlayer.engine.party import Cursor, Do, EndStep, Post, Take, interpret
+from cutlayer.engine.tensors import pack
+from cutlayer.engine.wire import Frame
+from cutlayer.engine.worker import Parcel
+from tests.drawing import DryRun, Silent, first, roster_for
+from tests.small import C
+
+
+class Desk:
+    """A worker that computes nothing."""
+
+    def __init__(self) -> None:
+        self.site, self.ledger = Silent(), Ledger("a")
+
+
+def plan(order: str = "relay", **training: object) -> Plan:
+    """Clients with frozen heads (so credits) and a server with released labels."""
+    stages = [
+        Stage("head", at=["a", "b"], inputs=["data.x"], output=C, frozen=True),
+        Stage("body", at="s", inputs=["head"], output=C),
+        Loss("loss", at="s", inputs=["body", "data.y@head"]),
+    ]
+    numbers = {"batch_size": 2, "order": order, "window": 2, **training}
+    return Plan(stages, training=Training(**numbers), releases=[Release("y", at="head", to="s", spec="int64[batch]")])
+
+
+def effects(made: Plan, party: str, cursor: Cursor, counts: tuple[int, int] = (7, 4)) -> list:
+    """All that a party does in a round, everything it waits for being there."""
+    program = compile_plan(made, roster_for(made, counts))[party]["train"]
+    talk, found, answer = interpret(program, cursor, Desk()), [], None
+    while True:
+        try:
+            effect = talk.send(answer)
+        except StopIteration:
+            return found
+        found.append(effect)
+        answer = None
+        if isinstance(effect, Take):
+            payload = pack({}) if effect.tag.direction == "exchange" else b""
+            answer = Frame(effect.tag, "bytes", (len(payload),), payload)
+        elif isinstance(effect, Do):
+            answer = Parcel("bytes", (0,), b"")
+
+
+def test_batches_of_a_lane_are_numbered_through_the_round():
+    loads = [e for e in effects(plan(checkpoint_every=1), "a", Cursor(round=1)) if is_job(e, Load)]
+    assert [effect.index for effect in loads] == [0, 1, 2, 3]
+    both = [
+        (e.instruction.lane, e.index)
+        for e in effects(plan("parallel"), "a", Cursor(round=1), (7, 4))
+        if is_job(e, Load)
+    ]
+    assert both == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def is_job(effect: object, kind: type) -> bool:
+    return isinstance(effect, Do) and isinstance(effect.instruction, kind)
+
+
+def test_the_server_does_one_thing_after_another():
+    kinds = [type(e.instruction) for e in effects(plan(), "s", Cursor(round=1)) if isinstance(e, Do)]
+    assert kinds[:8] == [Recv, Forward, Recv, Forward, Backward, Backward, Step, Recv]
+
+
+def test_steps_are_numbered_and_tags_follow_them():
+    found = effects(plan(), "a", Cursor(session=3, round=2))
+    ends = [effect.step for effect in found if isinstance(effect, EndStep)]
+    assert ends == list(range(len(ends)))
+    step = 0
+    for effect in found:
+        if isinstance(effect, EndStep):
+            step = effect.step + 1
+        elif isinstance(effect, Post):
+            tag = effect.frame.tag
+            assert (tag.session, tag.mode, tag.round, tag.step) == (3, "train", 2, step)
+
+
+@pytest.mark.parametrize("order", ["relay", "parallel"])
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
+@pytest.mark.parametrize("party", ["a", "b", "s"])
+def test_a_restart_goes_on_after_any_checkpoint(order, every, party):
+    """It does what an uninterrupted party does from there on: same batches, same tags, same credits."""
+    made = plan(order, checkpoint_every=every)
+    whole = effects(made, party, Cursor(round=1))
+    places = [place for place, effect in enumerate(whole) if is_job(effect, Checkpoint)]
+    assert len(places) >= (1 if order == "parallel" and not every else 2)
+    for place in places:
+        number = whole[place].instruction.number
+        rest = effects(made, party, Cursor(round=1, checkpoint=number))
+        assert rest == whole[place + 2 :]  # after the checkpoint's own end of step
+
+
+@pytest.mark.parametrize("choose", [first, lambda ready: ready[-1]], ids=["clients first", "server first"])
+def test_nothing_is_in_flight_at_a_checkpoint(choose):
+    """Whoever saves has taken all frames that the others sent before theirs."""
+    made = plan("parallel", checkpoint_every=2)
+    run = DryRun(made, roster_for(made, (9, 5)), [("train", 1)])
+    saved: dict[tuple[str, int], list] = {}
+
+    def watch() -> None:
+        for party, member in run.members.items():
+            last = member.jobs[-1] if member.jobs else None
+            if isinstance(last, Checkpoint) and (party, last.number) not in saved:
+                waiting = [tag for _, to, tag in run.mail if to == party and tag.step < member.steps]
+                saved[party, last.number] = waiting
+
+    run.run(choose, watch)
+    assert len(saved) == 3 * 5
+    assert not any(saved.values())

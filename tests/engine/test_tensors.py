@@ -1,0 +1,134 @@
+"""Tensors as bytes, and what may leave."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cutlayer.core.spec import DTYPES, TensorSpec
+from cutlayer.engine.tensors import (
+    check_finite,
+    check_spec,
+    dtype_name,
+    from_payload,
+    pack,
+    to_payload,
+    torch_dtype,
+    unpack,
+)
+from cutlayer.errors import ContractError, NonFiniteError
+
+CPU = torch.device("cpu")
+SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@given(st.sampled_from(list(DTYPES)), SHAPES, st.data())
+def test_bytes_become_a_tensor_and_the_same_bytes_again(dtype, shape, data):
+    """All dtypes; 0-d and empty tensors too; NaNs keep their bits."""
+    size = math.prod(shape) * DTYPES[dtype]
+    payload = data.draw(st.binary(min_size=size, max_size=size))
+    if dtype == "bool":
+        payload = bytes(byte & 1 for byte in payload)
+    for kind in (bytes, bytearray, memoryview):
+        value = from_payload(kind(payload), dtype, shape, CPU)
+        assert (dtype_name(value.dtype), tuple(value.shape)) == (dtype, shape)
+        assert bytes(to_payload(value)) == payload
+        assert check_spec(value, TensorSpec(dtype, shape), 0) == ""
+
+
+@given(st.sampled_from(list(DTYPES)), SHAPES)
+def test_a_tensor_crosses_unchanged(dtype, shape):
+    value = (torch.rand(shape) * 5).to(torch_dtype(dtype))
+    copy = from_payload(bytes(to_payload(value)), dtype, shape, CPU)
+    assert copy.dtype == value.dtype
+    assert torch.equal(copy, value)
+
+
+def test_strided_and_trained_tensors_cross_in_c_order():
+    value = torch.arange(24.0).reshape(2, 3, 4)
+    for other in (value.transpose(0, 2), value[:, ::2], value[:1].expand(5, 3, 4), value.requires_grad_()):
+        copy = from_payload(bytes(to_payload(other)), "float32", tuple(other.shape), CPU)
+        assert torch.equal(copy, other)
+        assert copy.is_contiguous()
+        assert not copy.requires_grad
+
+
+def test_bytes_are_little_endian():
+    assert bytes(to_payload(torch.tensor([1, -2], dtype=torch.int32))) == struct.pack("<ii", 1, -2)
+
+
+def test_a_tensor_does_not_change_bytes_that_were_sent():
+    payload = bytes(8)
+    from_payload(payload, "float32", (2,), CPU).add_(1)
+    assert payload == bytes(8)
+
+
+def test_named_tensors_round_trip():
+    tensors = {
+        "a.weight": torch.randn(3, 2, requires_grad=True),
+        "b": torch.tensor(3),
+        "empty": torch.zeros(0, 4),
+        "half": torch.randn(2).bfloat16(),
+        "turned": torch.randn(3, 2).t(),
+    }
+    found = unpack(pack(tensors), "a")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert unpack(pack({}), "a") == {}
+
+
+HEADER = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\x00" * 7,
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 2) + b"{",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", len(HEADER)) + HEADER + bytes(15),
+        struct.pack("<Q", len(HEADER)) + HEADER + bytes(17),
+        struct.pack("<Q", len(HEADER)) + HEADER.replace(b"[4]", b"[5]") + bytes(16),
+        struct.pack("<Q", len(HEADER)) + HEADER.replace(b"F32", b"Q32") + bytes(16),
+        struct.pack("<Q", len(HEADER)) + HEADER.replace(b"16", b"99") + bytes(16),
+        struct.pack("<Q", len(HEADER)) + HEADER.replace(b'"w"', b'"\xff"') + bytes(16),
+    ],
+    ids=range(11),
+)
+def test_a_damaged_message_is_refused(payload):
+    with pytest.raises(ContractError) as caught:
+        unpack(payload, "hospital-a")
+    assert caught.value.code == "E523"
+    assert "hospital-a" in caught.value.where
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_does_not_leave(bad, dtype):
+    value = torch.zeros(3, 3, dtype=dtype)
+    check_finite(value, "party a, cut head->body")
+    value[1, 2] = bad
+    with pytest.raises(NonFiniteError) as caught:
+        check_finite(value, "party a, cut head->body")
+    assert caught.value.code == "E351"
+    assert "head->body" in str(caught.value)
+
+
+def test_whole_numbers_and_nothing_are_finite():
+    check_finite(torch.tensor([2**62]), "here")
+    check_finite(torch.zeros(0), "here")
+    check_finite(torch.tensor(True), "here")
+
+
+def test_an_unknown_dtype_is_a_type_error():
+    with pytest.raises(TypeError):
+        torch_dtype("nn")
