@@ -1,0 +1,201 @@
+"""The side of a link that is dialled: a gRPC server with one method, and one thread to read each stream.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E604 | LinkError | the server cannot listen at its address |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from cutlayer.errors import CutlayerError, HandshakeError, LinkError
+from cutlayer.transport.control import Abort, LinkHello
+from cutlayer.transport.grpc_common import METHOD, SERVICE, server_credentials, server_options
+from cutlayer.transport.handshake import abort_of, check_hello, hello_of, read_hello, single, typed
+from cutlayer.transport.peer import Stream, write
+from cutlayer.transport.reception import Reception
+from cutlayer.transport.settings import NetworkSettings
+from cutlayer.transport.steward import Steward
+from cutlayer.transport.timers import Timers
+from cutlayer.transport.watch import Watch
+
+__all__ = ["Desk", "Server"]
+
+
+class Desk:
+    """What both ends of a stream need to greet a peer and to talk with it."""
+
+    def __init__(
+        self, settings: NetworkSettings, steward: Steward, watch: Watch, reception: Reception, timers: Timers
+    ) -> None:
+        """Keep them together."""
+        self.settings, self.steward, self.watch = settings, steward, watch
+        self.reception, self.timers = reception, timers
+
+    def admit(self, stream: Stream, first: bytes, names: tuple[str, ...] | None, expected: str = "") -> LinkHello:
+        """Check a peer's first message and let its stream carry the link.
+
+        Args:
+            stream: The stream.
+            first: Its first message.
+            names: Those of the peer's certificate, if this side has to check them.
+            expected: Who must answer; empty: any party.
+
+        Returns:
+            This side's hello.
+
+        Raises:
+            HandshakeError: the two cannot talk, or the peer refused.
+            CertificateError: the peer is not whom it says it is.
+            WireError: it is no hello.
+        """
+        settings, steward = self.settings, self.steward
+        hello = read_hello(first)
+        if isinstance(hello, Abort):
+            raise HandshakeError("a stream begins with an ABORT", got=hello.code, code="E645")
+        check_hello(hello, settings, names)
+        if expected not in ("", hello.party) or hello.party not in steward.peers:
+            raise HandshakeError(
+                "another party than expected answers",
+                where=f"party {settings.party}",
+                expected=expected or ", ".join(steward.peers),
+                got=hello.party,
+                remedy="compare the addresses in the contract with where the parties run",
+                code="E645",
+            )
+        wanted = steward.peers[hello.party].attach(stream, hello, steward.incarnation)
+        self.watch.link_changed(hello.party)
+        return hello_of(settings, steward.incarnation, hello.incarnation, wanted)
+
+    def follow(self, stream: Stream, incoming: Iterator[bytes]) -> None:
+        """Read an admitted stream to its end."""
+        peer = stream.peer
+        if peer is None:
+            return
+        try:
+            with contextlib.suppress(grpc.RpcError):
+                self.reception.read(peer, stream, incoming)
+        finally:
+            peer.detach(stream)
+            self.watch.link_changed(peer.name)
+
+    def speak(self, stream: Stream) -> Iterator[bytes]:
+        """Yield what an admitted stream is to carry, to its end."""
+        if stream.peer is None:
+            return
+        try:
+            yield from write(stream.peer, stream)
+        except Exception as error:  # whatever it is, nobody else would learn of it
+            self.steward.fail(typed(error, f"party {self.settings.party}, link with {stream.peer.name}"))
+
+
+class Server:
+    """Listens at `settings.port`, if the party has one."""
+
+    def __init__(self, desk: Desk) -> None:
+        """Nothing is opened before `start`."""
+        self._desk = desk
+        self._pool: ThreadPoolExecutor | None = None
+        self._server: Any = None
+        self._readers: list[threading.Thread] = []
+        self._lock = threading.Lock()  # of the readers
+
+    def start(self) -> None:
+        """Listen. Raises `LinkError` E604 if that is not possible."""
+        settings = self._desk.settings
+        if not settings.port:
+            return
+        streams = 2 * len(settings.parties) + 2  # a reconnecting party has two for a moment
+        self._pool = ThreadPoolExecutor(streams, thread_name_prefix=f"cutlayer-{settings.party}-stream")
+        self._server = grpc.server(self._pool, options=server_options(), maximum_concurrent_rpcs=streams)
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        try:
+            if settings.credentials is None:
+                port = self._server.add_insecure_port(settings.port)
+            else:
+                port = self._server.add_secure_port(settings.port, server_credentials(settings.credentials))
+        except RuntimeError:
+            port = 0
+        if not port:
+            self.stop(0)
+            raise LinkError(
+                "the party cannot listen at its address",
+                where=f"party {settings.party}",
+                got=settings.port,
+                remedy="stop what else uses the port, or set another one",
+                code="E604",
+            )
+        self._server.start()
+
+    def stop(self, seconds: float) -> None:
+        """Wait up to some seconds for streams to end, then end them, and all threads."""
+        if self._server is not None:
+            self._server.stop(seconds).wait()
+            self._server = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+        for thread in self._readers:
+            thread.join()
+
+    def _serve(self, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
+        """Greet whoever dialled, then write the stream from here and read it in another thread."""
+        desk = self._desk
+        stream = Stream(cancel=context.cancel)
+        if not context.add_callback(stream.end):
+            return
+        timer = desk.timers.after(desk.settings.rhythm.hello, context.cancel)
+        try:
+            first = next(incoming, None)
+        except grpc.RpcError:
+            return
+        finally:
+            timer.cancel()
+        if first is None:
+            return
+        names = _names(context) if desk.settings.credentials is not None else None
+        try:
+            own = desk.admit(stream, first, names)
+        except CutlayerError as error:
+            self._refuse(error, first, names)
+            yield single(abort_of(error, desk.settings.party), desk.settings.run)
+            return
+        reader = threading.Thread(
+            target=desk.follow, args=(stream, incoming), name=f"cutlayer-{desk.settings.party}-reader", daemon=True
+        )
+        with self._lock:
+            reader.start()
+            self._readers = [thread for thread in self._readers if thread.is_alive()] + [reader]
+        yield single(own, desk.settings.run)
+        yield from desk.speak(stream)
+
+    def _refuse(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
+        """A party of the plan with which this one cannot talk ends the run, unless it is here already.
+
+        Who it is says its certificate. Without certificates anybody may say anything: that ends no session.
+        """
+        steward = self._desk.steward
+        name = names[0] if names is not None and len(names) == 1 else ""
+        if names is None:
+            with contextlib.suppress(CutlayerError):
+                name = read_hello(first).party
+        waits = name in steward.peers and not steward.peers[name].link.remote
+        if names is None:
+            waits = not steward.member.session and (waits or not name)
+        final = waits and error.code in ("E641", "E642", "E643")
+        if final or error.code == "E511":  # E511: what the link has lost cannot be had back
+            steward.fail(error)
+
+
+def _names(context: Any) -> tuple[str, ...]:  # noqa: ANN401 - grpc has no types
+    """Return the DNS names of the client's certificate, which gRPC has verified."""
+    names = context.auth_context().get("x509_subject_alternative_name", ())
+    return tuple(name.decode("utf-8", "replace") for name in names)

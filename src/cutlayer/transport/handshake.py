@@ -1,0 +1,220 @@
+"""The first message of each side of a stream, what it must say, and errors as others see them. Pure.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E434 | ProgramError | something in a thread of the network failed that no check foresaw |
+| E605 | LinkError | there is no memory for a frame |
+| E641 | HandshakeError | another protocol version |
+| E642 | HandshakeError | another plan |
+| E643 | HandshakeError | another run |
+| E644 | HandshakeError | another process runs as this party |
+| E645 | HandshakeError | the stream does not begin as it must, or with a party that is not of this plan |
+| E665 | CertificateError | the certificate is not that of the party that speaks |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Final
+
+from cutlayer.engine.wire import HEADER, Header, parse_header
+from cutlayer.engine.wire import VERSION as FRAME_VERSION
+from cutlayer.errors import (
+    CertificateError,
+    CutlayerError,
+    HandshakeError,
+    LinkError,
+    PeerError,
+    ProgramError,
+    WireError,
+)
+from cutlayer.transport import control
+from cutlayer.transport.control import Abort, LinkHello, Message
+from cutlayer.transport.frames import messages, run_number
+from cutlayer.transport.settings import NetworkSettings
+
+__all__ = ["abort_of", "check_hello", "error_of", "hello_of", "read_hello", "single", "tidy", "typed"]
+
+_AS_IS: Final[Mapping[str, type[CutlayerError]]] = {"E64": HandshakeError, "E66": CertificateError, "E70": PeerError}
+_VERSION_AT: Final = 4  # the frame's version byte
+
+
+def single(message: Message, run: str, *, sequence: int = 0) -> bytes:
+    """Return a message without payload as the one message of a stream that carries it."""
+    part = control.encode(message)
+    header = Header(control.kind_of(message), len(part), 0, sequence, run_number(run))
+    return next(messages(header, part, b""))
+
+
+def hello_of(settings: NetworkSettings, incarnation: int, known: int, wanted: int) -> LinkHello:
+    """Return this party's hello; `wanted` counts for the peer's incarnation `known`."""
+    return LinkHello(
+        control.PROTOCOL,
+        release(),
+        settings.party,
+        settings.digest,
+        settings.run,
+        incarnation,
+        known,
+        wanted,
+    )
+
+
+def read_hello(data: bytes) -> LinkHello | Abort:
+    """Read the first message of a stream: a hello, or the peer's refusal.
+
+    Raises:
+        HandshakeError: E641 for another version of frames, E643 for another run.
+        WireError: it is neither.
+    """
+    if len(data) > _VERSION_AT and data[:_VERSION_AT] == b"CUTL" and data[_VERSION_AT] != FRAME_VERSION:
+        raise _version(f"frames of version {FRAME_VERSION}", f"version {data[_VERSION_AT]}")
+    header = parse_hello_header(data)
+    message = control.decode(header.kind, data[HEADER.size :])
+    if isinstance(message, Abort):
+        return message
+    if not isinstance(message, LinkHello):
+        raise WireError("a stream must begin with a hello", got=type(message).__name__, code="E513")
+    if header.run != run_number(message.run):
+        raise WireError("a hello's frame is of another run than the hello", code="E514")
+    return message
+
+
+def check_hello(hello: LinkHello, settings: NetworkSettings, names: tuple[str, ...] | None) -> None:
+    """Check that a peer takes part in the same run. `names` are those of its certificate, None without one.
+
+    Raises:
+        HandshakeError: E641, E642, E643 or E645.
+        CertificateError: E665.
+    """
+    where = f"party {settings.party}, link with {tidy(hello.party)}"
+    if hello.party not in settings.others:
+        raise HandshakeError(
+            "a party that is not of this plan",
+            where=where,
+            expected=f"one of {', '.join(settings.others)}",
+            got=tidy(hello.party),
+            remedy="compare the party's name with the contract",
+            code="E645",
+        )
+    if names is not None and names != (hello.party,):
+        raise CertificateError(
+            "a party speaks with another's certificate",
+            where=where,
+            expected=f"a certificate of {hello.party}",
+            got=", ".join(tidy(name) for name in names) or "no name",
+            remedy=f"ask the authority of this run for a certificate in the name {hello.party}",
+            code="E665",
+        )
+    if hello.protocol != control.PROTOCOL:
+        raise _version(
+            f"protocol {control.PROTOCOL} (cutlayer {release()}, {settings.party})",
+            f"protocol {hello.protocol} (cutlayer {tidy(hello.package)}, {hello.party})",
+        )
+    if hello.run != settings.run:
+        raise HandshakeError(
+            "two parties take part in different runs",
+            where=where,
+            expected=f"run {settings.run!r} ({settings.party})",
+            got=f"run {tidy(hello.run)!r} ({hello.party})",
+            remedy="start all parties with the same name of the run",
+            code="E643",
+        )
+    if hello.digest != settings.digest:
+        raise HandshakeError(
+            "two parties have different plans",
+            where=where,
+            expected=f"plan {settings.digest[:16]} ({settings.party})",
+            got=f"plan {tidy(hello.digest)[:16]} ({hello.party})",
+            remedy="give all parties the same contract, byte for byte, and compare `cutlayer plan` at both",
+            code="E642",
+        )
+
+
+def abort_of(error: BaseException, party: str) -> Abort:
+    """Return what others learn of an error at `party`: code, sentence and remedy, never values of data or paths.
+
+    Of an error of the network itself they also learn what was expected and got: versions, digests, names, dates.
+    """
+    if not isinstance(error, CutlayerError):
+        return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
+    what = error.what
+    if error.code[:3] in _AS_IS and error.why():
+        what = f"{what}: {error.why()}"
+    return Abort(party, error.code, tidy(what), tidy(error.remedy))
+
+
+def error_of(abort: Abort, via: str) -> CutlayerError:
+    """Return the error to raise where an ABORT arrives; `via` is the party that it came from.
+
+    Errors of the network itself (E64x, E66x, E70x) keep their class and code; others become `PeerError` E703.
+    """
+    what, remedy, party = tidy(abort.what), tidy(abort.remedy), tidy(abort.party)
+    kind = _AS_IS.get(abort.code[:3])
+    if kind is not None:
+        told = "" if via == party else f", told by {tidy(via)}"
+        return kind(what, where=f"reported by {party}{told}", remedy=remedy, code=abort.code)
+    return PeerError(
+        f"{party} failed: {what}",
+        where=f"told by {via}",
+        got=f"{abort.code} at {party}",
+        remedy=remedy or f"look at {party}'s terminal",
+        code="E703",
+    )
+
+
+def typed(error: BaseException, where: str) -> CutlayerError:
+    """Return what to raise for whatever a thread of the network met; `where` is used if the error has no place."""
+    if isinstance(error, MemoryError):
+        return LinkError(
+            "this party has no memory for a frame",
+            where=where,
+            remedy="end what else uses memory, or use smaller microbatches",
+            code="E605",
+        )
+    if not isinstance(error, CutlayerError):
+        return ProgramError(
+            "the network failed in a way that no check foresaw",
+            where=where,
+            got=f"{type(error).__name__}: {tidy(str(error))}",
+            remedy="report it, with the release of cutlayer",
+            code="E434",
+        )
+    if error.where:
+        return error
+    return type(error)(
+        error.what, where=where, expected=error.expected, got=error.got, remedy=error.remedy, code=error.code
+    )
+
+
+def tidy(text: str) -> str:
+    """Return a text of another party, fit for a terminal: bounded, one line, no control characters."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)[: control.TEXT_MAX]
+
+
+def parse_hello_header(data: bytes) -> Header:
+    """Read the header of a stream's first message, which has no payload and no number. Raises `WireError`."""
+    header = parse_header(data)
+    sizes = header.control_length == len(data) - HEADER.size and header.payload_length == 0
+    if header.kind not in (control.LINK_HELLO, control.ABORT) or header.sequence or not sizes:
+        raise WireError("a stream must begin with a hello", got=f"kind {header.kind}", code="E513")
+    return header
+
+
+def release() -> str:
+    """Return the installed version of cutlayer."""
+    try:
+        return metadata.version("cutlayer")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _version(expected: str, got: str) -> HandshakeError:
+    return HandshakeError(
+        "two parties have releases that do not understand each other",
+        expected=expected,
+        got=got,
+        remedy="install the same release of cutlayer at all parties",
+        code="E641",
+    )

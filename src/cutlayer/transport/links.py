@@ -1,0 +1,105 @@
+"""All links of a party together: who listens, who is dialled, and how they are closed."""
+
+from __future__ import annotations
+
+import time
+
+from cutlayer.errors import DeadlineError
+from cutlayer.transport.grpc_dialer import Dialer
+from cutlayer.transport.grpc_server import Desk, Server
+from cutlayer.transport.peer import Peer
+from cutlayer.transport.settings import route
+
+__all__ = ["Links", "unfinished"]
+
+_LEAST = 0.1  # seconds that a thread has to end, when time is up
+
+
+class Links:
+    """The server, the dialers and the timers of a party. Only the driver's thread calls these methods."""
+
+    def __init__(self, desk: Desk) -> None:
+        """Nothing is opened before `start`."""
+        self._desk = desk
+        self._server = Server(desk)
+        self._dialers: dict[str, Dialer] = {}
+
+    def start(self) -> None:
+        """Listen, and dial the coordinator. Raises `LinkError` E604 if the party cannot listen at its address."""
+        self._server.start()
+        self._desk.timers.start()
+        self._desk.watch.look()
+        self.need(self._desk.settings.coordinator)
+
+    def need(self, name: str) -> None:
+        """If the link with a peer is this party's to dial, see to it that it comes up."""
+        if name in self._desk.steward.peers and route(self._desk.settings, name) == "dial":
+            if name not in self._dialers:
+                self._dialers[name] = Dialer(self._desk, name)
+                self._dialers[name].start()
+            self._desk.watch.need(name)
+
+    def settle(self, deadline: float) -> None:
+        """Wait until everything that was sent has arrived.
+
+        Raises:
+            DeadlineError: E621, not before `deadline`, by the monotonic clock.
+            BaseException: what `Steward.check` raises.
+        """
+        steward = self._desk.steward
+        for peer in steward.peers.values():
+            with peer.changed:
+                while not peer.link.outbox.empty:
+                    steward.check()
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise unfinished(self._desk)
+                    peer.changed.wait(left)
+
+    def close(self) -> None:
+        """Say what must still be said, for at most `deadlines.close` seconds, and end all streams and threads."""
+        desk, steward = self._desk, self._desk.steward
+        if steward.closing:
+            return
+        deadline = time.monotonic() + desk.settings.deadlines.close
+        if steward.failure is not None or steward.member.done:
+            for peer in steward.peers.values():
+                self._flush(peer, deadline)
+        with steward.changed:
+            steward.closing = True
+            steward.changed.notify_all()
+        for dialer in self._dialers.values():
+            dialer.stop()
+        for peer in steward.peers.values():
+            with peer.changed:
+                if peer.stream is not None:
+                    peer.stream.draining = True
+                peer.changed.notify_all()
+        self._server.stop(max(_LEAST, deadline - time.monotonic()))
+        for dialer in self._dialers.values():
+            dialer.join(max(_LEAST, deadline - time.monotonic()))
+        desk.timers.close(max(_LEAST, deadline - time.monotonic()))
+
+    def _flush(self, peer: Peer, deadline: float) -> None:
+        """Wait until a peer has everything; after a good end also for one whose link is down just now."""
+        with peer.changed:
+            while not (peer.link.outbox.empty or peer.left):
+                gone = peer.stream is None or peer.stream.closed
+                left = deadline - time.monotonic()
+                if left <= 0 or (gone and not self._desk.steward.member.done):
+                    return
+                peer.changed.wait(left)
+
+
+def unfinished(desk: Desk) -> DeadlineError:
+    """Return the error for a run that does not come to its end."""
+    conductor, settings = desk.steward.conductor, desk.settings
+    late = [name for name in settings.parties if conductor is not None and name not in conductor.finished]
+    names = ", ".join(name for name in late if name != settings.party) or "the others"
+    return DeadlineError(
+        f"{names} did not finish in time",
+        where=f"party {settings.party}, at the end of session {desk.steward.member.taken}",
+        expected=f"all parties at the end within {settings.deadlines.receive:g} seconds",
+        remedy="look at their terminals; if their last steps take longer, raise deadlines.receive",
+        code="E621",
+    )

@@ -1,0 +1,107 @@
+"""Frames that have arrived and wait to be taken, by source and tag. Safe for threads; nothing is polled.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E530 | ContractError | a party sent more than can be under way, or a tag twice |
+| E621 | DeadlineError | the frame did not come in time |
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+from cutlayer.core.program import Tag
+from cutlayer.engine.wire import Frame
+from cutlayer.errors import ContractError, DeadlineError
+
+__all__ = ["Mailbox"]
+
+
+class Mailbox:
+    """The frames of one session.
+
+    Args:
+        party: Who receives; for messages.
+        bounds: Source -> the most frames of it that may wait at once; others may send nothing.
+    """
+
+    def __init__(self, party: str, bounds: Mapping[str, int]) -> None:
+        """Start empty."""
+        self._party = party
+        self._bounds = dict(bounds)
+        self._frames: dict[str, dict[Tag, Frame]] = {source: {} for source in bounds}
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+
+    def check(self, source: str, tag: Tag) -> None:
+        """Raise `ContractError` E530 if this frame would be one too many, or is there already."""
+        with self._changed:
+            self._check(source, tag)
+
+    def put(self, source: str, frame: Frame) -> None:
+        """Keep a frame until it is taken. Raises `ContractError` E530 as `check` does."""
+        with self._changed:
+            self._check(source, frame.tag)
+            self._frames[source][frame.tag] = frame
+            self._changed.notify_all()
+
+    def take(self, source: str, tag: Tag, seconds: float) -> Frame:
+        """Wait for a frame and remove it.
+
+        Raises:
+            DeadlineError: E621, it did not come within `seconds`; names source and tag.
+            BaseException: what `fail` was given, before or while this waits.
+        """
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                frame = self._frames.get(source, {}).pop(tag, None)
+                if frame is not None:
+                    return frame
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _late(self._party, source, tag, seconds)
+                self._changed.wait(left)
+
+    def fail(self, failure: BaseException) -> None:
+        """Make every `take`, waiting or to come, raise this; the first failure stays. Drops all frames."""
+        with self._changed:
+            if self._failure is None:
+                self._failure = failure
+            for frames in self._frames.values():
+                frames.clear()
+            self._changed.notify_all()
+
+    def _check(self, source: str, tag: Tag) -> None:
+        held, bound = self._frames.get(source, {}), self._bounds.get(source, 0)
+        if tag in held or len(held) >= bound:
+            raise ContractError(
+                f"{source!r} sent a frame twice" if tag in held else f"{source!r} sent more than can be under way",
+                where=f"party {self._party}, {place(tag)}",
+                expected=f"at most {bound} frames at once, each of them once",
+                got=f"{len(held)} waiting",
+                remedy="the sender breaks the contract: stop, and compare its plan and release with yours",
+                code="E530",
+            )
+
+
+def place(tag: Tag) -> str:
+    """Return a tag as people read it."""
+    return (
+        f"{tag.mode} round {tag.round}, step {tag.step}, edge {tag.edge}, lane {tag.lane}, "
+        f"microbatch {tag.micro}, {tag.direction}"
+    )
+
+
+def _late(party: str, source: str, tag: Tag, seconds: float) -> DeadlineError:
+    return DeadlineError(
+        f"{source!r} did not send in time",
+        where=f"party {party}, waiting for {place(tag)}",
+        expected=f"a frame within {seconds:g} seconds",
+        remedy=f"look at {source}'s terminal; if its steps take longer than this, raise deadlines.receive",
+        code="E621",
+    )

@@ -1,0 +1,56 @@
+"""Errors on their way to other parties: class and code arrive, values do not."""
+
+from __future__ import annotations
+
+import pytest
+
+from cutlayer.errors import (
+    CertificateError,
+    CheckpointError,
+    CutlayerError,
+    HandshakeError,
+    PeerError,
+    StageError,
+)
+from cutlayer.transport import control
+from cutlayer.transport.control import Abort
+from cutlayer.transport.handshake import abort_of, error_of, tidy
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (HandshakeError("differ", code="E642", remedy="do"), HandshakeError, "E642"),
+        (CertificateError("old", code="E661", remedy="do"), CertificateError, "E661"),
+        (PeerError("lab was lost", code="E701", remedy="do"), PeerError, "E701"),
+        (StageError("a stage failed", code="E301", remedy="do"), PeerError, "E703"),
+        (CheckpointError("damaged", remedy="do"), PeerError, "E703"),
+    ],
+)
+def test_an_error_arrives_with_its_code_and_remedy(error: CutlayerError, kind: type[CutlayerError], code: str):
+    arrived = error_of(control.decode(control.ABORT, control.encode(abort_of(error, "clinic"))), "server")
+    assert type(arrived) is kind
+    assert arrived.code == code
+    assert error.what in arrived.what
+    assert arrived.remedy == "do"
+    if code == "E703":
+        assert error.code in arrived.got
+        assert "clinic" in arrived.what
+
+
+def test_values_stay_at_home():
+    error = StageError("a stage failed", where="/home/x/data.csv", expected="1", got="secret 42")
+    assert "secret" not in repr(abort_of(error, "clinic"))
+    assert "home" not in repr(abort_of(error, "clinic"))
+    assert "secret" not in repr(abort_of(ValueError("secret"), "clinic"))
+
+
+def test_texts_of_others_are_fit_for_a_terminal():
+    arrived = error_of(Abort("clinic", "E999", "\x1b[2Jgone\nnext", "\x07"), "server")
+    assert all(sign.isprintable() for sign in str(arrived))
+    assert len(tidy("x" * 10_000)) == control.TEXT_MAX
+
+
+def test_a_long_error_still_fits_into_a_message():
+    error = StageError("x" * 5000, remedy="y" * 5000)
+    assert control.decode(control.ABORT, control.encode(abort_of(error, "clinic"))) == abort_of(error, "clinic")
