@@ -1,0 +1,88 @@
+"""cutlayer: split learning. One network, its parts at different organisations, no raw data shared.
+
+Public names are those of `__all__`; everything else is reached through submodules and may change. Names are loaded
+when first used, so that `import cutlayer` and the command line's help cost no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cutlayer.core.parts import Loss, Release, Stage, Training
+    from cutlayer.core.plan import Plan
+    from cutlayer.core.spec import TensorSpec
+    from cutlayer.core.topologies import extended_vanilla, hybrid, multihop, multitask, u_shaped, vanilla, vertical
+    from cutlayer.data.sources import TensorTable
+    from cutlayer.errors import CutlayerError
+    from cutlayer.run.outcome import Result
+    from cutlayer.run.party import Party
+    from cutlayer.run.session import join
+    from cutlayer.run.simulate import predict, simulate
+    from cutlayer.transport.settings import NetworkSettings
+    from cutlayer.transport.tls import load_credentials
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CutlayerError",
+    "Loss",
+    "NetworkSettings",
+    "Party",
+    "Plan",
+    "Release",
+    "Result",
+    "Stage",
+    "TensorSpec",
+    "TensorTable",
+    "Training",
+    "extended_vanilla",
+    "hybrid",
+    "join",
+    "load_credentials",
+    "multihop",
+    "multitask",
+    "predict",
+    "simulate",
+    "u_shaped",
+    "vanilla",
+    "vertical",
+]
+
+_HOMES = {
+    "CutlayerError": "errors",
+    "Loss": "core.parts",
+    "NetworkSettings": "transport.settings",
+    "Party": "run.party",
+    "Plan": "core.plan",
+    "Release": "core.parts",
+    "Result": "run.outcome",
+    "Stage": "core.parts",
+    "TensorSpec": "core.spec",
+    "TensorTable": "data.sources",
+    "Training": "core.parts",
+    "extended_vanilla": "core.topologies",
+    "hybrid": "core.topologies",
+    "join": "run.session",
+    "load_credentials": "transport.tls",
+    "multihop": "core.topologies",
+    "multitask": "core.topologies",
+    "predict": "run.simulate",
+    "simulate": "run.simulate",
+    "u_shaped": "core.topologies",
+    "vanilla": "core.topologies",
+    "vertical": "core.topologies",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module, when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cutlayer' has no attribute {name!r}")
+    return getattr(import_module(f"cutlayer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted([*__all__, "__version__"])

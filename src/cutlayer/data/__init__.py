@@ -1,0 +1,5 @@
+"""Data: a party's data sets as batches in the plan's order, and real data sets that come with packages."""
+
+from cutlayer.data.sources import TensorTable
+
+__all__ = ["TensorTable"]

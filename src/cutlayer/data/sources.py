@@ -1,0 +1,266 @@
+"""A party's data set or loader, as batches in the order that the plan fixes.
+
+The plan fixes the order where several parties must load the same people's samples together, and for every plain data
+set. A `DataLoader` whose party is the only one with data in its lane keeps its own sampler. Collate function, workers
+and pinned memory of a loader are kept in both cases.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from cutlayer.core.batching import batch_slice, lane_batches, permutation
+from cutlayer.core.parts import Training
+from cutlayer.errors import DataError
+
+__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "sample_count"]
+
+
+@runtime_checkable
+class BatchDataset(Protocol):
+    """A data set that can give a whole batch at once."""
+
+    def batch(self, indices: Sequence[int]) -> Mapping[str, Tensor]:
+        """Return the samples of these indices: field -> tensor of shape (len(indices), ...)."""
+
+
+class TensorTable(Dataset[dict[str, Tensor]]):
+    """Fields held in memory: field -> tensor whose first dimension counts samples. Batches cost one index each."""
+
+    def __init__(self, **fields: Tensor) -> None:
+        """Raises `DataError` if the fields have different numbers of samples."""
+        sizes = {name: len(value) for name, value in fields.items()}
+        if len(set(sizes.values())) != 1:
+            raise DataError(
+                "the fields of a table have different numbers of samples",
+                got=str(sizes),
+                code="E254",
+                remedy="give each field one row a sample",
+            )
+        self.fields = fields
+        self._size = next(iter(sizes.values()))
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sample."""
+        return {name: value[index] for name, value in self.fields.items()}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return many samples at once."""
+        rows = torch.as_tensor(indices)
+        return {name: value[rows] for name, value in self.fields.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The public part of the order of samples, and the party's private seed for what is random in its data set."""
+
+    training: Training
+    count: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    fields: tuple[str, ...] | None = None
+
+
+def sample_count(data: Dataset[Any] | DataLoader[Any]) -> int:
+    """Return how many samples a map-style data set, or a loader's sampler, gives in an epoch."""
+    counted: Any = data.sampler if isinstance(data, DataLoader) and data.batch_sampler is not None else data
+    try:
+        return len(counted)
+    except TypeError:
+        raise DataError(
+            "the data set has no length",
+            expected="a map-style data set with __len__ and __getitem__",
+            got=type(data).__name__,
+            remedy="load the stream into a map-style data set: all parties must know the number of steps",
+            code="E255",
+        ) from None
+
+
+def batches(data: Dataset[Any] | DataLoader[Any], order: Order, *, alone: bool) -> OrderedBatches | LoaderBatches:
+    """Return the data as batches. `alone`: no other party loads data in this lane, so a loader keeps its sampler."""
+    if isinstance(data, DataLoader) and alone:
+        return LoaderBatches(data, order)
+    return OrderedBatches(data, order)
+
+
+class _Random:
+    """Runs data code with a random generator of its own, so that it disturbs no stage and no other party."""
+
+    def __init__(self) -> None:
+        self.state = _generators()
+
+    def seed(self, *parts: int) -> None:
+        """Begin again from the party's private seed: an epoch's randomness depends on seed and epoch only."""
+        mixed = hash(parts) & (2**63 - 1)  # a hash of ints is the same in every process
+        legacy = np.random.RandomState(mixed % 2**32).get_state()
+        self.state = torch.Generator().manual_seed(mixed).get_state(), random.Random(mixed).getstate(), legacy  # noqa: S311
+
+    def __enter__(self) -> None:
+        self._outer = _generators()
+        _set_generators(self.state)
+
+    def __exit__(self, *_error: object) -> None:
+        self.state = _generators()
+        _set_generators(self._outer)
+
+
+_States = tuple[Tensor, Any, Any]
+
+
+def _generators() -> _States:
+    """Return the states of the generators that data code uses: torch, random, numpy."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def _set_generators(states: _States) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+
+
+class OrderedBatches:
+    """Batches in the plan's order: the same samples at the same step at every party of a lane."""
+
+    def __init__(self, data: Dataset[Any] | DataLoader[Any], order: Order) -> None:
+        """Take over a loader's data set, collate function and workers; its sampler is replaced.
+
+        Raises:
+            DataError: the sampler picks only some of the samples, which would be lost.
+        """
+        self.order = order
+        self._loader = data if isinstance(data, DataLoader) else None
+        self._dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+        if self._loader is not None and sample_count(self._dataset) != order.count:
+            raise DataError(
+                "the sampler of a loader picks some of its samples, but here the plan orders the samples",
+                expected=f"all {sample_count(self._dataset)} samples of the data set",
+                got=f"{order.count} of them",
+                remedy="wrap the data set in torch.utils.data.Subset, and leave the sampler out",
+                code="E256",
+            )
+        self._random = _Random()
+        self._at: tuple[int, int, int] | None = None
+        self._indices: list[int] = []
+        self._iterator: Iterator[Any] | None = None
+
+    def load(self, *, lane: int, epoch: int, index: int, size: int) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """Return batch `index` of an epoch. Fields are as the data set names them, shape (size, ...)."""
+        if self._at != (lane, epoch, index):
+            self._restart(lane, epoch, index)
+        self._at = (lane, epoch, index + 1)
+        with self._random:
+            if self._iterator is not None:
+                return _named(next(self._iterator), self.order.fields)
+            return self._rows(batch_slice(index, len(self._indices), self.order.training.batch_size))
+
+    def _rows(self, place: slice) -> Mapping[str, Tensor]:
+        rows = self._indices[place]
+        if isinstance(self._dataset, BatchDataset):
+            return self._dataset.batch(rows)
+        return _named(default_collate([self._dataset[row] for row in rows]), self.order.fields)
+
+    def _restart(self, lane: int, epoch: int, index: int) -> None:
+        order, training = self.order, self.order.training
+        count = order.count
+        self._indices = permutation(training.seed, epoch, lane, count) if order.shuffle else list(range(count))
+        self._random.seed(order.seed, epoch)
+        self._iterator = None
+        with self._random:
+            if self._loader is not None:
+                self._iterator = iter(self._ordered(self._loader))
+                for _ in range(index):
+                    next(self._iterator)
+            elif not isinstance(self._dataset, TensorTable):
+                for earlier in range(index):  # draws what was drawn before, so that the rest is the same
+                    self._rows(batch_slice(earlier, count, training.batch_size))
+
+    def _ordered(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        sizes = lane_batches(self.order.count, self.order.training.batch_size, self.order.drop_last)
+        rows = [
+            self._indices[batch_slice(i, self.order.count, self.order.training.batch_size)] for i in range(len(sizes))
+        ]
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=rows,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+
+class LoaderBatches:
+    """The user's own loader, with its sampler, collate function and workers."""
+
+    def __init__(self, loader: DataLoader[Any], order: Order) -> None:
+        """Refuse a loader whose batches are not those of the plan."""
+        expected = (order.training.batch_size, order.drop_last)
+        if loader.batch_size is not None and (loader.batch_size, loader.drop_last) != expected:
+            raise DataError(
+                "the loader makes other batches than the plan",
+                expected=f"batch_size={expected[0]}, drop_last={expected[1]}",
+                got=f"batch_size={loader.batch_size}, drop_last={loader.drop_last}",
+                remedy="make the loader with the plan's numbers, or change the plan",
+                code="E256",
+            )
+        self.loader, self.order = loader, order
+        self._random = _Random()
+        self._at: tuple[int, int] | None = None
+        self._iterator: Iterator[Any] | None = None
+
+    def load(self, *, lane: int, epoch: int, index: int, size: int) -> Mapping[str, Tensor]:
+        """Return batch `index` of an epoch; a repeated run of an epoch gives the same batches."""
+        if self._at != (epoch, index) or self._iterator is None:
+            self._restart(epoch, index)
+        self._at = (epoch, index + 1)
+        with self._random:
+            batch = next(cast("Iterator[Any]", self._iterator), None)
+        if batch is None:
+            raise DataError(
+                "the loader ended early",
+                where=f"lane {lane}, epoch {epoch}, batch {index} of {size} samples",
+                remedy="its sampler must give as many samples as its length says",
+                code="E256",
+            )
+        return _named(batch, self.order.fields)
+
+    def _restart(self, epoch: int, index: int) -> None:
+        self._random.seed(self.order.seed, epoch)
+        sampler: Any = self.loader.sampler
+        for generator in {id(g): g for g in (self.loader.generator, getattr(sampler, "generator", None)) if g}.values():
+            generator.manual_seed(hash((self.order.seed, epoch)) & (2**63 - 1))
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        with self._random:
+            self._iterator = iter(self.loader)
+            for _ in range(index):
+                next(self._iterator, None)
+
+
+def _named(item: Any, fields: tuple[str, ...] | None) -> Mapping[str, Tensor]:  # noqa: ANN401 - a collated batch
+    if isinstance(item, Mapping):
+        return item
+    values = item if isinstance(item, tuple | list) else (item,)
+    if fields is None or len(fields) != len(values):
+        raise DataError(
+            "the data set gives tuples and their parts have no names",
+            expected=f"{len(values)} names",
+            got=f"{len(fields)}" if fields else "none",
+            remedy="name them: Party(..., fields=['image', 'label'])",
+            code="E253",
+        )
+    return dict(zip(fields, values, strict=True))

@@ -1,0 +1,234 @@
+"""From a contract and a party file to a run: the network's settings, what would leave, the run's folder.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E206 | ConfigError | contract and [network] of the party file contradict each other |
+| E207 | ConfigError | this site has not accepted the contract |
+| E208 | ConfigError | the folder holds no run that can be gone on with |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from cutlayer.core.compile import Roster
+from cutlayer.core.cost import epoch_bytes
+from cutlayer.core.plan import Plan
+from cutlayer.errors import ConfigError
+from cutlayer.run.config import Contract, parse_contract
+from cutlayer.run.partyfile import PartyFile
+from cutlayer.run.tables import read_text
+from cutlayer.transport.settings import NetworkSettings, check_settings
+from cutlayer.transport.tls import load_credentials
+
+__all__ = [
+    "LaunchRecord",
+    "Leaving",
+    "accept",
+    "assumed_roster",
+    "begin_run",
+    "leaving",
+    "network_settings",
+    "read_run",
+]
+
+Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
+_RECORD = "launch.json"
+_NOMINAL = 1000  # samples for which bytes are told where the number of samples is not known
+
+
+class LaunchRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `cutlayer resume` needs of a run, kept in its folder as `launch.json`; it never leaves the site.
+
+    Attributes:
+        kind: "join" (one party), "processes" (all parties, a process each) or "simulate" (all in one process).
+        digest: Of the contract.
+        party_files: Complete paths.
+    """
+
+    kind: Literal["join", "processes", "simulate"]
+    digest: str
+    party_files: tuple[str, ...]
+    version: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What may leave a party: its part of the printed plan, and the bytes of tensors it sends in an epoch.
+
+    `samples` are those that `nbytes` is counted for; `known` says whether they are this party's own.
+    """
+
+    text: str
+    nbytes: int
+    samples: int
+    known: bool
+
+    def summary(self) -> str:
+        """Return the bytes in one line."""
+        of = f"its {self.samples:,} samples" if self.known else f"every {self.samples:,} samples a data holder has"
+        return f"{self.nbytes:,} bytes over cuts an epoch (weights of replicas come on top), for {of}"
+
+
+def network_settings(contract: Contract, file: PartyFile) -> NetworkSettings:
+    """Return a party's place in the network.
+
+    Raises:
+        ConfigError: E205, no party of the plan; E206, neither or both of certificates and plaintext, or an address to
+            listen at that nobody dials; E211 to E213, see `transport.settings`.
+        CertificateError: E666, a file of the credentials is missing or damaged.
+    """
+    plan, where = contract.plan, f"{file.path}: [network]"
+    if file.name not in plan.parties:
+        raise ConfigError(
+            f"{file.name!r} is no party of the plan",
+            where=str(file.path),
+            expected=f"one of {', '.join(plan.parties)}",
+            got=file.name,
+            remedy="correct `party` in the party file, or take the contract of this run",
+            code="E205",
+        )
+    if file.credentials is None and not file.insecure:
+        raise ConfigError(
+            "the party file names no certificates",
+            where=where,
+            expected="credentials = FOLDER",
+            remedy="make them with `cutlayer pki issue`; for a trial on one machine set insecure = true",
+            code="E206",
+        )
+    if file.listen and file.name not in contract.addresses:
+        raise ConfigError(
+            "this party listens, but the contract gives no address at which others could dial it",
+            where=where,
+            expected=f"{file.name} in [addresses] of the contract, or no `listen`",
+            got=f"listen = {file.listen!r}",
+            remedy="remove `listen`: a party without an address dials out",
+            code="E206",
+        )
+    sizes = [edge.spec.nbytes(plan.training.batch_size) for edge in plan.graph.edges if edge.spec is not None]
+    settings = NetworkSettings(
+        party=file.name,
+        parties=plan.parties,
+        coordinator=contract.coordinator,
+        addresses=contract.addresses,
+        run=plan.name,
+        digest=contract.digest(),
+        listen=file.listen,
+        credentials=load_credentials(file.credentials, file.name) if file.credentials else None,
+        deadlines=contract.deadlines.settings(),
+        limit=max([*sizes, *(stage.state_limit for stage in plan.stages)]),
+    )
+    check_settings(settings)
+    return settings
+
+
+def accept(contract: Contract, file: PartyFile, given: str) -> bool:
+    """Return whether this site has accepted the contract: by the digest `given`, or by the one in its party file.
+
+    False means that nobody has said anything yet. Raises `ConfigError` E207 if another contract was accepted.
+    """
+    wanted = given or (file.accept if file.accept != "ask" else "")
+    if wanted and wanted != contract.digest():
+        raise ConfigError(
+            "this site has accepted another contract",
+            where="--accept" if given else f"{file.path}: run.accept",
+            expected=wanted,
+            got=contract.digest(),
+            remedy="read the contract with `cutlayer plan`; if it may run, accept its digest",
+            code="E207",
+        )
+    return bool(wanted)
+
+
+def assumed_roster(plan: Plan, counts: Counts) -> Roster:
+    """Return a roster from the parties' counts that are known; others are taken to fit them.
+
+    Parties of one lane hold the same samples, so one known count fills its lane; a lane of which nothing is known gets
+    one batch.
+    """
+    samples: dict[str, dict[str, int]] = {}
+    for mode in ("train", "evaluate", "predict"):
+        held = {party: modes.get(mode, 0) for party, modes in counts.items()}
+        for lane in range(plan.lanes):
+            parties = tuple(plan.graph.data_fields(lane))
+            known = [held[party] for party in parties if party in held]
+            wanted = mode == "train" or any(held.values())
+            fill = known[0] if known else plan.training.batch_size * wanted
+            for party in parties:
+                samples.setdefault(mode, {})[party] = held.get(party, fill)
+    return Roster(samples)
+
+
+def leaving(plan: Plan, party: str, counts: Mapping[str, int]) -> Leaving:
+    """Return what may leave `party`, whose own numbers of samples by mode are `counts`."""
+    own = any(party in plan.graph.data_fields(lane) for lane in range(plan.lanes)) and bool(counts.get("train"))
+    samples = counts["train"] if own else _NOMINAL
+    known = {party: {"train": samples}} if own else {}
+    holders = {p for lane in range(plan.lanes) for p in plan.graph.data_fields(lane)}
+    roster = assumed_roster(plan, known or {holder: {"train": samples} for holder in holders})
+    return Leaving(_section(plan, party), epoch_bytes(plan, roster, party), samples, own)
+
+
+def _section(plan: Plan, party: str) -> str:
+    """Return the party's part of the printed plan, which describes parties of one kind together: "a, b (each)"."""
+    found: list[str] = []
+    inside = False
+    for line in str(plan).splitlines():
+        if not line.startswith(" "):
+            inside = party in line.removesuffix(" (each)").split(", ")
+        if inside:
+            found.append(line if line.startswith(" ") else party)
+    return "\n".join(found)
+
+
+def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
+    """Note in a run's folder, made if missing, what it was started with. A run of the same contract is gone on with.
+
+    Raises `ConfigError` E208 if the folder holds a run of another contract.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _RECORD
+    if path.exists() and _read_record(path).digest != record.digest:
+        raise ConfigError(
+            "the folder holds a run of another contract",
+            where=str(folder),
+            expected=record.digest,
+            got=_read_record(path).digest,
+            remedy="give a new folder",
+            code="E208",
+        )
+    (folder / "contract.toml").write_text(contract_text, encoding="utf-8")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+
+
+def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
+    """Return a run's contract, its text and what it was started with. Raises `ConfigError` E208 if it is no run."""
+    record = _read_record(folder / _RECORD)
+    text = read_text(folder / "contract.toml")
+    contract = parse_contract(text, where=str(folder / "contract.toml"))
+    if contract.digest() != record.digest:
+        raise _no_run(folder, f"a contract of digest {record.digest}", contract.digest())
+    return contract, text, record
+
+
+def _read_record(path: Path) -> LaunchRecord:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LaunchRecord)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise _no_run(path.parent, _RECORD, str(error)[:200]) from error
+
+
+def _no_run(folder: Path, expected: str, got: str) -> ConfigError:
+    return ConfigError(
+        "the folder holds no run that can be gone on with",
+        where=str(folder),
+        expected=expected,
+        got=got,
+        remedy="give the folder that `cutlayer run` or `cutlayer join` named when it started",
+        code="E208",
+    )

@@ -1,0 +1,160 @@
+"""A party as its owner describes it: modules, data, optimizer. Nothing of it leaves but what the plan says."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from cutlayer.core.compile import Roster
+from cutlayer.core.graph import Graph
+from cutlayer.core.parts import Loss
+from cutlayer.core.plan import Plan
+from cutlayer.data.sources import Order, batches, sample_count
+from cutlayer.engine.worker import Batches, Parts, Worker
+from cutlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+__all__ = ["Party"]
+
+Data = Dataset[Any] | DataLoader[Any]
+
+
+@dataclass(frozen=True)
+class Party:
+    """One organisation in a plan.
+
+    Args:
+        name: As the plan names it.
+        modules: Stage -> module (or, for a loss, any callable that gives a scalar).
+        data: For training: a map-style data set or a `DataLoader`, whose items are dictionaries of the plan's
+            fields, or tuples named by `fields`.
+        evaluation: The same, for evaluation.
+        prediction: The same, for prediction.
+        optimizer: Makes the optimizer from a list of parameters.
+        scheduler: Makes a learning-rate scheduler from the optimizer.
+        scheduler_every: "epoch" or "step": when the scheduler advances.
+        metrics: Loss -> function that makes its torchmetrics, called with (prediction, label).
+        fields: Names of the parts of tuple items.
+        seed: Private seed of dropout and of randomness in the data; None: a new one, never told to anybody.
+        device: Where this party computes.
+        threads: Threads that torch may use in a process of this party's own; more than one pays for large stages on a
+            machine that runs nothing else, and changes the last bits.
+        finite: Check that nothing which leaves holds a NaN or an infinity.
+    """
+
+    name: str
+    _: KW_ONLY
+    modules: Mapping[str, nn.Module | Callable[..., Tensor]] = field(default_factory=dict)
+    data: Data | None = None
+    evaluation: Data | None = None
+    prediction: Data | None = None
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    scheduler_every: str = "epoch"
+    metrics: Mapping[str, Callable[[], Mapping[str, Metric]]] = field(default_factory=dict)
+    fields: Sequence[str] | None = None
+    seed: int | None = None
+    device: str | torch.device = "cpu"
+    threads: int = 1
+    finite: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for what would fail later, or be overlooked."""
+        for name in ("optimizer", "scheduler"):
+            value = getattr(self, name)
+            if value is not None and (not callable(value) or isinstance(value, Optimizer | LRScheduler)):
+                raise ConfigError(
+                    f"the {name} of party {self.name!r} is no function",
+                    expected="a function that makes it, such as lambda params: torch.optim.Adam(params, lr=1e-3)",
+                    got=type(value).__name__,
+                    code="E227",
+                )
+        if self.scheduler_every not in ("epoch", "step"):
+            raise ConfigError(
+                "unknown scheduler_every", expected="epoch or step", got=self.scheduler_every, code="E227"
+            )
+
+
+def counts(party: Party) -> dict[str, int]:
+    """Return the party's number of samples by mode: the only thing about its data that others are told."""
+    held = {"train": party.data, "evaluate": party.evaluation, "predict": party.prediction}
+    return {mode: sample_count(data) for mode, data in held.items() if data is not None}
+
+
+def build(plan: Plan, party: Party, roster: Roster) -> Worker:
+    """Return the worker of a party. Raises `ConfigError` if something of the plan's is missing here."""
+    graph = plan.graph
+    mine = {s.name for s in plan.stages if party.name in s.places}
+    unknown = party.modules.keys() - mine
+    if unknown:
+        raise ConfigError(
+            f"party {party.name!r} has modules for stages that are not its own: {', '.join(sorted(unknown))}",
+            expected=", ".join(sorted(mine)),
+            remedy="check the stage's name and its `at` in the plan",
+            code="E223",
+        )
+    stray = party.metrics.keys() - {s.name for s in plan.stages if isinstance(s, Loss)}
+    if stray:
+        raise ConfigError(
+            f"party {party.name!r} has metrics for {', '.join(sorted(stray))}, which is no loss of the plan",
+            remedy="name the loss: metrics={'LOSS': lambda: {...}}",
+            code="E223",
+        )
+    seed = secrets.randbits(63) if party.seed is None else party.seed
+    held = {"train": party.data, "evaluate": party.evaluation, "predict": party.prediction}
+    parts = Parts(
+        party=party.name,
+        modules={name: _module(module) for name, module in party.modules.items()},
+        optimizer=party.optimizer,
+        scheduler=party.scheduler,
+        scheduler_every=party.scheduler_every,
+        metrics=party.metrics,
+        batches={
+            mode: _batches(plan, graph, party, mode, data, seed, roster)
+            for mode, data in held.items()
+            if data is not None
+        },
+        seed=seed,
+        device=torch.device(party.device),
+        finite=party.finite,
+    )
+    return Worker(plan, parts)
+
+
+def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed: int, roster: Roster) -> Batches:
+    train = mode == "train"
+    lanes = [lane for lane in range(graph.lanes) if party.name in graph.data_fields(lane)]
+    order = Order(
+        training=plan.training,
+        count=roster.samples[mode][party.name],
+        seed=seed,
+        shuffle=plan.training.shuffle and train,
+        drop_last=plan.training.drop_last and train,
+        fields=tuple(party.fields) if party.fields is not None else None,
+    )
+    return batches(data, order, alone=all(len(graph.data_fields(lane)) == 1 for lane in lanes))
+
+
+class _Call(nn.Module):
+    """A function as a module, such as `torch.nn.functional.cross_entropy` for a loss."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+def _module(module: nn.Module | Callable[..., Tensor]) -> nn.Module:
+    return module if isinstance(module, nn.Module) else _Call(module)

@@ -1,0 +1,146 @@
+"""Before a run: do contract, party files, certificates, modules and data fit each other? Nothing is sent.
+
+A party's modules are tried on one batch of its own data; what would come from others is made up from the plan's specs,
+and what would leave is checked and dropped. The modules are trained by that one step, so they are not used afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import torch
+from torch import Tensor
+
+from cutlayer.core.compile import Roster, compile_plan
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Checkpoint, Credit, Exchange, Forward, Instruction, Mode, Program, Recv
+from cutlayer.engine.party import Do, fulfil
+from cutlayer.engine.tensors import to_payload, torch_dtype
+from cutlayer.engine.worker import Parcel
+from cutlayer.errors import ConfigError, CutlayerError, DataError
+from cutlayer.run.config import Contract
+from cutlayer.run.launch import assumed_roster, network_settings
+from cutlayer.run.party import Party, build, counts
+from cutlayer.run.partyfile import PartyFile
+from cutlayer.transport.pki import describe
+from cutlayer.transport.tls import check_credentials
+
+__all__ = ["Finding", "preflight", "try_party"]
+
+_SOON = 30  # days before a certificate's end at which to warn
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `level` is "ok", "warn" or "fail"; a failure carries its error."""
+
+    level: str
+    subject: str
+    text: str
+    error: CutlayerError | None = None
+
+
+def preflight(contract: Contract, files: Sequence[PartyFile], *, now: datetime) -> Iterator[Finding]:
+    """Yield what was found, one finding at a time; failures do not end it. `now` (with a time zone) is the clock."""
+    plan = contract.plan
+    cuts = {edge.index for lane in range(plan.lanes) for edge in plan.graph.cuts(lane)}
+    yield Finding(
+        "ok", "contract", f"{len(plan.stages)} stages, {len(plan.parties)} parties, {len(cuts)} cuts, "
+        f"digest {contract.digest()}"
+    )  # fmt: skip
+    held: dict[str, Party] = {}
+    for file in files:
+        yield from _network(contract, file, now)
+        try:
+            if file.name in held:
+                raise ConfigError(
+                    f"two party files are of {file.name!r}", where=str(file.path), remedy="give one each", code="E225"
+                )
+            held[file.name] = file.party()
+        except CutlayerError as error:
+            yield _failure(file.name, error)
+    known = {name: counts(party) for name, party in held.items()}
+    for name, party in held.items():
+        try:
+            try_party(plan, party, assumed_roster(plan, known))
+        except CutlayerError as error:
+            yield _failure(name, error)
+        else:
+            own = ", ".join(f"{mode} {count:,}" for mode, count in known[name].items())
+            stages = ", ".join(stage.name for stage in plan.stages if name in stage.places)
+            yield Finding("ok", name, f"one batch through {stages}; samples: {own or 'none'}")
+
+
+def try_party(plan: Plan, party: Party, roster: Roster) -> None:
+    """Run a party's first step of training, and of evaluation, with made-up values for what others would send.
+
+    Raises:
+        ConfigError, DataError: a module, an optimizer or a field of the data is missing.
+        StageError, ContractError, NonFiniteError: a module fails, or gives something else than the plan says.
+    """
+    if party.name not in plan.parties:
+        raise ConfigError(
+            f"{party.name!r} is no party of the plan", expected=f"one of {', '.join(plan.parties)}", code="E205"
+        )
+    holds = any(party.name in plan.graph.data_fields(lane) for lane in range(plan.lanes))
+    if holds and not roster.samples.get("train", {}).get(party.name):
+        raise DataError(
+            f"party {party.name!r} has no data for train",
+            where=f"party {party.name}",
+            remedy=f"give Party({party.name!r}, data=...) a data set",
+            code="E252",
+        )
+    programs = compile_plan(plan, roster)[party.name]
+    worker = build(plan, party, roster)
+    made_up = torch.Generator().manual_seed(0)
+    modes: tuple[Mode, ...] = ("train", "evaluate")
+    for mode in modes:
+        worker.begin(mode, 1)
+        for job in _first_step(programs[mode]):
+            parcel = _parcel(job, made_up) if isinstance(job, Recv) else None
+            fulfil(worker, Do(job, 0, parcel), lambda: 0.0)
+        worker.end_step()
+
+
+def _first_step(program: Program) -> list[Instruction]:
+    """Return the instructions of the first block that computes, without those that others must answer."""
+    for block in program.blocks:
+        if any(isinstance(job, Forward) for job in block.instructions):
+            return [job for job in block.instructions if not isinstance(job, Exchange | Credit | Checkpoint)]
+    return []
+
+
+def _parcel(job: Recv, made_up: torch.Generator) -> Parcel:
+    """Return random numbers (zeros for integers, which may be indices) of the dtype and shape that the plan says."""
+    shape = job.spec.concrete(job.size)
+    value: Tensor = torch.zeros(shape)
+    if job.spec.floating:
+        value = torch.randn(shape, generator=made_up)
+    value = value.to(torch_dtype(job.spec.dtype))
+    return Parcel(job.spec.dtype, shape, to_payload(value))
+
+
+def _network(contract: Contract, file: PartyFile, now: datetime) -> Iterator[Finding]:
+    if file.credentials is None and not file.insecure:
+        yield Finding("warn", file.name, "no certificates: enough for `cutlayer run`, not for `cutlayer join`")
+        return
+    try:
+        settings = network_settings(contract, file)
+        if settings.credentials is None or file.credentials is None:
+            yield Finding("warn", file.name, "no certificates: plaintext, between processes of this machine only")
+            return
+        check_credentials(settings.credentials, now=now)
+        ends = describe(file.credentials / "party.pem").not_after
+    except CutlayerError as error:
+        yield _failure(file.name, error)
+        return
+    days = (ends - now).days
+    yield Finding(
+        "warn" if days < _SOON else "ok", file.name, f"certificate valid until {ends:%Y-%m-%d}, {days} more days"
+    )
+
+
+def _failure(subject: str, error: CutlayerError) -> Finding:
+    return Finding("fail", subject, error.what, error)

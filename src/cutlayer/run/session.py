@@ -1,0 +1,273 @@
+"""One party of a run over the network: its part of the programs, with checkpoints, and on again after a crash."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cutlayer.core.admission import Admission
+from cutlayer.core.bounds import mailbox_bounds
+from cutlayer.core.compile import Roster, agenda, compile_plan
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Checkpoint, Mode, Program
+from cutlayer.engine.party import Cursor, Do, Effect, EndStep, Post, Take, fulfil, interpret
+from cutlayer.engine.snapshot import restore, snapshot
+from cutlayer.engine.worker import Worker
+from cutlayer.errors import CheckpointError, CutlayerError, PeerError, StageError
+from cutlayer.run.checkpoint import Position, Store, write_atomic
+from cutlayer.run.outcome import Result, history_rows
+from cutlayer.run.party import Party, build, counts
+from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionReset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cutlayer.transport.base import Transport
+
+__all__ = ["join"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+_RESETS_MAX = 1000
+
+
+def join(plan: Plan, party: Party, *, network: NetworkSettings, folder: Path, notify: Notify | None = None) -> Result:
+    """Run one party of a plan; the others run in processes of their own.
+
+    A party that was killed is started again with the same `folder`: all parties go back to the last checkpoint that
+    every one of them has, and the result has the bits of an uninterrupted run.
+
+    Args:
+        plan: The plan, the same at all parties.
+        party: This party.
+        network: Addresses, certificates and deadlines.
+        folder: Where checkpoints are kept; created if missing.
+        notify: Called with events ("connected", "lost", "step", "round"...) as the run goes on; output only.
+
+    Raises:
+        HandshakeError, CertificateError: this party or a peer is not who or what it should be; final.
+        PeerError, DeadlineError, LinkError: a peer failed, never came or stayed away; its code and remedy are in it.
+        CutlayerError: this party failed; the others are told the code and the remedy.
+    """
+    tell: Notify = notify or (lambda _event, _details: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    party = replace(party, seed=_private_seed(folder, party))
+    store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(party.threads)
+    begin = time.perf_counter()
+    try:
+        with Network(network, tell) as link:
+            try:
+                worker = _until_done(_Run(plan, party, store, link, tell))
+            except PeerError:
+                raise
+            except CutlayerError as error:
+                link.abort(error)
+                raise
+            except Exception as error:
+                link.abort(StageError(f"party {party.name!r} failed", got=type(error).__name__, code="E390"))
+                raise
+    finally:
+        torch.set_num_threads(threads)
+    return Result(
+        plan=plan,
+        history=history_rows({party.name: worker}),
+        ledgers={party.name: worker.ledger},
+        workers={party.name: worker},
+        seconds=time.perf_counter() - begin,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same through all sessions of a run."""
+
+    plan: Plan
+    party: Party
+    store: Store
+    link: Network
+    tell: Notify
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What one session has: who is there, and where it begins."""
+
+    number: int
+    roster: Roster
+    phases: list[tuple[Mode, int]]
+    programs: Mapping[Mode, Program]
+    phase: int
+    cursor: int
+
+
+def _until_done(run: _Run) -> Worker:
+    """Run sessions until one gets to the end; each restart of a party begins a new one."""
+    worker: Worker | None = None
+    known = Roster({})
+    initial: dict[str, Tensor] = {}
+    for _ in range(_RESETS_MAX):
+        try:
+            ready = Ready(counts(run.party), tuple(run.store.identifiers()))
+            start = run.link.rendezvous(ready)
+            roster = Roster(start.counts)
+            if worker is None or roster != known:
+                known = roster
+                worker = build(run.plan, run.party, roster)
+                initial = snapshot(worker.site)
+            session = _open(run, worker, roster, start.session, start.checkpoint, initial)
+            _work(run, worker, session)
+            run.link.finish()
+        except SessionReset as reset:
+            run.tell("rollback", {"party": run.party.name, "reason": str(reset)})
+            if worker is not None:
+                worker.clear()
+            continue
+        return worker
+    raise PeerError(
+        "parties restarted too often",
+        where=f"party {run.party.name}",
+        expected=f"at most {_RESETS_MAX} restarts",
+        remedy="look at the first error of the party that restarts",
+        code="E709",
+    )
+
+
+def _open(
+    run: _Run, worker: Worker, roster: Roster, number: int, checkpoint: int, initial: Mapping[str, Tensor]
+) -> _Session:
+    """Compile the programs, go back to the checkpoint (-1: the beginning), and let frames in."""
+    programs = compile_plan(run.plan, roster)
+    mine = programs[run.party.name]
+    phases = agenda(run.plan, roster)
+    phase, cursor = 0, -1
+    run.store.drop_after(checkpoint)
+    if checkpoint < 0:
+        restore(worker.site, initial, "the beginning")
+        worker.ledger.restore({"flows": [], "seconds": [], "flops": []})
+        worker.history.clear()
+    else:
+        loaded = run.store.load(checkpoint)
+        if loaded.document["roster"] != _plain(roster):
+            raise CheckpointError(
+                "the numbers of samples changed since the checkpoint",
+                where=f"party {run.party.name}, checkpoint {checkpoint}",
+                remedy="restore the data sets, or start a new run",
+                code="E805",
+            )
+        phase, cursor = loaded.position.phase, loaded.position.number
+        if loaded.position.last:
+            phase, cursor = phase + 1, -1
+        if phase < len(phases):
+            worker.begin(*phases[phase])
+        restore(worker.site, loaded.tensors, f"checkpoint {checkpoint}")
+        worker.ledger.restore(loaded.document["ledger"])
+        worker.history[:] = loaded.document["history"]
+    bounds = mailbox_bounds(programs, run.plan.training.window)
+    admitted = {sender: most for (sender, receiver), most in bounds.items() if receiver == run.party.name}
+    run.link.open(Admission(mine, phases), admitted)
+    return _Session(number, roster, phases, mine, phase, cursor)
+
+
+def _work(run: _Run, worker: Worker, session: _Session) -> None:
+    identifiers = _identifiers(session)
+    for place in range(session.phase, len(session.phases)):
+        mode, number = session.phases[place]
+        resumed = place == session.phase and session.cursor >= 0
+        if not resumed:
+            worker.begin(mode, number)
+        cursor = Cursor(session.number, number, session.cursor if resumed else -1)
+
+        def saved(job: Checkpoint, place: int = place) -> None:
+            _save(run, worker, session, identifiers[place, job.number], Position(place, job.number, job.last))
+
+        observer = _Observer(run, worker, mode, number, session.programs[mode].steps, saved)
+        _drive(interpret(session.programs[mode], cursor, worker), observer, run.link)
+        rows = [row for row in worker.history if (row["mode"], row["round"]) == (mode, number)]
+        run.tell("round", {"party": run.party.name, "mode": mode, "round": number, "history": rows})
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """Fulfils instructions, saves checkpoints, tells of steps."""
+
+    run: _Run
+    worker: Worker
+    mode: Mode
+    number: int
+    steps: int
+    saved: Callable[[Checkpoint], None]
+
+    def handle(self, effect: Do | EndStep) -> object:
+        if isinstance(effect, EndStep):
+            self.worker.end_step()
+            place = {"mode": self.mode, "round": self.number, "step": effect.step, "steps": self.steps}
+            details = {"party": self.run.party.name, **place, **self.worker.ledger.close_step()}
+            self.run.tell("step", details)
+            return None
+        result = fulfil(self.worker, effect, time.perf_counter)
+        if isinstance(effect.instruction, Checkpoint):
+            self.saved(effect.instruction)
+        return result
+
+
+def _drive(talk: Generator[Effect, Any, None], observer: _Observer, link: Transport) -> None:
+    """Fulfil a party's effects until its program ends."""
+    answer: object = None
+    try:
+        while True:
+            effect = talk.send(answer)
+            answer = None
+            if isinstance(effect, Post):
+                link.send(effect.to, effect.frame)
+            elif isinstance(effect, Take):
+                begin = time.perf_counter()
+                answer = link.recv(effect.source, effect.tag)
+                observer.worker.ledger.spend("wait", effect.source, time.perf_counter() - begin)
+            else:
+                answer = observer.handle(effect)
+    except StopIteration:
+        return
+    finally:
+        talk.close()
+
+
+def _save(run: _Run, worker: Worker, session: _Session, identifier: int, position: Position) -> None:
+    document = {
+        "ledger": worker.ledger.document(),
+        "history": worker.history,
+        "roster": _plain(session.roster),
+    }
+    run.store.save(identifier, position, snapshot(worker.site), document)
+
+
+def _identifiers(session: _Session) -> dict[tuple[int, int], int]:
+    """Return (place in the agenda, checkpoint's number) -> identifier, the same at all parties."""
+    found: dict[tuple[int, int], int] = {}
+    for place, (mode, _) in enumerate(session.phases):
+        for block in session.programs[mode].blocks:
+            for job in block.instructions:
+                if isinstance(job, Checkpoint):
+                    found[place, job.number] = len(found)
+    return found
+
+
+def _plain(roster: Roster) -> dict[str, dict[str, int]]:
+    return {mode: dict(held) for mode, held in roster.samples.items()}
+
+
+def _private_seed(folder: Path, party: Party) -> int:
+    """Return the party's seed; one that was drawn is kept in the run's folder, which never leaves, for a restart."""
+    if party.seed is not None:
+        return party.seed
+    path = folder / f"{party.name}.seed"
+    if not path.exists():
+        write_atomic(path, str(secrets.randbits(63)).encode())
+        path.chmod(0o600)
+    return int(path.read_text())

@@ -1,0 +1,146 @@
+"""All parties of a plan in one process: the same programs, bits and bytes as over a network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.core.compile import Roster, agenda, compile_plan
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Mode
+from cutlayer.engine.party import Cursor, Do, EndStep, fulfil, interpret
+from cutlayer.engine.worker import Worker
+from cutlayer.errors import ConfigError, DataError
+from cutlayer.run.outcome import Result, history_rows
+from cutlayer.run.party import Party, build, counts
+from cutlayer.transport.local import run_together
+
+__all__ = ["Result", "predict", "roster_of", "simulate"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+
+
+def roster_of(parties: Sequence[Party]) -> Roster:
+    """Return how many samples each party holds, by mode."""
+    samples: dict[str, dict[str, int]] = {}
+    for party in parties:
+        for mode, count in counts(party).items():
+            samples.setdefault(mode, {})[party.name] = count
+    return Roster(samples)
+
+
+def simulate(plan: Plan, parties: Sequence[Party], *, notify: Notify | None = None) -> Result:
+    """Train and evaluate a plan with all parties in this process.
+
+    Uses as many torch threads as the caller has set; the bits are those of separate processes if both use as many.
+
+    Args:
+        plan: The plan.
+        parties: One `Party` for each of the plan's. Their modules are trained in place.
+        notify: Called as `notify("step" | "round", details)` as the run goes on; output only.
+
+    Raises:
+        ConfigError, DataError, PlanError: parties do not fit the plan.
+        StageError, NonFiniteError: a module failed, or a value is not finite.
+    """
+    roster = roster_of(parties)
+    return _run(plan, parties, roster, agenda(plan, roster), notify)
+
+
+def predict(plan: Plan, parties: Sequence[Party]) -> dict[str, Tensor]:
+    """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
+
+    Stage -> tensor of shape (samples, ...), lane after lane; held by the party of that stage.
+    """
+    roster = roster_of(parties)
+    if not any(roster.samples.get("predict", {}).values()):
+        raise DataError(
+            "no party has data to predict for", remedy="give the parties Party(prediction=...)", code="E252"
+        )
+    idle = [replace(party, optimizer=party.optimizer or _untrained) for party in parties]
+    result = _run(plan, idle, roster, [("predict", 0)], None)
+    return dict(result.predictions)
+
+
+def _run(
+    plan: Plan, parties: Sequence[Party], roster: Roster, phases: Sequence[tuple[Mode, int]], notify: Notify | None
+) -> Result:
+    _check_parties(plan, parties)
+    programs = compile_plan(plan, roster)
+    workers = {party.name: build(plan, party, roster) for party in parties}
+    begin = time.perf_counter()
+    for mode, number in phases:
+        for worker in workers.values():
+            worker.begin(mode, number)
+        cursor = Cursor(round=number)
+        talks = {name: interpret(programs[name][mode], cursor, worker) for name, worker in workers.items()}
+        run_together(talks, _handler(workers, mode, number, notify))
+        if notify:
+            rows = [row for row in history_rows(workers) if (row["mode"], row["round"]) == (mode, number)]
+            notify("round", {"mode": mode, "round": number, "history": rows})
+    return Result(
+        plan=plan,
+        history=history_rows(workers),
+        ledgers={name: worker.ledger for name, worker in workers.items()},
+        workers=workers,
+        predictions=_predictions(workers),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _handler(
+    workers: Mapping[str, Worker], mode: Mode, number: int, notify: Notify | None
+) -> Callable[[str, Do | EndStep], object]:
+    def handle(party: str, effect: Do | EndStep) -> object:
+        if isinstance(effect, Do):
+            return fulfil(workers[party], effect, time.perf_counter)
+        workers[party].end_step()
+        moved = workers[party].ledger.close_step()
+        if notify:
+            notify("step", {"party": party, "mode": mode, "round": number, "step": effect.step, **moved})
+        return None
+
+    return handle
+
+
+def _predictions(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
+    lanes: dict[tuple[str, int], list[Tensor]] = {}
+    for worker in workers.values():
+        lanes |= worker.predictions
+    stages: dict[str, list[Tensor]] = {}
+    for stage, lane in sorted(lanes):
+        stages.setdefault(stage, []).extend(lanes[stage, lane])
+    return {stage: torch.cat(parts) for stage, parts in stages.items()}
+
+
+def _untrained(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def _check_parties(plan: Plan, parties: Sequence[Party]) -> None:
+    names = [party.name for party in parties]
+    if sorted(names) != sorted(plan.parties):
+        raise ConfigError(
+            "the parties given are not those of the plan",
+            expected=", ".join(plan.parties),
+            got=", ".join(names),
+            remedy="give exactly one Party for each; a party without a stage has no place in a plan",
+            code="E225",
+        )
+    owners: dict[int, str] = {}
+    for party in parties:
+        for stage, module in party.modules.items():
+            for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+                owner = owners.setdefault(id(parameter), party.name)
+                if owner != party.name:
+                    raise ConfigError(
+                        f"{owner!r} and {party.name!r} share one module object at stage {stage!r}",
+                        expected="a module of its own for each party, as in separate processes",
+                        remedy="call the function that makes the module once for each party, or copy.deepcopy it",
+                        code="E226",
+                    )

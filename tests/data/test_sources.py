@@ -1,0 +1,322 @@
+"""Data sets and loaders as batches: the plan's order, the user's own order, and the same again after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler
+
+from cutlayer.core.batching import permutation
+from cutlayer.core.parts import Training
+from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, batches, sample_count
+from cutlayer.errors import DataError
+
+COUNT = 11
+
+
+class Dicts(Dataset):
+    """Sample i is {"x": i + noise, "id": i}; the noise is drawn when the sample is read."""
+
+    def __init__(self, noise: float = 0.0, count: int = COUNT) -> None:
+        self.noise, self.count = noise, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": index + self.noise * torch.rand(2), "id": torch.tensor(index)}
+
+
+class Tuples(Dicts):
+    def __getitem__(self, index: int):
+        return tuple(super().__getitem__(index).values())
+
+
+class Whole(Dicts):
+    """Gives whole batches, with noise for each batch."""
+
+    def batch(self, indices):
+        rows = torch.as_tensor(indices)
+        return {"x": rows[:, None] + self.noise * torch.rand(len(rows), 2), "id": rows}
+
+
+class Backwards(Sampler):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(COUNT - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return COUNT
+
+
+def order(count: int = COUNT, **changes: object) -> Order:
+    numbers = {"shuffle": True, "drop_last": False, "seed": 3, "fields": None, **changes}
+    return Order(training=Training(batch_size=4, seed=numbers.pop("plan_seed", 0)), count=count, **numbers)
+
+
+def epoch_of(source: OrderedBatches | LoaderBatches, epoch: int = 1, start: int = 0, lane: int = 0) -> list[dict]:
+    """The batches of an epoch from `start` on."""
+    sizes = [4, 4, 3] if not source.order.drop_last else [4, 4]
+    return [
+        dict(source.load(lane=lane, epoch=epoch, index=index, size=size))
+        for index, size in enumerate(sizes)
+        if index >= start
+    ]
+
+
+def ids(found: list[dict]) -> list[int]:
+    return [int(row) for batch in found for row in batch["id"]]
+
+
+def same(mine: list[dict], other: list[dict]) -> bool:
+    assert [batch.keys() for batch in mine] == [batch.keys() for batch in other]
+    return all(torch.equal(a[name], b[name]) for a, b in zip(mine, other, strict=True) for name in a)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [Dicts(), Whole(), TensorTable(id=torch.arange(COUNT)), DataLoader(Dicts(), batch_size=7, shuffle=True)],
+    ids=["dicts", "whole batches", "table", "loader"],
+)
+def test_the_plan_orders_samples(data):
+    """Whatever the data set is, and whatever order a loader had."""
+    for epoch, lane in ((1, 0), (2, 0), (1, 2)):
+        found = epoch_of(batches(data, order(), alone=False), epoch, lane=lane)
+        assert ids(found) == permutation(0, epoch, lane, COUNT)
+    assert ids(epoch_of(batches(data, order(shuffle=False), alone=False))) == list(range(COUNT))
+    assert ids(epoch_of(batches(data, order(drop_last=True), alone=False))) == permutation(0, 1, 0, COUNT)[:8]
+
+
+def test_parties_of_one_lane_load_the_same_samples():
+    """Each with another private seed, another kind of data set, and noise of its own."""
+    sources = [
+        batches(Dicts(noise=1.0), order(seed=1), alone=False),
+        batches(Whole(noise=1.0), order(seed=2), alone=False),
+        batches(DataLoader(Dicts(noise=1.0), batch_size=3, sampler=Backwards()), order(seed=3), alone=False),
+    ]
+    found = [epoch_of(source, 5) for source in sources]
+    assert ids(found[0]) == ids(found[1]) == ids(found[2])
+    assert not torch.equal(found[0][0]["x"], found[1][0]["x"])
+
+
+def test_a_loader_alone_keeps_its_sampler():
+    loader = DataLoader(Dicts(), batch_size=4, sampler=Backwards())
+    assert ids(epoch_of(batches(loader, order(), alone=True))) == list(range(COUNT - 1, -1, -1))
+    plain = batches(Dicts(), order(), alone=True)
+    assert ids(epoch_of(plain)) == permutation(0, 1, 0, COUNT)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_loader_keeps_its_collate_function(alone):
+    def collate(samples):
+        return {"id": torch.stack([s["id"] for s in samples]), "count": torch.full((len(samples),), len(samples))}
+
+    source = batches(DataLoader(Dicts(), batch_size=4, collate_fn=collate), order(), alone=alone)
+    assert [batch["count"][0] for batch in epoch_of(source)] == [4, 4, 3]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_loader_keeps_its_workers(alone):
+    """Samples and their noise are drawn in other processes, and are the same again."""
+    found = []
+    for start in (0, 0, 1):
+        loader = DataLoader(Dicts(noise=1.0), batch_size=4, num_workers=2, multiprocessing_context="fork")
+        found.append(epoch_of(batches(loader, order(), alone=alone), start=start))
+    assert same(found[0], found[1])
+    assert same(found[0][1:], found[2])
+    assert ids(found[0]) == (list(range(COUNT)) if alone else permutation(0, 1, 0, COUNT))
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+NOISY = {
+    "dicts": lambda: batches(Dicts(noise=1.0), order(), alone=True),
+    "tuples": lambda: batches(Tuples(noise=1.0), order(fields=("x", "id")), alone=True),
+    "whole batches": lambda: batches(Whole(noise=1.0), order(), alone=True),
+    "ordered loader": lambda: batches(DataLoader(Dicts(noise=1.0), batch_size=4), order(), alone=False),
+    "loader": lambda: batches(DataLoader(Dicts(noise=1.0), batch_size=4), order(), alone=True),
+    "shuffled loader": lambda: batches(DataLoader(Dicts(noise=1.0), batch_size=4, shuffle=True), order(), alone=True),
+    "loader with a generator": lambda: batches(
+        DataLoader(Dicts(noise=1.0), batch_size=4, shuffle=True, generator=torch.Generator()), order(), alone=True
+    ),
+    "sampler with a generator": lambda: batches(
+        DataLoader(Dicts(noise=1.0), batch_size=4, sampler=RandomSampler(Dicts(), generator=torch.Generator())),
+        order(),
+        alone=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("make", NOISY.values(), ids=NOISY)
+def test_a_restart_gives_the_batches_of_an_uninterrupted_epoch(make):
+    """With random augmentation, from any batch on, in a process whose global generator is elsewhere."""
+    source = make()
+    whole = [epoch_of(source, epoch) for epoch in (1, 2, 3)]
+    for epoch in (1, 2, 3):
+        for start in (0, 1, 2):
+            torch.rand(epoch + start)
+            assert same(epoch_of(make(), epoch, start), whole[epoch - 1][start:])
+            assert same(epoch_of(source, epoch, start), whole[epoch - 1][start:])  # a roll-back
+
+
+@pytest.mark.parametrize("make", NOISY.values(), ids=NOISY)
+def test_noise_differs_from_epoch_to_epoch_and_disturbs_nothing(make):
+    outer = torch.get_rng_state()
+    first, second = epoch_of(make(), 1), epoch_of(make(), 2)
+    assert torch.equal(torch.get_rng_state(), outer)
+    noise = [
+        torch.cat([batch["x"] - batch["id"][:, None] for batch in found])[torch.tensor(ids(found)).argsort()]
+        for found in (first, second)
+    ]
+    assert noise[0].min() >= 0
+    assert noise[0].max() <= 1
+    assert not torch.equal(*noise)
+
+
+@pytest.mark.parametrize("data", [Dicts(noise=1.0), Whole(noise=1.0), DataLoader(Dicts(noise=1.0), batch_size=4)])
+def test_the_same_samples_have_other_noise_in_another_epoch(data):
+    source = batches(data, order(shuffle=False), alone=False)
+    first, second = epoch_of(source, 1), epoch_of(source, 2)
+    assert ids(first) == ids(second)
+    assert not same(first, second)
+
+
+def test_noise_is_the_partys_own():
+    found = [epoch_of(batches(Dicts(noise=1.0), order(seed=seed), alone=True)) for seed in (1, 2)]
+    assert ids(found[0]) == ids(found[1])
+    assert not same(*found)
+
+
+def test_samplers_are_told_the_epoch():
+    class Told(Backwards):
+        epochs: list[int]
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs = [*getattr(self, "epochs", []), epoch]
+
+    sampler = Told()
+    source = batches(DataLoader(Dicts(), batch_size=4, sampler=sampler), order(), alone=True)
+    for epoch in (1, 2):
+        epoch_of(source, epoch)
+    assert sampler.epochs == [1, 2]
+
+
+# --- fields and counts -----------------------------------------------------------------------------------------------
+
+
+def test_tuples_get_names():
+    found = epoch_of(batches(Tuples(), order(fields=("pixels", "id")), alone=True))
+    assert found[0].keys() == {"pixels", "id"}
+    assert ids(found) == permutation(0, 1, 0, COUNT)
+
+
+def test_a_data_set_of_tensors_is_one_field():
+    class Rows(Dicts):
+        def __getitem__(self, index: int):
+            return torch.tensor(index)
+
+    assert ids(epoch_of(batches(Rows(), order(fields=("id",)), alone=True))) == permutation(0, 1, 0, COUNT)
+
+
+@pytest.mark.parametrize(("fields", "got"), [(None, "none"), (("x",), "1"), (("x", "id", "y"), "3")])
+@pytest.mark.parametrize("data", [Tuples(), DataLoader(Tuples(), batch_size=4)], ids=["data set", "loader"])
+def test_tuples_without_names_are_refused(data, fields, got):
+    with pytest.raises(DataError) as caught:
+        epoch_of(batches(data, order(fields=fields), alone=True))
+    assert caught.value.code == "E253"
+    assert (caught.value.expected, caught.value.got) == ("2 names", got)
+
+
+def test_samples_are_counted():
+    assert sample_count(Dicts()) == COUNT
+    assert sample_count(TensorTable(x=torch.zeros(5, 2))) == 5
+    assert sample_count(DataLoader(Dicts(), batch_size=4)) == COUNT
+    assert sample_count(DataLoader(Dicts(), batch_size=4, sampler=SubsetRandomSampler([1, 2, 3]))) == 3
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([{"x": torch.zeros(2)}])
+
+
+@pytest.mark.parametrize(
+    "data", [Stream(), DataLoader(Stream(), batch_size=4), DataLoader(Stream(), batch_size=None)], ids=range(3)
+)
+def test_a_stream_is_refused(data):
+    with pytest.raises(DataError) as caught:
+        sample_count(data)
+    assert caught.value.code == "E255"
+
+
+@pytest.mark.parametrize(
+    ("loader", "got"),
+    [
+        (DataLoader(Dicts(), batch_size=5), "batch_size=5, drop_last=False"),
+        (DataLoader(Dicts(), batch_size=4, drop_last=True), "batch_size=4, drop_last=True"),
+    ],
+)
+def test_a_loader_that_makes_other_batches_is_refused(loader, got):
+    with pytest.raises(DataError) as caught:
+        batches(loader, order(), alone=True)
+    assert caught.value.code == "E256"
+    assert caught.value.expected == "batch_size=4, drop_last=False"
+    assert caught.value.got == got
+    batches(loader, order(), alone=False)  # there the plan makes the batches
+
+
+def test_a_sampler_whose_choice_would_be_lost_is_refused():
+    loader = DataLoader(Dicts(), batch_size=4, sampler=SubsetRandomSampler([8, 9, 10]))
+    with pytest.raises(DataError) as caught:
+        batches(loader, order(count=3), alone=False)
+    assert caught.value.code == "E256"
+    assert "Subset" in caught.value.remedy
+    found = epoch_of_three(batches(loader, order(count=3), alone=True))
+    assert sorted(ids(found)) == [8, 9, 10]
+
+
+def epoch_of_three(source: LoaderBatches) -> list[dict]:
+    return [dict(source.load(lane=0, epoch=1, index=0, size=3))]
+
+
+def test_a_loader_that_ends_early_is_refused():
+    class Short(Backwards):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+    source = batches(DataLoader(Dicts(), batch_size=4, sampler=Short()), order(), alone=True)
+    with pytest.raises(DataError) as caught:
+        epoch_of(source)
+    assert caught.value.code == "E256"
+    assert "epoch 1, batch 1" in caught.value.where
+
+
+def test_a_loader_of_whole_batches_is_taken():
+    """With a sampler that gives batches, such as one that balances classes."""
+    rows = [[3, 1, 2, 0], [4, 5, 7, 6], [10, 9, 8]]
+    source = batches(DataLoader(Dicts(), batch_sampler=rows), order(), alone=True)
+    assert ids(epoch_of(source)) == [row for batch in rows for row in batch]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_samples_and_batches():
+    table = TensorTable(x=torch.arange(12.0).reshape(6, 2), y=torch.arange(6))
+    assert len(table) == 6
+    assert torch.equal(table[4]["x"], torch.tensor([8.0, 9.0]))
+    batch = table.batch([5, 0])
+    assert torch.equal(batch["y"], torch.tensor([5, 0]))
+    batch["x"].zero_()
+    assert table[5]["x"].sum() == 21  # a batch is a copy
+
+
+@pytest.mark.parametrize("fields", [{}, {"x": torch.zeros(3), "y": torch.zeros(4)}])
+def test_a_table_has_one_number_of_samples(fields):
+    with pytest.raises(DataError) as caught:
+        TensorTable(**fields)
+    assert caught.value.code == "E254"

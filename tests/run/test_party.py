@@ -1,0 +1,95 @@
+"""A party as its owner describes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from cutlayer.core.topologies import u_shaped, vertical
+from cutlayer.data.sources import LoaderBatches, OrderedBatches, TensorTable
+from cutlayer.run.party import Party, build, counts
+from cutlayer.run.simulate import roster_of, simulate
+from tests.small import C, Case, difference, float32, plain
+
+PLAN = u_shaped("a", "server", cut=float32(6), back=float32(4), output=C, batch_size=8)
+
+
+class Pairs(Dataset):
+    """The rows of a case's data, as tuples."""
+
+    def __init__(self, fields: dict[str, torch.Tensor]) -> None:
+        self.x, self.y = fields["x"], fields["y"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        return self.x[index], self.y[index]
+
+
+def test_only_counts_are_told():
+    table = TensorTable(x=torch.zeros(5, 2))
+    assert counts(Party("a")) == {}
+    assert counts(Party("a", data=table, prediction=table)) == {"train": 5, "predict": 5}
+    assert roster_of([Party("a", data=table), Party("b", evaluation=table)]).samples == {
+        "train": {"a": 5},
+        "evaluate": {"b": 5},
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pairs: (pairs, ["x", "y"]),
+        lambda pairs: (DataLoader(pairs, batch_size=8, num_workers=0), ("x", "y")),
+    ],
+    ids=["tuples", "loader of tuples"],
+)
+def test_any_data_set_trains_like_a_table(make):
+    case = Case.of(PLAN.with_training(shuffle=False, epochs=2))
+    data, fields = make(Pairs(case.data["a"]))
+    assert difference(case.cut(data=data, fields=fields), case.uncut()) == 0.0
+
+
+def test_a_loaders_own_order_is_used_where_no_other_party_needs_it():
+    case = Case.of(PLAN.with_training(shuffle=False))
+    turned = list(range(22))[::-1]
+    loader = DataLoader(Pairs(case.data["a"]), batch_size=8, sampler=turned)
+    fields = {name: tensor[torch.tensor(turned)] for name, tensor in case.data["a"].items()}
+    expected = Case.of(case.plan, data={"a": fields}).uncut()
+    assert difference(case.cut(data=loader, fields=("x", "y")), expected) == 0.0
+
+
+def test_which_data_the_plan_orders():
+    plan = vertical({"a": C}, "server", output=C, batch_size=8)
+    table = TensorTable(x=torch.zeros(16, 5), y=torch.zeros(16, dtype=torch.int64))
+    loader = DataLoader(table, batch_size=8)
+    modules = {"head-a": nn.Linear(5, 3)}
+    for made, party, kind in (
+        (plan, Party("a", modules=modules, data=loader, optimizer=plain), OrderedBatches),  # labels are elsewhere
+        (PLAN, Party("a", modules=dict.fromkeys(["head", "tail", "loss"], nn.Identity()), data=loader), LoaderBatches),
+        (PLAN, Party("a", modules=dict.fromkeys(["head", "tail", "loss"], nn.Identity()), data=table), OrderedBatches),
+    ):
+        worker = build(made, party, roster_of([party, Party("server", data=table)]))
+        assert isinstance(worker.parts.batches["train"], kind)
+
+
+def test_evaluation_data_keep_their_own_order():
+    case = Case.of(PLAN)
+    seen = []
+
+    class Watched(TensorTable):
+        def batch(self, indices):
+            seen.extend(indices)
+            return super().batch(indices)
+
+    parties = case.parties(evaluation=None)
+    watched = Watched(**case.data["a"])
+    parties = [
+        Party("a", modules=parties[0].modules, data=parties[0].data, evaluation=watched, optimizer=plain, seed=1),
+        Party("server", modules=parties[1].modules, optimizer=plain, seed=1),
+    ]
+    simulate(PLAN.with_training(drop_last=True), parties)
+    assert seen == list(range(22))
