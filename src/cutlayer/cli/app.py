@@ -1,0 +1,199 @@
+"""The commands and their help. Each loads what it needs when it runs, so that `cutlayer --help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cutlayer.cli.console import (
+    ContractArgument,
+    FolderOption,
+    JsonOption,
+    Output,
+    PartyFileArgument,
+    PartyFilesArgument,
+    QuietOption,
+    VerboseOption,
+    reporting,
+)
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Split learning: one network trained across organisations, where only declared tensors leave.",
+    epilog="Example: cutlayer run contract.toml hospital.toml server.toml",
+)
+pki = typer.Typer(
+    no_args_is_help=True,
+    help="A small certificate authority: one certificate for each party of a run.",
+    epilog="Example: cutlayer pki init ca && cutlayer pki issue hospital server --authority ca --out credentials",
+)
+app.add_typer(pki, name="pki")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"cutlayer {version('cutlayer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    _version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Split learning: one network trained across organisations, where only declared tensors leave."""
+
+
+@app.command(epilog="Example: cutlayer run contract.toml hospital.toml server.toml --processes")
+def run(
+    contract: ContractArgument,
+    party_files: PartyFilesArgument,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
+    ] = False,
+    folder: FolderOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train with all parties on this machine. Results go to runs/<time>-<name>/ unless told."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.running import run_here
+
+        run_here(contract, party_files, folder, output, processes=processes)
+
+
+@app.command(epilog="Example: cutlayer join contract.toml hospital.toml --accept DIGEST")
+def join(
+    contract: ContractArgument,
+    party_file: PartyFileArgument,
+    accept: Annotated[
+        str, typer.Option("--accept", metavar="DIGEST", help="The digest of the contract that this site accepts.")
+    ] = "",
+    folder: FolderOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take part in a run as one party; the others join from where they are.
+
+    Shows what may leave this party and asks once whether it may. Without a terminal it never asks: give --accept.
+    """
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.running import join_run
+
+        join_run(contract, party_file, folder, output, accepted=accept)
+
+
+@app.command(epilog="Example: cutlayer resume runs/20260101-090000-digits")
+def resume(
+    run_folder: Annotated[Path, typer.Argument(help="The folder that the run named at its start.")],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a run after a crash, from the last checkpoint that all parties have."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.running import resume_run
+
+        resume_run(run_folder, output)
+
+
+@app.command(epilog="Example: cutlayer plan contract.toml --grid")
+def plan(
+    contract: ContractArgument,
+    grid: Annotated[bool, typer.Option("--grid", help="Print the schedule of one step: a row a party.")] = False,
+    program: Annotated[
+        str, typer.Option("--program", metavar="PARTY", help="Print the programs that this party will run.")
+    ] = "",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each data holder, for --program.", show_default="one batch")
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print who holds what, what leaves whom, and the digest that a site accepts."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.showing import show_plan
+
+        show_plan(contract, output, grid=grid, program=program, samples=samples)
+
+
+@app.command(epilog="Example: cutlayer check contract.toml hospital.toml")
+def check(
+    contract: ContractArgument,
+    party_files: Annotated[list[Path] | None, typer.Argument(help="Party files, if any.", show_default=False)] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check contract, party files, certificates, modules and one batch of data. Sends nothing."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.showing import show_check
+
+        show_check(contract, party_files or [], output)
+
+
+@pki.command("init", epilog="Example: cutlayer pki init ca --name heart-study")
+def pki_init(
+    folder: Annotated[Path, typer.Argument(help="Where the authority is kept; its key never leaves there.")],
+    name: Annotated[str, typer.Option("--name", help="The authority's name, for people.")] = "cutlayer",
+    days: Annotated[int, typer.Option("--days", min=1, help="Valid for so many days.")] = 3650,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a certificate authority. Whoever holds it can make any party's certificate."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.certificates import init
+
+        init(folder, name, days, output)
+
+
+@pki.command("issue", epilog="Example: cutlayer pki issue hospital server --authority ca --out credentials")
+def pki_issue(
+    parties: Annotated[list[str], typer.Argument(help="Names of parties, as in the contract.")],
+    authority: Annotated[Path, typer.Option("--authority", help="Folder of the authority.")] = Path("ca"),
+    out: Annotated[Path, typer.Option("--out", help="Gets a folder for each party.")] = Path("credentials"),
+    days: Annotated[int, typer.Option("--days", min=1, help="Valid for so many days.")] = 397,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a key and a certificate for each party. Hand each folder to its party over a trusted way."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.certificates import issue_all
+
+        issue_all(parties, authority, out, days, output)
+
+
+@pki.command("show", epilog="Example: cutlayer pki show credentials/hospital")
+def pki_show(
+    path: Annotated[Path, typer.Argument(help="A certificate, or a folder of one.", show_default=False)],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print whose certificate it is, who made it and until when it is valid."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.certificates import show
+
+        show(path, output)

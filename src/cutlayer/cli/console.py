@@ -1,0 +1,144 @@
+"""What every command prints and how it ends: results on stdout, everything else on stderr, an exit code by cause."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cutlayer.errors import (
+    CertificateError,
+    CheckpointError,
+    ConfigError,
+    CutlayerError,
+    DataError,
+    DeadlineError,
+    HandshakeError,
+    LinkError,
+    NonFiniteError,
+    PeerError,
+    PlanError,
+    StageError,
+)
+
+__all__ = [
+    "EXIT_CODES",
+    "ContractArgument",
+    "FolderOption",
+    "JsonOption",
+    "Output",
+    "PartyFileArgument",
+    "PartyFilesArgument",
+    "QuietOption",
+    "VerboseOption",
+    "error_document",
+    "exit_code",
+    "reporting",
+    "shown_path",
+]
+
+INTERRUPTED = 130
+EXIT_CODES: Mapping[int, tuple[type[CutlayerError], ...]] = {
+    2: (PlanError, ConfigError, DataError),
+    3: (StageError, NonFiniteError),
+    4: (LinkError, DeadlineError, HandshakeError, CertificateError),
+    5: (PeerError,),
+    6: (CheckpointError,),
+}
+
+ContractArgument = Annotated[Path, typer.Argument(help="The contract, a TOML file.", show_default=False)]
+PartyFileArgument = Annotated[Path, typer.Argument(help="This party's own file, TOML.", show_default=False)]
+PartyFilesArgument = Annotated[list[Path], typer.Argument(help="Party files, one for each party.", show_default=False)]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--folder", help="Run folder; one of the same contract is gone on with.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line, and errors.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print link events, and tracebacks.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words go. With `json`, stdout holds one JSON document and nothing else."""
+
+    json: bool
+    quiet: bool
+    verbose: bool
+
+    def say(self, text: str) -> None:
+        """Print a part of the result, for people."""
+        if not (self.json or self.quiet):
+            typer.echo(text)
+
+    def note(self, text: str) -> None:
+        """Print something on the way to the result, on stderr."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+    def last(self, text: str) -> None:
+        """Print the last line for people; -q keeps it."""
+        if not self.json:
+            typer.echo(text)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """Print the JSON document, if it was asked for."""
+        if self.json:
+            typer.echo(json.dumps(value))
+
+    def fail(self, error: CutlayerError) -> None:
+        """Print an error: four lines on stderr, and the JSON document if it was asked for."""
+        if self.verbose:
+            traceback.print_exception(error, file=sys.stderr)
+        for line in error.lines():
+            typer.echo(line, err=True)
+        self.document({"error": error_document(error)})
+
+
+def error_document(error: CutlayerError) -> dict[str, str]:
+    """Return an error as plain values."""
+    parts = ("code", "what", "where", "expected", "got", "remedy")
+    return {"kind": type(error).__name__, **{part: getattr(error, part) for part in parts}}
+
+
+def exit_code(error: CutlayerError) -> int:
+    """Return the exit code of an error, by its class; 1 for those that have none of their own."""
+    return next((code for code, kinds in EXIT_CODES.items() if isinstance(error, kinds)), 1)
+
+
+@contextmanager
+def reporting(output: Output) -> Iterator[None]:
+    """Turn every error within into words and an exit code."""
+    try:
+        yield
+    except CutlayerError as error:
+        output.fail(error)
+        raise typer.Exit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        output.note("stopped")
+        raise typer.Exit(INTERRUPTED) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        unexpected = CutlayerError(
+            "an unexpected error", got=f"{type(error).__name__}: {error}", remedy="run with -v and report the output"
+        )
+        unexpected.__cause__ = error
+        output.fail(unexpected)
+        raise typer.Exit(1) from None
+
+
+def shown_path(folder: Path) -> str:
+    """Return a folder with a slash at its end, relative to the current one if it lies in it."""
+    try:
+        shown = folder.absolute().relative_to(Path.cwd())
+    except ValueError:
+        shown = folder.absolute()
+    return f"{shown}/"

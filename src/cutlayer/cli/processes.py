@@ -1,0 +1,244 @@
+"""`cutlayer run --processes`: a `cutlayer join` for each party, over mutual TLS on loopback.
+
+Certificates are made for this run, kept in a temporary folder, and thrown away with it. The contract is that of the
+user but for its addresses, which become free ports of this machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from cutlayer import errors
+from cutlayer.cli.console import INTERRUPTED, Output
+from cutlayer.cli.progress import RunProgress
+from cutlayer.errors import CutlayerError, PeerError
+from cutlayer.run.config import Contract, dump_contract, load_contract
+from cutlayer.run.partyfile import PartyFile, write_party_file
+from cutlayer.transport.pki import create_authority, issue
+
+__all__ = ["run_processes"]
+
+_POLL = 0.1  # seconds between two looks at the processes
+_GRACE = 10.0  # seconds that the others have to end by themselves once one has failed
+_LOCAL = "loopback.toml"
+
+
+@dataclass
+class _Child:
+    """One party's process, what it prints, and how far its events were read."""
+
+    party: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    read: int = 0
+    rest: bytes = field(default=b"", repr=False)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that came since the last call."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.read)
+            data = self.rest + file.read()
+            self.read = file.tell()
+        *lines, self.rest = data.split(b"\n")
+        for line in lines:
+            yield msgspec.json.decode(line)
+
+
+def run_processes(
+    contract: Contract, files: Sequence[PartyFile], folder: Path, output: Output
+) -> tuple[str, dict[str, Any]]:
+    """Run all parties, each in a process; return the summary as text and as document, which is written as well.
+
+    All processes have ended when this returns or raises. A folder that holds a run begun before is gone on with.
+
+    Raises:
+        CutlayerError: a party failed; the error is that of the party that failed first by itself.
+    """
+    local = _local_contract(contract, folder)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="cutlayer-") as place, ExitStack() as stack:
+        temporary = Path(place)
+        create_authority(temporary / "ca", name="one run on this machine", days=30)
+        stack.enter_context(_interrupted_by_sigterm())
+        progress = stack.enter_context(RunProgress(output, epochs=contract.plan.training.epochs))
+        children = stack.enter_context(_children(local, files, folder, temporary))
+        _watch(children, progress, output)
+    return _gather(local, children, folder, time.perf_counter() - begin)
+
+
+def _local_contract(contract: Contract, folder: Path) -> Contract:
+    """Return the contract with ports of this machine; the same ones when a run is gone on with: they are digested."""
+    path = folder / _LOCAL
+    if not path.exists():
+        ports = _free_ports(len(contract.addresses))
+        addresses = {party: f"127.0.0.1:{port}" for party, port in zip(contract.addresses, ports, strict=True)}
+        path.write_text(dump_contract(replace(contract, addresses=addresses)), encoding="utf-8")
+    return load_contract(path)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextmanager
+def _children(contract: Contract, files: Sequence[PartyFile], folder: Path, temporary: Path) -> Iterator[list[_Child]]:
+    """Start a process for each party; at the end, none is left, come what may."""
+    children: list[_Child] = []
+    with ExitStack() as logs:
+        try:
+            for file in files:
+                children.append(_start(contract, file, folder, temporary, logs))  # noqa: PERF401 - those begun must end
+            yield children
+        finally:
+            _stop(children)
+
+
+def _start(contract: Contract, file: PartyFile, folder: Path, temporary: Path, logs: ExitStack) -> _Child:
+    credentials = issue(temporary / "ca", file.name, temporary / "credentials", days=29)
+    own = replace(file, listen="", credentials=credentials, insecure=False, accept="ask")
+    party_file = temporary / f"{file.name}.toml"
+    party_file.write_text(write_party_file(own), encoding="utf-8")
+    home = folder / file.name
+    home.mkdir(exist_ok=True)
+    arguments = ["join", str(folder / _LOCAL), str(party_file), "--accept", contract.digest(), "--folder", str(home)]
+    printed: IO[bytes] = logs.enter_context((home / "output.json").open("wb"))
+    log: IO[bytes] = logs.enter_context((home / "log.txt").open("ab"))
+    process = subprocess.Popen(  # noqa: S603 - this program itself
+        [sys.executable, "-m", "cutlayer", *arguments, "--json", "--verbose"],
+        stdin=subprocess.DEVNULL,
+        stdout=printed,
+        stderr=log,
+    )
+    seen = home / "metrics.jsonl"
+    return _Child(file.name, home, process, read=seen.stat().st_size if seen.exists() else 0)
+
+
+def _stop(children: Sequence[_Child]) -> None:
+    running = [child for child in children if child.process.poll() is None]
+    for child in running:
+        child.process.terminate()
+    for child in running:
+        try:
+            child.process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+
+
+def _watch(children: Sequence[_Child], progress: RunProgress, output: Output) -> None:
+    """Show the parties' events until all have ended. Each party's own deadlines bound how long that takes."""
+    failed_at = 0.0
+    while True:
+        codes = [child.process.poll() for child in children]
+        for child in children:
+            for event in child.events():
+                progress(str(event.pop("event")), event)
+        if all(code == 0 for code in codes):
+            return
+        failed_at = failed_at or (time.monotonic() if any(codes) else 0.0)
+        if failed_at and (None not in codes or time.monotonic() > failed_at + _GRACE):
+            raise _failure(children, output)
+        time.sleep(_POLL)
+
+
+def _failure(children: Sequence[_Child], output: Output) -> CutlayerError:
+    """Return the error that began it: not a party's complaint of another, if there is any other error."""
+    failed = [(child.party, _error(child)) for child in children if child.process.poll()]
+    for party, error in failed:
+        output.note(f"{party}: {error.code} {error.what}")
+        if output.verbose:
+            output.note((_folder(children, party) / "log.txt").read_text(encoding="utf-8", errors="replace"))
+    own = [pair for pair in failed if not isinstance(pair[1], PeerError | errors.LinkError | errors.DeadlineError)]
+    party, error = (own or failed)[0]
+    return type(error)(
+        error.what,
+        where=f"process of {party}{f': {error.where}' if error.where else ''}",
+        expected=error.expected,
+        got=error.got,
+        remedy=error.remedy,
+        code=error.code,
+    )
+
+
+def _folder(children: Sequence[_Child], party: str) -> Path:
+    return next(child.folder for child in children if child.party == party)
+
+
+def _error(child: _Child) -> CutlayerError:
+    """Return the error that a party's process printed, as the class it was there."""
+    try:
+        document = msgspec.json.decode((child.folder / "output.json").read_bytes(), type=dict[str, dict[str, str]])
+        told = document["error"]
+        kind = told.pop("kind")
+        found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
+        error: CutlayerError = found(told.pop("what"), **told)
+    except (OSError, msgspec.MsgspecError, LookupError, TypeError):
+        code = child.process.returncode
+        return PeerError(
+            f"the process of {child.party!r} ended without a word",
+            got="interrupted" if code == INTERRUPTED else f"signal {-code}" if code < 0 else f"exit code {code}",
+            remedy=f"read {child.folder / 'log.txt'}; then `cutlayer resume {child.folder.parent}`",
+            code="E710",
+        )
+    return error
+
+
+def _gather(contract: Contract, children: Sequence[_Child], folder: Path, seconds: float) -> tuple[str, dict[str, Any]]:
+    """Return one summary from those of all parties, and write it."""
+    from cutlayer.engine.ledger import Ledger
+    from cutlayer.run.checkpoint import write_atomic
+    from cutlayer.run.outcome import Result
+    from cutlayer.run.results import summary_document
+
+    ledgers: dict[str, Ledger] = {}
+    history: list[dict[str, Any]] = []
+    hashes: dict[str, str] = {}
+    for child in children:
+        part: Mapping[str, Any] = msgspec.json.decode((child.folder / "summary.json").read_bytes())
+        ledgers[child.party] = Ledger(child.party)
+        ledgers[child.party].restore(part["ledgers"][child.party])
+        history += part["history"]
+        hashes |= part["weights_sha256"]
+        shutil.copyfile(child.folder / f"{child.party}.safetensors", folder / f"{child.party}.safetensors")
+    history.sort(key=lambda row: (row["round"], row["mode"] == "evaluate"))
+    result = Result(plan=contract.plan, history=history, ledgers=ledgers, seconds=seconds)
+    document = summary_document(result, hashes, contract.digest())
+    write_atomic(folder / "summary.json", msgspec.json.format(msgspec.json.encode(document), indent=2))
+    with (folder / "metrics.jsonl").open("wb") as merged:
+        for child in children:
+            merged.write((child.folder / "metrics.jsonl").read_bytes())
+    return result.summary(), document
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this program as Ctrl-C does, so that no party's process is left behind."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,199 @@
+"""`cutlayer run`, `join` and `resume`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from cutlayer.cli.console import Output, shown_path
+from cutlayer.cli.processes import run_processes
+from cutlayer.cli.progress import RunProgress
+from cutlayer.core.compile import compile_plan
+from cutlayer.errors import ConfigError
+from cutlayer.run.config import Contract, dump_contract, parse_contract
+from cutlayer.run.launch import LaunchRecord, accept, begin_run, leaving, network_settings, read_run
+from cutlayer.run.partyfile import PartyFile, load_party_file
+from cutlayer.run.tables import read_text
+
+if TYPE_CHECKING:
+    from cutlayer.run.party import Party
+
+__all__ = ["interactive", "join_run", "resume_run", "run_here"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+
+
+def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, output: Output, *, processes: bool) -> None:
+    """Run all parties here: in this process, or each in one of its own."""
+    text = read_text(path)
+    contract = parse_contract(text, where=str(path))
+    text = dump_contract(contract)  # with all defaults in it
+    files = [load_party_file(file) for file in party_files]
+    _check_names(contract, files)
+    if not processes and folder is not None and (folder / "launch.json").exists():
+        raise _no_checkpoints(folder)
+    folder = _begin(folder, Path("runs"), contract, text, files, "processes" if processes else "simulate")
+    if _finished(folder, output):
+        return
+    output.note(f"run folder: {shown_path(folder)}")
+    if processes:
+        summary, document = run_processes(contract, files, folder, output)
+    else:
+        summary, document = _simulate(contract, text, files, folder, output)
+    _finish(summary, document, folder, output)
+
+
+def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, *, accepted: str) -> None:
+    """Join a run as one party, once this site has accepted the contract."""
+    text = read_text(path)
+    contract, file = parse_contract(text, where=str(path)), load_party_file(party_file)
+    text = dump_contract(contract)  # with all defaults in it
+    network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    party = file.party()
+    _settle(contract, party, file, output, accepted)
+    folder = _begin(folder, file.folder, contract, text, [file], "join")
+    if not _finished(folder, output):
+        _join(contract, text, file, party, folder, output)
+
+
+def resume_run(folder: Path, output: Output) -> None:
+    """Go on with the run of a folder; one that is finished stays as it is."""
+    contract, text, record = read_run(folder)
+    if _finished(folder, output):
+        return
+    if record.kind == "simulate":
+        raise _no_checkpoints(folder)
+    files = [load_party_file(Path(file)) for file in record.party_files]
+    if record.kind == "join":
+        _join(contract, text, files[0], files[0].party(), folder, output)
+    else:
+        summary, document = run_processes(contract, files, folder, output)
+        _finish(summary, document, folder, output)
+
+
+def interactive() -> bool:
+    """Whether there is a person to ask: stdin and stderr are terminals."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _simulate(
+    contract: Contract, text: str, files: Sequence[PartyFile], folder: Path, output: Output
+) -> tuple[str, dict[str, Any]]:
+    from cutlayer.run.results import EventLog, write_results
+    from cutlayer.run.simulate import roster_of, simulate
+
+    parties = [file.party() for file in files]
+    programs = compile_plan(contract.plan, roster_of(parties))
+    steps = {(party, str(mode)): program.steps for party, modes in programs.items() for mode, program in modes.items()}
+    progress = RunProgress(output, epochs=contract.plan.training.epochs, steps=steps)
+    with progress, EventLog(folder / "metrics.jsonl") as log:
+        result = simulate(contract.plan, parties, notify=_both(progress, log))
+    document = write_results(folder, result, contract_text=text, digest=contract.digest())
+    return result.summary(), document
+
+
+def _join(contract: Contract, text: str, file: PartyFile, party: Party, folder: Path, output: Output) -> None:
+    from cutlayer.run.results import EventLog, write_results
+    from cutlayer.run.session import join
+
+    output.note(f"run folder: {shown_path(folder)} (after a crash: cutlayer resume {shown_path(folder)})")
+    network = network_settings(contract, file)
+    progress = RunProgress(output, epochs=contract.plan.training.epochs)
+    with progress, EventLog(folder / "metrics.jsonl") as log:
+        result = join(contract.plan, party, network=network, folder=folder, notify=_both(progress, log))
+    document = write_results(folder, result, contract_text=text, digest=contract.digest())
+    _finish(result.summary(), document, folder, output)
+
+
+def _both(progress: Notify, log: Notify) -> Notify:
+    def notify(event: str, details: Mapping[str, Any]) -> None:
+        log(event, details)
+        progress(event, details)
+
+    return notify
+
+
+def _finish(summary: str, document: Mapping[str, Any], folder: Path, output: Output) -> None:
+    """Say where the results are, in the last line."""
+    output.say(summary)
+    output.document({**document, "results": str(folder.absolute())})
+    output.last(f"results: {shown_path(folder)}")
+
+
+def _finished(folder: Path, output: Output) -> bool:
+    """Say so if the run of this folder has ended: it is left as it is."""
+    done = (folder / "summary.json").exists()  # written last
+    if done:
+        _finish("this run is finished", {"finished": True}, folder, output)
+    return done
+
+
+def _begin(
+    folder: Path | None,
+    base: Path,
+    contract: Contract,
+    text: str,
+    files: Sequence[PartyFile],
+    kind: Literal["join", "processes", "simulate"],
+) -> Path:
+    """Return the run's folder, with what it was started with in it."""
+    from cutlayer.run.results import new_run_folder
+
+    folder = folder or new_run_folder(base, contract.plan.name)
+    record = LaunchRecord(kind=kind, digest=contract.digest(), party_files=tuple(str(file.path) for file in files))
+    begin_run(folder, text, record)
+    return folder
+
+
+def _settle(contract: Contract, party: Party, file: PartyFile, output: Output, accepted: str) -> None:
+    """Show what may leave this party; go on only if this site has accepted it, or its person says so now.
+
+    Raises:
+        ConfigError: E207, it was not accepted.
+    """
+    from cutlayer.run.party import counts
+
+    agreed = accept(contract, file, accepted)
+    ask = not agreed and not output.json and interactive()
+    what = leaving(contract.plan, party.name, counts(party))
+    text = f"{what.text}\n  epoch   {what.summary()}\ncontract digest: {contract.digest()}"
+    if ask:
+        typer.echo(text, err=True)
+        agreed = typer.confirm("May this leave?", default=False, err=True)
+    else:
+        output.note(text)
+    if not agreed:
+        raise ConfigError(
+            "this site has not accepted the contract",
+            where=str(file.path),
+            expected="yes" if ask else "--accept DIGEST, or `accept` in [run] of the party file",
+            got="no" if ask else "neither, and no terminal to ask at",
+            remedy=f"read it with `cutlayer plan`; if it may run: --accept {contract.digest()}",
+            code="E207",
+        )
+
+
+def _check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
+    names = [file.name for file in files]
+    if sorted(names) != sorted(contract.plan.parties):
+        raise ConfigError(
+            "the party files are not those of the plan's parties",
+            where=", ".join(file.path.name for file in files),
+            expected=", ".join(contract.plan.parties),
+            got=", ".join(names),
+            remedy="give one party file for each party",
+            code="E225",
+        )
+
+
+def _no_checkpoints(folder: Path) -> ConfigError:
+    return ConfigError(
+        "a run of all parties in one process keeps no checkpoints to go on from",
+        where=str(folder),
+        remedy="start it again in a new folder; with --processes it can be gone on with",
+        code="E208",
+    )

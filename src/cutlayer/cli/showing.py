@@ -1,0 +1,89 @@
+"""`cutlayer plan` and `cutlayer check`: look at a run before it is one. Both send nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cutlayer.cli.console import Output, error_document, exit_code
+from cutlayer.core.batching import StepSizes, microbatch_sizes
+from cutlayer.core.compile import Roster, agenda, compile_plan
+from cutlayer.core.plan import Plan
+from cutlayer.core.schedules import grid as draw_grid
+from cutlayer.core.schedules import schedule
+from cutlayer.errors import ConfigError
+from cutlayer.run.config import Contract, load_contract
+
+__all__ = ["show_check", "show_plan"]
+
+
+def show_plan(path: Path, output: Output, *, grid: bool, program: str, samples: int | None) -> None:
+    """Print the plan, and on request the schedule of one step and one party's programs."""
+    contract = load_contract(path)
+    plan = contract.plan
+    document: dict[str, Any] = {"digest": contract.digest(), "plan": plan.document(), "text": str(plan)}
+    output.say(str(plan))
+    output.say(_meeting(contract))
+    if grid:
+        document["grid"] = _grid(plan)
+        output.say(f"\none step, {plan.training.schedule}\n{document['grid']}")
+    if program:
+        document["programs"] = _programs(plan, program, samples or plan.training.batch_size)
+        output.say("\n" + "\n".join(document["programs"].values()))
+    output.document(document)
+    output.last(f"contract digest: {contract.digest()}")
+
+
+def show_check(path: Path, party_files: Sequence[Path], output: Output) -> None:
+    """Print every finding; exit with the code of the first failure. Each party's modules see one batch."""
+    contract = load_contract(path)
+    from cutlayer.run.partyfile import load_party_file
+    from cutlayer.run.preflight import preflight
+
+    files = [load_party_file(file) for file in party_files]
+    rows, first = [], None
+    for finding in preflight(contract, files, now=datetime.now(UTC)):
+        output.say(f"{finding.level:<4}  {finding.subject}: {finding.text}")
+        error = error_document(finding.error) if finding.error else None
+        rows.append({"level": finding.level, "subject": finding.subject, "text": finding.text, "error": error})
+        if finding.error is not None:
+            first = first or finding.error
+            for line in finding.error.lines():
+                typer.echo(f"      {line}", err=True)
+    failures = sum(row["level"] == "fail" for row in rows)
+    output.document({"ok": not failures, "digest": contract.digest(), "findings": rows})
+    output.last("all is well; nothing was sent" if not failures else f"{failures} to correct; nothing was sent")
+    if first is not None:
+        raise typer.Exit(exit_code(first))
+
+
+def _meeting(contract: Contract) -> str:
+    addresses = ", ".join(f"{party} at {address}" for party, address in contract.addresses.items())
+    return f"meet at {contract.coordinator}; addresses: {addresses}"
+
+
+def _grid(plan: Plan) -> str:
+    parts = microbatch_sizes(plan.training.batch_size, plan.training.microbatches)
+    relay = plan.training.order == "relay"
+    sizes: StepSizes = tuple(None if relay and lane else parts for lane in range(plan.lanes))
+    return draw_grid(plan.graph, schedule(plan.graph, sizes, plan.training.schedule))
+
+
+def _programs(plan: Plan, party: str, samples: int) -> dict[str, str]:
+    """Return mode -> printed program of those modes that are run, if every data holder has `samples`."""
+    if party not in plan.parties:
+        raise ConfigError(
+            f"{party!r} is no party of the plan",
+            where="--program",
+            expected=f"one of {', '.join(plan.parties)}",
+            got=party,
+            code="E205",
+        )
+    holders = {name for lane in range(plan.lanes) for name in plan.graph.data_fields(lane)}
+    roster = Roster({mode: dict.fromkeys(holders, samples) for mode in ("train", "evaluate")})
+    programs = compile_plan(plan, roster)[party]
+    return {mode: str(programs[mode]) for mode in dict.fromkeys(mode for mode, _ in agenda(plan, roster))}

@@ -1,0 +1,176 @@
+"""`cutlayer run --processes`: the same bits as in one process, the right error, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from cutlayer.cli import processes
+from cutlayer.cli.console import Output
+from cutlayer.errors import CutlayerError, LinkError, PeerError, StageError
+from cutlayer.run.config import load_contract
+from cutlayer.run.launch import read_run
+
+Call = Callable[..., Any]
+ALL = ("contract.toml", "hospital.toml", "server.toml")
+QUIET = Output(json=False, quiet=True, verbose=False)
+
+
+def child(folder: Path, party: str, *, code: int, error: dict[str, str] | None) -> Any:
+    """Return a party's process that has ended, with what it printed."""
+    home = folder / party
+    home.mkdir()
+    (home / "output.json").write_text(json.dumps({"error": error}) if error else "")
+    ended = SimpleNamespace(returncode=code, poll=lambda: code)
+    return processes._Child(party, home, ended)  # type: ignore[arg-type]
+
+
+def told(kind: str, what: str, code: str) -> dict[str, str]:
+    return {"kind": kind, "what": what, "code": code, "where": "step 3", "expected": "x", "got": "y", "remedy": "z"}
+
+
+def test_error_is_that_of_the_party_that_failed_by_itself(tmp_path: Path):
+    ended = [
+        child(tmp_path, "a", code=5, error=told("PeerError", "b failed", "E703")),
+        child(tmp_path, "b", code=3, error=told("StageError", "it failed", "E301")),
+        child(tmp_path, "c", code=4, error=told("LinkError", "gone", "E601")),
+    ]
+    error = processes._failure(ended, QUIET)
+    assert type(error) is StageError
+    assert (error.what, error.where, error.code) == ("it failed", "process of b: step 3", "E301")
+    assert (error.expected, error.got, error.remedy) == ("x", "y", "z")
+
+
+def test_if_all_complain_of_others_the_first_is_told(tmp_path: Path):
+    error = processes._failure([child(tmp_path, "a", code=4, error=told("LinkError", "gone", "E601"))], QUIET)
+    assert type(error) is LinkError
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "got"),
+    [
+        (-9, None, "signal 9"),
+        (1, None, "exit code 1"),
+        (130, None, "interrupted"),
+        (1, {"kind": "StageError", "odd": "x"}, "exit code 1"),
+    ],
+)
+def test_process_that_ends_without_a_word(tmp_path: Path, code: int, error: dict[str, str] | None, got: str):
+    found = processes._failure([child(tmp_path, "a", code=code, error=error)], QUIET)
+    assert type(found) is PeerError
+    assert (found.code, found.got) == ("E710", got)
+    assert str(tmp_path / "a" / "log.txt") in found.remedy
+
+
+def test_error_of_an_unknown_kind_is_a_general_one(tmp_path: Path):
+    error = processes._failure([child(tmp_path, "a", code=1, error=told("os", "odd", "E999"))], QUIET)
+    assert type(error) is CutlayerError
+
+
+def test_events_are_read_as_they_come(tmp_path: Path):
+    watched = child(tmp_path, "a", code=0, error=None)
+    path = tmp_path / "a" / "metrics.jsonl"
+    assert list(watched.events()) == []
+    path.write_text('{"event": "one"}\n{"eve')
+    assert list(watched.events()) == [{"event": "one"}]
+    with path.open("a") as file:
+        file.write('nt": "two"}\n')
+    assert list(watched.events()) == [{"event": "two"}]
+
+
+def test_local_contract_keeps_its_ports(demo: Path):
+    contract = load_contract(demo / "contract.toml")
+    local = processes._local_contract(contract, demo)
+    assert local.plan == contract.plan
+    assert local.addresses["server"].startswith("127.0.0.1:")
+    assert local.addresses != contract.addresses
+    assert processes._local_contract(contract, demo) == local
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "cutlayer", *words]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {
+        f"{path.name}: {name}": tensor
+        for path in paths
+        if path.parent.name != "checkpoints"
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert len(first) == 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_no_process_left(folder: Path) -> None:
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if any(str(folder) in w for w in p.info["cmdline"] or ())]
+    assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path):
+    assert call("run", *ALL, "--folder", "one", "-q").code == 0
+    result = call("run", *ALL, "--folder", "many", "--processes")
+    assert (result.code, result.out[-1]) == (0, "results: many/")
+    assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
+    assert_same_weights(demo / "one", demo / "many")
+    one, many = (json.loads((demo / name / "summary.json").read_text()) for name in ("one", "many"))
+    for part in ("plan", "metrics", "history", "cuts", "weights_sha256"):
+        assert one[part] == many[part]
+    assert not list((demo / "many").rglob("*.key"))
+    assert_no_process_left(demo)
+    assert call("resume", "many").out[-1] == "results: many/"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_error_of_one_party_ends_all(call: Call, demo: Path):
+    code = demo / "parties.py"
+    code.write_text(code.read_text().replace("linear(8, 2)", "linear(8, 3)"))
+    result = call("run", *ALL, "--folder", "many", "--processes")
+    assert result.code == 3
+    assert result.err[-4].startswith("E30")
+    assert result.err[-3].startswith("  where: process of server")
+    assert_no_process_left(demo)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_stopped_run_leaves_no_process_and_goes_on_to_the_same_bits(call: Call, demo: Path):
+    contract = demo / "contract.toml"
+    contract.write_text(contract.read_text().replace("epochs = 2", "epochs = 60"))
+    assert call("run", *ALL, "--folder", "one", "-q").code == 0
+    process = subprocess.Popen(command("run", *ALL, "--folder", "many", "--processes"), stderr=subprocess.DEVNULL)
+    events = demo / "many" / "hospital" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (events.exists() and '"round":3' in events.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert_no_process_left(demo)
+    assert not (demo / "many" / "summary.json").exists()
+    assert read_run(demo / "many")[2].kind == "processes"
+    result = call("resume", "many")
+    assert (result.code, result.out[-1]) == (0, "results: many/")
+    assert_same_weights(demo / "one", demo / "many")

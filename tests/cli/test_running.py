@@ -1,0 +1,204 @@
+"""`cutlayer run` in one process, `join` and `resume`."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from cutlayer.cli import running
+from cutlayer.run.config import load_contract, parse_contract
+from cutlayer.run.launch import read_run
+
+Call = Callable[..., Any]
+ALL = ("contract.toml", "hospital.toml", "server.toml")
+
+
+def only_folder(base: Path) -> Path:
+    (folder,) = base.iterdir()
+    return folder
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_run_says_where_its_results_are_in_the_last_line(call: Call, demo: Path):
+    result = call("run", *ALL)
+    assert result.code == 0
+    folder = only_folder(demo / "runs")
+    assert result.out[-1] == f"results: runs/{folder.name}/"
+    assert folder.name.endswith("-demo")
+    assert result.out[0].startswith("demo: ")
+    assert result.err[0] == f"run folder: runs/{folder.name}/"
+    assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
+    names = {"contract.toml", "metrics.jsonl", "hospital.safetensors", "launch.json", "server.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*names, "summary.json"}
+    resolved = load_contract(folder / "contract.toml")
+    assert resolved == load_contract(demo / "contract.toml")
+    assert "checkpoint_every = 0" in (folder / "contract.toml").read_text()  # defaults are in it
+    assert json.loads((folder / "summary.json").read_text())["contract"] == resolved.digest()
+    assert set(safetensors.torch.load_file(folder / "server.safetensors")) == {"body.weight", "body.bias"}
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {event["event"] for event in events} == {"step", "round"}
+
+
+def test_run_as_json(call: Call, demo: Path):
+    document = call("run", *ALL, "--json", "--folder", "out").json()
+    assert document["results"] == str(demo / "out")
+    assert document["metrics"]["evaluate"]["loss"]["loss"] < 1.0
+    assert document == {**json.loads((demo / "out" / "summary.json").read_text()), "results": str(demo / "out")}
+
+
+def test_quiet_run_prints_one_line(call: Call, demo: Path):
+    result = call("run", *ALL, "--folder", "out", "-q")
+    assert (result.out, result.err) == (["results: out/"], [])
+
+
+def test_run_twice_in_one_folder_is_refused(call: Call, demo: Path):
+    assert call("run", *ALL, "--folder", "out", "-q").code == 0
+    again = call("run", *ALL, "--folder", "out")
+    assert (again.code, again.err[0][:4]) == (2, "E208")
+
+
+def test_party_files_must_be_those_of_the_plan(call: Call, demo: Path):
+    result = call("run", "contract.toml", "server.toml")
+    assert (result.code, len(result.err)) == (2, 4)
+    assert result.err[0].startswith("E225")
+    assert not (demo / "runs").exists()
+
+
+def test_module_that_does_not_fit_exits_with_3(call: Call, demo: Path):
+    replace_in(demo / "parties.py", "linear(8, 2)", "linear(8, 3)")
+    result = call("run", *ALL)
+    assert result.code == 3
+    assert result.err[-4].startswith("E30")
+    assert "body" in "".join(result.err[-4:])
+    assert not any("Traceback" in line for line in result.err)
+    assert any("Traceback" in line for line in call("run", *ALL, "-v").err)
+
+
+def test_builder_that_fails_exits_with_2(call: Call, demo: Path):
+    replace_in(demo / "server.toml", "parties.py:server", "parties.py:sever")
+    result = call("run", *ALL)
+    assert result.code == 2
+    assert result.err[-4] == "E204 the module has no function 'sever'"
+
+
+def test_join_without_a_terminal_never_asks(call: Call, demo: Path):
+    digest = load_contract(demo / "contract.toml").digest()
+    result = call("join", "contract.toml", "hospital.toml", stdin="y\n")
+    assert result.code == 2
+    assert result.err[-4] == "E207 this site has not accepted the contract"
+    assert result.err[-1] == f"  do:    read it with `cutlayer plan`; if it may run: --accept {digest}"
+    shown = "\n".join(result.err)
+    assert "sends   activations of head to server: float32[batch, 8], 512 bytes a batch" in shown
+    assert "1,600 bytes over cuts an epoch (weights of replicas come on top), for its 40 samples" in shown
+    assert not (demo / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [("--json",), ("-q",)])
+def test_join_in_a_script_never_asks_even_at_a_terminal(
+    call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+):
+    monkeypatch.setattr(running, "interactive", lambda: "--json" in words)
+    result = call("join", "contract.toml", "hospital.toml", *words, stdin="y\n")
+    assert result.code == 2
+    assert result.err[-4].startswith("E207")
+    if "--json" in words:
+        assert result.json()["error"]["code"] == "E207"
+
+
+def test_join_refuses_another_contract_than_the_accepted_one(call: Call, demo: Path):
+    result = call("join", "contract.toml", "hospital.toml", "--accept", "0" * 64)
+    assert (result.code, result.err[-4]) == (2, "E207 this site has accepted another contract")
+
+
+def test_no_at_the_terminal_is_no(call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(running, "interactive", lambda: True)
+    result = call("join", "contract.toml", "hospital.toml", stdin="n\n")
+    assert result.code == 2
+    assert result.err[-4] == "May this leave? [y/N]:E207 this site has not accepted the contract"
+    assert not (demo / "runs").exists()
+
+
+def test_yes_is_asked_for_once_and_then_the_party_meets_the_others(
+    call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody else comes here, so the run ends by its deadline: a peer's failure, exit code 5."""
+    replace_in(demo / "contract.toml", "join = 60", "join = 0.3")
+    replace_in(demo / "contract.toml", "127.0.0.1:7443", f"127.0.0.1:{_free_port()}")
+    monkeypatch.setattr(running, "interactive", lambda: True)
+    result = call("join", "contract.toml", "server.toml", stdin="y\n")
+    assert sum("May this leave?" in line for line in result.err) == 1
+    assert (result.code, result.err[-4][:4]) == (5, "E702")
+    assert "hospital" in "".join(result.err[-4:])
+    folder = only_folder(demo / "runs")
+    assert f"cutlayer resume runs/{folder.name}/" in "\n".join(result.err)
+
+    monkeypatch.setattr(running, "interactive", lambda: False)
+    again = call("resume", str(folder))
+    assert (again.code, again.err[-4][:4]) == (5, "E702")
+    assert only_folder(demo / "runs") == folder
+
+
+def test_accepted_digest_in_the_party_file_is_enough(call: Call, demo: Path):
+    replace_in(demo / "contract.toml", "join = 60", "join = 0.3")
+    replace_in(demo / "contract.toml", "127.0.0.1:7443", f"127.0.0.1:{_free_port()}")
+    digest = load_contract(demo / "contract.toml").digest()
+    with (demo / "server.toml").open("a") as file:
+        file.write(f'[run]\naccept = "{digest}"\nfolder = "mine"\n')
+    result = call("join", "contract.toml", "server.toml")
+    assert result.code == 5
+    _, text, record = read_run(only_folder(demo / "mine"))
+    assert (record.kind, record.digest, record.party_files) == ("join", digest, (str(demo / "server.toml"),))
+    assert parse_contract(text).digest() == digest
+
+
+def test_expired_or_missing_certificates_exit_with_4(call: Call, demo: Path):
+    replace_in(demo / "hospital.toml", "insecure = true", 'credentials = "none"')
+    result = call("join", "contract.toml", "hospital.toml")
+    assert (result.code, result.err[-4][:4]) == (4, "E666")
+
+
+def test_finished_run_stays_as_it_is(call: Call, demo: Path):
+    call("run", *ALL, "--folder", "out", "-q")
+    before = {path: path.read_bytes() for path in (demo / "out").iterdir()}
+    result = call("resume", "out")
+    assert (result.code, result.out) == (0, ["this run is finished", "results: out/"])
+    assert call("resume", "out", "--json").json() == {"finished": True, "results": str(demo / "out")}
+    assert {path: path.read_bytes() for path in (demo / "out").iterdir()} == before
+
+
+def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):
+    """What a service does that starts `join --folder` again and again."""
+    call("run", *ALL, "--folder", "out", "-q")
+    digest = load_contract(demo / "contract.toml").digest()
+    result = call("join", "contract.toml", "server.toml", "--folder", "out", "--accept", digest)
+    assert (result.code, result.out) == (0, ["this run is finished", "results: out/"])
+
+
+def test_run_in_one_process_cannot_be_gone_on_with(call: Call, demo: Path):
+    call("run", *ALL, "--folder", "out", "-q")
+    (demo / "out" / "summary.json").unlink()
+    result = call("resume", "out")
+    assert (result.code, result.err[0][:4]) == (2, "E208")
+    assert "--processes" in result.err[3]
+
+
+def test_resume_of_a_folder_that_is_no_run(call: Call, demo: Path):
+    result = call("resume", ".")
+    assert (result.code, result.err[0]) == (2, "E208 the folder holds no run that can be gone on with")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

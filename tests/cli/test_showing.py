@@ -1,0 +1,118 @@
+"""`cutlayer plan` and `cutlayer check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer.run.config import load_contract
+
+Call = Callable[..., Any]
+
+
+def test_plan_is_printed_with_the_digest_last(call: Call, demo: Path):
+    contract = load_contract(demo / "contract.toml")
+    result = call("plan", "contract.toml")
+    assert result.code == 0
+    assert result.out[:-2] == str(contract.plan).splitlines()
+    assert result.out[-2] == "meet at server; addresses: server at 127.0.0.1:7443"
+    assert result.out[-1] == f"contract digest: {contract.digest()}"
+
+
+def test_grid_has_a_row_a_party(call: Call, demo: Path):
+    rows = [line for line in call("plan", "contract.toml", "--grid").out if " | " in line]
+    assert [row.split()[0] for row in rows] == ["hospital", "server"]
+    assert "head:F0" in rows[0]
+    assert "body:B0" in rows[1]
+
+
+def test_program_has_the_steps_of_the_samples(call: Call, demo: Path):
+    result = call("plan", "contract.toml", "--program", "server", "--samples", "33")
+    text = "\n".join(result.out)
+    assert "program of server, train" in text
+    assert "program of server, evaluate" in text
+    assert "2 x lane 0: 16 samples" in text
+    assert "1 x lane 0: 1 samples" in text
+    assert "FORWARD stage=body" in text
+    assert "1 x lane 0: 16 samples" in "\n".join(call("plan", "contract.toml", "--program", "server").out)
+
+
+def test_program_of_a_stranger_is_refused(call: Call, demo: Path):
+    result = call("plan", "contract.toml", "--program", "severe")
+    assert result.code == 2
+    assert result.err[0] == "E205 'severe' is no party of the plan"
+    assert "expected one of hospital, server" in result.err[2]
+
+
+def test_plan_as_json(call: Call, demo: Path):
+    contract = load_contract(demo / "contract.toml")
+    document = call("plan", "contract.toml", "--grid", "--program", "hospital", "--json").json()
+    assert document["digest"] == contract.digest()
+    assert document["plan"] == contract.plan.document()
+    assert document["text"] == str(contract.plan)
+    assert "body:F0" in document["grid"]
+    assert list(document["programs"]) == ["start", "train", "evaluate"]
+
+
+def test_quiet_plan_is_the_digest(call: Call, demo: Path):
+    digest = load_contract(demo / "contract.toml").digest()
+    assert call("plan", "contract.toml", "-q").out == [f"contract digest: {digest}"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("epochs", "epoch", "E201 unknown key 'epoch'"),
+        ("epochs = 2", "epochs = '2'", "E202 the value of 'training.epochs' is wrong"),
+        ('"body", "data.y"', '"body", "tail"', "E102 stage 'loss' takes 'tail', which the plan does not have"),
+    ],
+)
+def test_wrong_contract_is_four_lines_and_exit_2(call: Call, demo: Path, old: str, new: str, line: str):
+    path = demo / "contract.toml"
+    path.write_text(path.read_text().replace(old, new))
+    result = call("plan", "contract.toml")
+    assert (result.code, result.out, len(result.err)) == (2, [], 4)
+    assert result.err[0] == line
+
+
+def test_missing_contract(call: Call, demo: Path):
+    result = call("plan", "none.toml")
+    assert result.code == 2
+    assert result.err[0] == "E203 the file none.toml cannot be read"
+
+
+def test_check_of_all_that_fits(call: Call, demo: Path):
+    result = call("check", "contract.toml", "hospital.toml", "server.toml")
+    assert result.code == 0
+    assert [line.split(":")[0].split() for line in result.out[:-1]] == [
+        ["ok", "contract"], ["warn", "hospital"], ["warn", "server"], ["ok", "hospital"], ["ok", "server"],
+    ]  # fmt: skip
+    assert result.out[-1] == "all is well; nothing was sent"
+    assert not (demo / "runs").exists()
+
+
+def test_check_of_a_contract_alone(call: Call, demo: Path):
+    result = call("check", "contract.toml", "--json")
+    assert result.code == 0
+    document = result.json()
+    assert document["ok"] is True
+    assert [finding["subject"] for finding in document["findings"]] == ["contract"]
+
+
+def test_check_names_every_failure_and_exits_with_the_first(call: Call, demo: Path):
+    """The server's module gives another shape (exit code 3); the hospital's code cannot be loaded (2)."""
+    code = demo / "parties.py"
+    code.write_text(code.read_text().replace("linear(8, 2)", "linear(8, 3)"))
+    (demo / "hospital.toml").write_text((demo / "hospital.toml").read_text().replace("parties.py:hospital", "x.py:f"))
+    result = call("check", "contract.toml", "server.toml", "hospital.toml")
+    assert result.code == 2  # code is loaded before modules are tried
+    assert sum(line.startswith("fail") for line in result.out) == 2
+    assert result.out[-1] == "2 to correct; nothing was sent"
+    assert len([line for line in result.err if line.startswith("        do:")]) == 2
+    only = call("check", "contract.toml", "server.toml", "--json")
+    assert only.code == 3
+    errors = [finding["error"] for finding in only.json()["findings"] if finding["error"]]
+    assert [error["kind"] for error in errors] == ["StageError"]
