@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from cutlayer.engine.wire import Frame
 from cutlayer.errors import CutlayerError
 from cutlayer.transport.local import run_together
 from cutlayer.transport.network import Network
-from tests.transport.parties import Cast, meet
+from tests.transport.parties import QUICK, Cast, meet
 
 Script = Callable[[int], Generator[Post | Take, Any, None]]
 Runner = Callable[[Mapping[str, Script]], dict[str, CutlayerError]]
+PATIENT = {"deadlines": replace(QUICK, receive=40)}  # of the lab, idle in most tests: it is not the first to give up
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -57,7 +59,7 @@ def _grpc(cast: Cast) -> Runner:
         return play
 
     def run(scripts: Mapping[str, Script]) -> dict[str, CutlayerError]:
-        results = cast.play({party: part(script) for party, script in scripts.items()})
+        results = cast.play({party: part(script) for party, script in scripts.items()}, lab_=PATIENT)
         return {party: value for party, value in results.items() if value is not None}
 
     return run
