@@ -148,7 +148,7 @@ class Uncut:
         done: set[str] = set()
         waiting = list(self.plan.stages)
         while waiting:
-            stage = next(s for s in waiting if all(i in done or i.startswith("data.") for i in s.inputs))
+            stage = next(s for s in waiting if all(i.partition(".")[0] in done | {"data"} for i in s.inputs))
             waiting.remove(stage)
             done.add(stage.name)
             inputs = [
@@ -162,9 +162,12 @@ class Uncut:
                 share = len(rows) / total if stage.reduction == "mean" else 1.0
                 sum_of_losses = sum_of_losses + output * (stage.weight * share)
                 continue
-            takers = [(s.name, place) for s in self.plan.stages for place, i in enumerate(s.inputs) if i == stage.name]
-            for taker, branch in zip(takers, Fork.apply(output, len(takers)), strict=True):
-                branches[stage.name, *taker] = branch
+            for port, value in output.items() if isinstance(output, dict) else [("", output)]:
+                text = f"{stage.name}.{port}" if port else stage.name
+                given = value.detach() if port in stage.detached or not value.is_floating_point() else value
+                takers = [(s.name, place) for s in self.plan.stages for place, i in enumerate(s.inputs) if i == text]
+                for taker, branch in zip(takers, Fork.apply(given, len(takers)), strict=True):
+                    branches[text, *taker] = branch
         return sum_of_losses
 
     def _call(self, name: str, lane: int, inputs: list[Tensor]) -> Tensor:

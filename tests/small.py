@@ -43,7 +43,22 @@ class Block(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.drop(torch.relu(self.norm(self.linear(torch.cat(inputs, 1)))))
+        floats = [value if value.is_floating_point() else value.float() for value in inputs]
+        return self.drop(torch.relu(self.norm(self.linear(torch.cat(floats, 1)))))
+
+
+class Ports(nn.Module):
+    """A `Block` whose output is cut into named parts, each of its own width; `counts` is a part of whole numbers."""
+
+    def __init__(self, widths: Sequence[int], ports: Mapping[str, int], **options: Any) -> None:
+        super().__init__()
+        self.widths = dict(ports)
+        self.block = Block(widths, sum(ports.values()), **options)
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        parts = self.block(*inputs).split(list(self.widths.values()), 1)
+        found = dict(zip(self.widths, parts, strict=True))
+        return {name: part.mul(4).long() if name == "counts" else part for name, part in found.items()}
 
 
 def float32(*dims: int) -> str:

@@ -204,3 +204,26 @@ def test_the_table_is_as_short_as_the_program():
     door = Admission(compile_plan(plan, roster)["s"], agenda(plan, roster))
     entries = sum(len(table) for tables in door._tables.values() for table in tables)
     assert entries < 40
+
+
+def test_a_free_dimension_may_be_shorter_never_longer():
+    stages = [
+        Stage(
+            "head",
+            at="a",
+            inputs=["data.x"],
+            output={"words": "float32[batch, time<=8, 2]", "mask": "bool[batch, time<=8]"},
+        ),
+        Loss("loss", at="b", inputs=["head.words", "head.mask"]),
+    ]
+    plan = Plan(stages, training=Training(batch_size=4))
+    roster = roster_for(plan, (4,))
+    door = Admission(compile_plan(plan, roster)["b"], agenda(plan, roster))
+    words, mask = plan.graph.cuts(0)
+    tag = Tag(1, "train", 1, 0, words.index, 0, 0, "up")
+    for length in (0, 1, 8):
+        assert refused(door, "a", tag, "float32", (4, length, 2)) == ""
+    for shape in ((4, 9, 2), (5, 8, 2), (3, 8, 2), (4, 8, 3), (4, 8)):
+        assert refused(door, "a", tag, "float32", shape) == "E522"
+    assert refused(door, "a", tag, "float16", (4, 8, 2)) == "E522"
+    assert refused(door, "a", replace(tag, edge=mask.index), "bool", (4, 3)) == ""

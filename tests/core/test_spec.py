@@ -38,6 +38,20 @@ def test_sizes(spec, batch):
     assert spec.mismatch("complex64", shape, batch) == f"complex64{list(shape)} instead of {spec.dtype}{list(shape)}"
 
 
+def test_a_free_dimension_has_a_bound():
+    spec = TensorSpec.parse("int64[batch, time <= 512, 3]")
+    assert str(spec) == "int64[batch, time<=512, 3]"
+    assert TensorSpec.parse(str(spec)) == spec
+    assert spec.free == {1}
+    assert spec.concrete(4) == (4, 512, 3)
+    assert spec.nbytes(4) == 4 * 512 * 3 * 8
+    for length in (0, 1, 511, 512):
+        assert spec.mismatch("int64", (4, length, 3), 4) == ""
+    for shape in ((4, 513, 3), (3, 512, 3), (4, 512, 2), (4, 512), (4, 512, 3, 1)):
+        assert spec.mismatch("int64", shape, 4) == f"int64{list(shape)} instead of int64[4, <=512, 3]"
+    assert spec.mismatch("int32", (4, 512, 3), 4)
+
+
 def test_the_wire_code_of_each_dtype_never_changes():
     """The position in DTYPES is the code on the wire."""
     names = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()

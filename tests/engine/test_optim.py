@@ -22,7 +22,9 @@ SPEC = TensorSpec.parse("float32[batch, 3]")
 def trained(seed: int, optimizer=adam, scheduler=None) -> tuple[ModuleStage, Bundle]:
     """A stage after two steps."""
     torch.manual_seed(seed)
-    stage = ModuleStage("head", Block([5], 3, norm=True, drop=0.2), spec=SPEC, seed=seed, device=torch.device("cpu"))
+    stage = ModuleStage(
+        "head", Block([5], 3, norm=True, drop=0.2), ports={"": SPEC}, seed=seed, device=torch.device("cpu")
+    )
     bundle = Bundle({"head": stage}, optimizer, scheduler)
     for _ in range(2):
         advance(stage, bundle)
@@ -31,7 +33,7 @@ def trained(seed: int, optimizer=adam, scheduler=None) -> tuple[ModuleStage, Bun
 
 def advance(stage: ModuleStage, bundle: Bundle) -> None:
     stage.forward([torch.ones(4, 5).cumsum(0)], Context(key=(0, 0), batch=4, training=True, wanted=(False,)))
-    stage.backward(torch.ones(4, 3), (0, 0))
+    stage.backward([torch.ones(4, 3)], (0, 0))
     bundle.step(each_step=True)
 
 
@@ -141,7 +143,7 @@ def test_a_stage_of_another_optimizer_forgets_what_it_had():
 
 
 def test_parameters_need_an_optimizer():
-    stage = ModuleStage("head", nn.Linear(2, 2), spec=None, seed=0, device=torch.device("cpu"))
+    stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
     with pytest.raises(ConfigError) as caught:
         Bundle({"head": stage}, None, None)
     assert caught.value.code == "E221"
@@ -154,7 +156,7 @@ def test_parameters_need_an_optimizer():
 def test_a_shared_parameter_is_stepped_once():
     layer = nn.Linear(2, 2, bias=False)
     stages = {
-        name: ModuleStage(name, layer, spec=None, seed=0, device=torch.device("cpu")) for name in ("first", "second")
+        name: ModuleStage(name, layer, ports=None, seed=0, device=torch.device("cpu")) for name in ("first", "second")
     }
     assert len(Bundle(stages, adam, None).parameters) == 1
 

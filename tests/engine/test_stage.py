@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 
 def stage_of(module: nn.Module, spec: str | None = "float32[batch, 3]", seed: int = 5) -> ModuleStage:
-    return ModuleStage("body", module, spec=None if spec is None else TensorSpec.parse(spec), seed=seed, device=CPU)
+    ports = None if spec is None else {"": TensorSpec.parse(spec)}
+    return ModuleStage("body", module, ports=ports, seed=seed, device=CPU)
 
 
 def context(batch: int = 4, micro: int = 0, *, training: bool = True, wanted: tuple[bool, ...] = (True,)) -> Context:
@@ -39,9 +40,9 @@ def test_gradients_are_those_of_autograd():
     torch.manual_seed(0)
     layer, value = nn.Linear(5, 3), torch.randn(4, 5)
     stage = stage_of(layer)
-    output = stage.forward([value], context())
+    (output,) = stage.forward([value], context())
     assert not output.requires_grad
-    (gradient,) = stage.backward(torch.ones(4, 3), (0, 0))
+    (gradient,) = stage.backward([torch.ones(4, 3)], (0, 0))
     leaf = value.clone().requires_grad_()
     other = nn.Linear(5, 3)
     other.load_state_dict(layer.state_dict())
@@ -58,14 +59,14 @@ def test_microbatches_in_flight_keep_apart():
         stage.forward([value], context(micro=micro))
     for micro in (2, 0, 1):
         stage.module.zero_grad()
-        stage.backward(torch.ones(4, 3), (0, micro))
+        stage.backward([torch.ones(4, 3)], (0, micro))
         assert torch.equal(stage.module.weight.grad, torch.full((3, 5), 4.0 * micro))
 
 
 def test_only_wanted_gradients_are_given():
     stage = stage_of(Odd(lambda a, b: (a + b)[:, :3]))
     stage.forward([torch.ones(4, 5), torch.ones(4, 5)], context(wanted=(False, True)))
-    gradients = stage.backward(torch.ones(4, 3), (0, 0))
+    gradients = stage.backward([torch.ones(4, 3)], (0, 0))
     assert gradients[0] is None
     assert gradients[1].sum() == 12
 
@@ -73,14 +74,14 @@ def test_only_wanted_gradients_are_given():
 def test_an_input_that_is_not_used_gets_zeros():
     stage = stage_of(Odd(lambda a, b: a[:, :3]))
     stage.forward([torch.ones(4, 5), torch.ones(4, 2)], context(wanted=(True, True)))
-    gradients = stage.backward(torch.ones(4, 3), (0, 0))
+    gradients = stage.backward([torch.ones(4, 3)], (0, 0))
     assert torch.equal(gradients[1], torch.zeros(4, 2))
 
 
 def test_an_output_that_no_input_reaches_gives_zeros():
     stage = stage_of(Odd(lambda a: torch.ones(4, 3)))
     stage.forward([torch.ones(4, 5)], context())
-    assert torch.equal(stage.backward(torch.ones(4, 3), (0, 0))[0], torch.zeros(4, 5))
+    assert torch.equal(stage.backward([torch.ones(4, 3)], (0, 0))[0], torch.zeros(4, 5))
 
 
 def test_operations_in_place_are_allowed():
@@ -89,8 +90,8 @@ def test_operations_in_place_are_allowed():
     expected = linear(plain.relu()).relu()
     expected.backward(torch.ones(4, 3))
     stage = stage_of(nn.Sequential(nn.ReLU(inplace=True), linear, nn.ReLU(inplace=True)))
-    assert torch.equal(stage.forward([value], context()), expected)
-    assert torch.equal(stage.backward(torch.ones(4, 3), (0, 0))[0], plain.grad)
+    assert torch.equal(stage.forward([value], context())[0], expected)
+    assert torch.equal(stage.backward([torch.ones(4, 3)], (0, 0))[0], plain.grad)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -105,13 +106,13 @@ def test_a_loss_begins_with_a_number(shape):
 
 def test_a_stage_draws_from_its_own_generator_only():
     outer = torch.get_rng_state()
-    outputs = [stage_of(nn.Dropout(0.5), "float32[batch, 50]").forward([torch.ones(4, 50)], context()) for _ in "ab"]
+    outputs = [stage_of(nn.Dropout(0.5), "float32[batch, 50]").forward([torch.ones(4, 50)], context())[0] for _ in "ab"]
     assert torch.equal(*outputs)
     assert torch.equal(torch.get_rng_state(), outer)
     torch.manual_seed(1)
-    again = stage_of(nn.Dropout(0.5), "float32[batch, 50]").forward([torch.ones(4, 50)], context())
+    (again,) = stage_of(nn.Dropout(0.5), "float32[batch, 50]").forward([torch.ones(4, 50)], context())
     assert torch.equal(again, outputs[0])
-    other = stage_of(nn.Dropout(0.5), "float32[batch, 50]", seed=6).forward([torch.ones(4, 50)], context())
+    (other,) = stage_of(nn.Dropout(0.5), "float32[batch, 50]", seed=6).forward([torch.ones(4, 50)], context())
     assert not torch.equal(other, outputs[0])
 
 
@@ -127,7 +128,7 @@ def test_training_advances_the_generator_and_evaluation_does_not():
 def test_a_module_that_always_draws_does_not_advance_the_generator_in_evaluation():
     stage = stage_of(Odd(lambda a: a[:, :3] + torch.rand(4, 3)))
     before = stage.generator
-    outputs = [stage.forward([torch.ones(4, 5)], context(training=False)) for _ in "ab"]
+    outputs = [stage.forward([torch.ones(4, 5)], context(training=False))[0] for _ in "ab"]
     assert torch.equal(*outputs)
     assert torch.equal(stage.generator, before)
 
@@ -138,7 +139,7 @@ def test_evaluation_keeps_no_graph_and_changes_no_buffer():
     stage.forward([torch.randn(4, 5)], context(training=False))
     assert all(torch.equal(buffer, before[name]) for name, buffer in stage.module.named_buffers())
     with pytest.raises(StageError) as caught:
-        stage.backward(torch.ones(4, 3), (0, 0))
+        stage.backward([torch.ones(4, 3)], (0, 0))
     assert caught.value.code == "E303"
 
 
@@ -165,7 +166,7 @@ def test_a_failed_forward_gives_the_global_generator_back():
         (lambda a: a, "E301", "expected float32[batch, 3] for 4 samples, got float32[4, 5] instead of float32[4, 3]"),
         (lambda a: a[:3, :3], "E301", "got float32[3, 3] instead of float32[4, 3]"),
         (lambda a: a[:, :3].double(), "E301", "got float64[4, 3] instead of float32[4, 3]"),
-        (lambda a: (a, a), "E302", "expected one tensor, got tuple"),
+        (lambda a: (a, a), "E302", "expected one tensor, got 2 values: Tensor, Tensor"),
         (lambda a: None, "E302", "got NoneType"),
         (lambda a: a @ a, "E304", "got RuntimeError: mat1 and mat2 shapes"),
         (lambda a: a.missing, "E304", "got AttributeError: "),
@@ -203,7 +204,7 @@ def test_a_failed_backward_is_named():
     stage = stage_of(Odd(Breaks.apply))
     stage.forward([torch.ones(4, 5)], context())
     with pytest.raises(StageError) as caught:
-        stage.backward(torch.ones(4, 3), (0, 0))
+        stage.backward([torch.ones(4, 3)], (0, 0))
     assert caught.value.code == "E304"
     assert "failed in its backward" in str(caught.value)
 
@@ -218,14 +219,14 @@ def test_a_batch_norm_on_one_sample_says_what_to_do():
 def test_each_forward_has_one_backward():
     stage = stage_of(nn.Linear(5, 3))
     stage.forward([torch.ones(4, 5)], context())
-    stage.backward(torch.ones(4, 3), (0, 0))
+    stage.backward([torch.ones(4, 3)], (0, 0))
     with pytest.raises(StageError) as caught:
-        stage.backward(torch.ones(4, 3), (0, 0))
+        stage.backward([torch.ones(4, 3)], (0, 0))
     assert caught.value.code == "E303"
     stage.forward([torch.ones(4, 5)], context())
     stage.forget()
     with pytest.raises(StageError):
-        stage.backward(torch.ones(4, 3), (0, 0))
+        stage.backward([torch.ones(4, 3)], (0, 0))
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_operations_are_counted_at_each_call():
         stage.forward([torch.ones(4, 5)], context(micro=micro))
         assert stage.spent == 2 * 4 * 5 * 3
     for micro in range(3):
-        stage.backward(torch.ones(4, 3), (0, micro))
+        stage.backward([torch.ones(4, 3)], (0, micro))
         assert stage.spent == 2 * 2 * 4 * 5 * 3
     stage.forward([torch.ones(2, 5)], context(batch=2))
     assert stage.spent == 2 * 2 * 5 * 3

@@ -14,7 +14,7 @@ from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.engine import stage as stages_at_work
 from tests.drawing import replicated_plans
-from tests.small import FEATURES, Block, Case, adam, difference, float32, momentum
+from tests.small import FEATURES, Block, Case, Ports, adam, difference, float32, momentum
 
 PARTIES = ("p", "q", "r", "s")
 BATCH = 6
@@ -29,7 +29,7 @@ class Score(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *predictions, label = inputs
-        wrong = sum((prediction.mean(1) - label) ** 2 for prediction in predictions)
+        wrong = sum((prediction.float().mean(1) - label) ** 2 for prediction in predictions)
         return wrong.mean() if self.reduction == "mean" else wrong.sum()
 
 
@@ -39,14 +39,16 @@ def plans(draw: st.DrawFn) -> Plan:
     parties = st.sampled_from(PARTIES[: draw(st.integers(2, 4))])
     stages: list[Stage | Loss] = []
     for place in range(draw(st.integers(2, 6))):
-        before = [stage.name for stage in stages]
+        before = values_of(stages)
         inputs = draw(st.lists(st.sampled_from([*before, "data.x"]), min_size=1, max_size=3)) if place else ["data.x"]
         frozen = draw(st.booleans()) and draw(st.booleans()) if place else False
-        width = draw(st.integers(1, 4))
-        stages.append(Stage(f"s{place}", at=draw(parties), inputs=inputs, output=float32(width), frozen=frozen))
-    names = [stage.name for stage in stages]
+        output, detached = draw(outputs())
+        stages.append(
+            Stage(f"s{place}", at=draw(parties), inputs=inputs, output=output, frozen=frozen, detached=detached)
+        )
+    names = values_of(stages)
     taken = {text for stage in stages for text in stage.inputs}
-    ends = [s.name for s in stages if s.name not in taken or draw(st.integers(0, 4)) == 0]
+    ends = [name for name in names if name not in taken or draw(st.integers(0, 4)) == 0]
     releases = []
     for place, end in enumerate(ends):
         at, owner = draw(parties), draw(st.sampled_from(sorted({str(stage.at) for stage in stages})))
@@ -66,6 +68,22 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(draw(st.permutations(stages)), training=training, releases=releases)
 
 
+@st.composite
+def outputs(draw: st.DrawFn) -> tuple[str | dict[str, str], list[str]]:
+    """One output, or up to three by name: some detached, some whole numbers."""
+    if draw(st.integers(0, 2)):
+        return float32(draw(st.integers(1, 4))), []
+    ports = draw(st.lists(st.sampled_from(["deep", "skip", "counts"]), min_size=1, max_size=3, unique=True))
+    ports = ["deep", *ports] if ports == ["counts"] else ports
+    specs = {p: f"{'int64' if p == 'counts' else 'float32'}[batch, {draw(st.integers(1, 3))}]" for p in ports}
+    return specs, ["skip"] if "skip" in ports and "deep" in ports and draw(st.booleans()) else []
+
+
+def values_of(stages: list[Stage | Loss]) -> list[str]:
+    """What can be taken as an input: "stage", or "stage.port" for each port."""
+    return [f"{s.name}.{port}" if port else s.name for s in stages for port in s.ports]
+
+
 def case_of(plan: Plan, rest: int, *, norm: bool, drop: float) -> Case:
     """`rest`: samples of a second, smaller batch; with BatchNorm each microbatch needs two."""
     if norm and 0 < rest < 2 * plan.training.microbatches:
@@ -82,13 +100,15 @@ def case_of(plan: Plan, rest: int, *, norm: bool, drop: float) -> Case:
 
 def random_modules(plan: Plan, *, norm: bool, drop: float) -> dict[str, nn.Module]:
     torch.manual_seed(len(plan.stages))
-    widths = {stage.name: stage.output.shape[-1] for stage in plan.stages if not isinstance(stage, Loss)}
-    return {
-        stage.name: Score(stage.reduction)
-        if isinstance(stage, Loss)
-        else Block([widths.get(i, FEATURES) for i in stage.inputs], widths[stage.name], norm=norm, drop=drop)
-        for stage in plan.stages
-    }
+    stages = [stage for stage in plan.stages if not isinstance(stage, Loss)]
+    widths = {f"{s.name}.{port}" if port else s.name: spec.shape[-1] for s in stages for port, spec in s.ports.items()}
+    modules: dict[str, nn.Module] = {s.name: Score(s.reduction) for s in plan.stages if isinstance(s, Loss)}
+    for stage in stages:
+        taken, options = [widths.get(text, FEATURES) for text in stage.inputs], {"norm": norm, "drop": drop}
+        ports = {port: spec.shape[-1] for port, spec in stage.ports.items()}
+        alone = stage.name in widths
+        modules[stage.name] = Block(taken, ports[""], **options) if alone else Ports(taken, ports, **options)
+    return {stage.name: modules[stage.name] for stage in plan.stages}
 
 
 def uncounted() -> AbstractContextManager[object]:
@@ -140,5 +160,8 @@ def test_the_graphs_drawn_are_not_all_simple():
         lambda p: any(getattr(s, "frozen", False) and not p.graph.trained[s.name] for s in p.stages),
         lambda p: any(len(set(s.inputs)) < len(s.inputs) for s in p.stages),
         lambda p: [s.name for s in p.stages] != [s.name for s in p.graph.order],
+        lambda p: any(e.source.port and e.trained for e in p.graph.cuts(0)) and len(p.graph.cuts(0)) >= 3,
+        lambda p: any(s.detached for s in p.stages),
+        lambda p: any(len(s.ports) == 3 for s in p.stages),
     ):
         find(plans(), wanted, settings=quick)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cutlayer.core.program import Credit, Exchange, Instruction, Mode, Program, Recv, Tag
+from cutlayer.core.spec import within
 from cutlayer.errors import ContractError
 
 __all__ = ["Admission", "Expected"]
@@ -19,11 +20,15 @@ __all__ = ["Admission", "Expected"]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a frame must look like: exactly `dtype` and `shape`, or, if `shape` is None, at most `limit` bytes."""
+    """What a frame must look like: exactly `dtype` and `shape`, or, if `shape` is None, at most `limit` bytes.
+
+    Dimensions at the places of `free` may be smaller.
+    """
 
     dtype: str
     shape: tuple[int, ...] | None
     limit: int
+    free: frozenset[int] = frozenset()
 
 
 _Key = tuple[str, int, int, int, str]  # source, edge, lane, micro, direction
@@ -71,12 +76,14 @@ class Admission:
         expected = self.expect(source, tag)
         size = shape[0] if len(shape) == 1 else -1
         exact = dtype == expected.dtype and shape == expected.shape
+        if expected.free and expected.shape is not None and dtype == expected.dtype:
+            exact = within(shape, expected.shape, expected.free)
         bounded = expected.shape is None and dtype == expected.dtype and 0 <= size <= expected.limit
         if not (exact or bounded):
             raise ContractError(
                 f"{source!r} sent a tensor that the plan does not allow",
                 where=f"{tag.mode} round {tag.round}, step {tag.step}, edge {tag.edge}, {tag.direction}",
-                expected=f"{expected.dtype}{list(expected.shape)}"
+                expected=f"{'at most ' if expected.free else ''}{expected.dtype}{list(expected.shape)}"
                 if expected.shape is not None
                 else f"at most {expected.limit} bytes",
                 got=f"{dtype}{list(shape)}",
@@ -91,7 +98,7 @@ def _table(instructions: Sequence[Instruction]) -> dict[_Key, tuple[Expected, in
         if isinstance(instruction, Recv):
             spec, size = instruction.spec, instruction.size
             key = (instruction.source, instruction.edge, instruction.lane, instruction.micro, instruction.direction)
-            table[key] = (Expected(spec.dtype, spec.concrete(size), spec.nbytes(size)), 0)
+            table[key] = (Expected(spec.dtype, spec.concrete(size), spec.nbytes(size), spec.free), 0)
         elif isinstance(instruction, Credit) and not instruction.give:
             table[(instruction.peer, 0, 0, 0, "credit")] = (Expected("bytes", (0,), 0), 0)
         elif isinstance(instruction, Exchange):

@@ -34,7 +34,8 @@ def cut_flows(plan: Plan, roster: Roster) -> list[Flow]:
     """Return what all cuts of a whole training run carry, evaluations included; exchanges and framing not.
 
     With n samples a lane, E rounds and a spec of s bytes a sample, a cut carries E n s up and, where trained, E n s
-    down (Singh et al. 2019, arXiv 1909.09145: 2pq an epoch).
+    down (Singh et al. 2019, arXiv 1909.09145: 2pq an epoch). Where a spec has free dimensions this is the most that
+    it can carry.
     """
     flows: list[Flow] = []
     rounds = [mode for mode, _ in agenda(plan, roster)]

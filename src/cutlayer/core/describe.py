@@ -85,12 +85,18 @@ def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
     for lane in range(graph.lanes):
         for edge in graph.cuts(lane):
             origin, target = graph.origin(edge, lane), graph.place(edge.target, lane)
-            size = f"{edge.spec}, {edge.spec.nbytes(batch):,} bytes a batch" if edge.spec else ""
+            size = _size(edge, batch)
             if mine(origin, target) and graph.carrier(edge, lane) == edge:
                 _note(found, (_what(edge), size), lane, target if mine(origin, "") else origin)
             if edge.trained and mine(target, origin):
                 _note(found, (f"gradient at {edge.label}", size), lane, origin if mine(target, "") else target)
     return found
+
+
+def _size(edge: Edge, batch: int) -> str:
+    if edge.spec is None:
+        return ""
+    return f"{edge.spec}, {'at most ' if edge.spec.free else ''}{edge.spec.nbytes(batch):,} bytes a batch"
 
 
 def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
@@ -102,7 +108,7 @@ def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
 def _what(edge: Edge) -> str:
     if edge.source.field:
         return f"RAW data.{edge.source.field} (declared release)"
-    return f"activations of {edge.source.stage}"
+    return f"activations of {edge.origin}"
 
 
 def _line(what: tuple[str, str], word: str, peers: dict[int, list[str]]) -> str:

@@ -29,8 +29,14 @@ class Edge:
     @property
     def label(self) -> str:
         """Return "source->target" for messages."""
-        origin = self.source.stage or f"data.{self.source.field}"
-        return f"{origin}->{self.target}"
+        return f"{self.origin}->{self.target}"
+
+    @property
+    def origin(self) -> str:
+        """Return what the edge carries: "stage", "stage.port" or "data.field"."""
+        if self.source.field:
+            return f"data.{self.source.field}"
+        return f"{self.source.stage}.{self.source.port}" if self.source.port else self.source.stage
 
 
 class Graph:
@@ -110,6 +116,18 @@ class Graph:
         }
         return tuple(s.name for s in self.order if s.name in feeding)
 
+    @cached_property
+    def output_ports(self) -> dict[str, tuple[str, ...]]:
+        """Return, for each of `outputs`, its ports that feed a loss, in the order of the stage's ports."""
+        taken = {
+            (source.stage, source.port)
+            for s in self.stages
+            if isinstance(s, Loss)
+            for source in self.sources[s.name]
+            if source.stage
+        }
+        return {name: tuple(p for p in self.by_name[name].ports if (name, p) in taken) for name in self.outputs}
+
     def ancestors(self, names: tuple[str, ...]) -> set[str]:
         """Return the stages that `names` need, themselves included."""
         need = set(names)
@@ -147,6 +165,19 @@ def _check_inputs(graph: Graph) -> None:
                     remedy="take the stage that feeds the loss instead",
                     code="E102",
                 )
+            if source.stage and source.port not in graph.by_name[source.stage].ports:
+                raise _no_port(stage.name, source, tuple(graph.by_name[source.stage].ports))
+
+
+def _no_port(stage: str, source: Source, ports: tuple[str, ...]) -> PlanError:
+    named = [f"{source.stage}.{port}" if port else source.stage for port in ports]
+    return PlanError(
+        f"stage {stage!r} takes {source.stage + '.' + source.port if source.port else source.stage!r}, "
+        f"which {source.stage!r} does not give",
+        expected=f"one of {', '.join(named)}",
+        remedy="name one of the stage's outputs",
+        code="E102",
+    )
 
 
 def _topological(graph: Graph) -> tuple[Stage | Loss, ...]:
@@ -169,10 +200,18 @@ def _topological(graph: Graph) -> tuple[Stage | Loss, ...]:
 def _trained(graph: Graph) -> dict[str, bool]:
     trained: dict[str, bool] = {}
     for stage in graph.order:
-        before = any(trained[i.stage] for i in graph.sources[stage.name] if i.stage)
+        before = any(
+            trained[i.stage] and _differentiable(graph.by_name[i.stage], i.port)
+            for i in graph.sources[stage.name]
+            if i.stage
+        )
         own = isinstance(stage, Stage) and not stage.frozen
-        trained[stage.name] = (own or before) and stage.output.floating
+        trained[stage.name] = (own or before) and any(_differentiable(stage, port) for port in stage.ports)
     return trained
+
+
+def _differentiable(stage: Stage | Loss, port: str) -> bool:
+    return stage.ports[port].floating and port not in stage.detached
 
 
 def _edges(graph: Graph) -> list[Edge]:
@@ -181,8 +220,10 @@ def _edges(graph: Graph) -> list[Edge]:
         for position, source in enumerate(graph.sources[stage.name]):
             spec, trained = _release_spec(graph, source), False
             if source.stage:
-                spec = graph.by_name[source.stage].output
-                trained = graph.trained[source.stage] and graph.trained[stage.name]
+                origin = graph.by_name[source.stage]
+                spec = origin.ports[source.port]
+                trained = graph.trained[origin.name] and graph.trained[stage.name]
+                trained = trained and _differentiable(origin, source.port)
             edges.append(Edge(len(edges), source, stage.name, position, spec, trained))
     return edges
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from cutlayer.errors import PlanError
 __all__ = ["Loss", "Release", "Source", "Stage", "Training", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
+_PORT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _DATA = re.compile(r"data\.([A-Za-z_][A-Za-z0-9_]{0,63})(?:@([a-z0-9_-]+))?")
 STATE_LIMIT = 64 * 2**20
 
@@ -21,25 +22,27 @@ STATE_LIMIT = 64 * 2**20
 class Source:
     """Where one input of a stage comes from: another stage's output, or a field of a party's data.
 
-    `owner` is empty for the data of the stage's own party; else it names the party, or the stage at whose party
-    (in the same replica) the field is held.
+    `port` names one of several outputs, and is empty where there is one. `owner` is empty for the data of the stage's
+    own party; else it names the party, or the stage at whose party (in the same replica) the field is held.
     """
 
     stage: str = ""
     field: str = ""
     owner: str = ""
+    port: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read `stage`, `data.field` or `data.field@owner`."""
+        """Read `stage`, `stage.port`, `data.field` or `data.field@owner`."""
         match = _DATA.fullmatch(text)
         if match:
             return cls(field=match.group(1), owner=match.group(2) or "")
-        if _NAME.fullmatch(text):
-            return cls(stage=text)
+        stage, dot, port = text.partition(".")
+        if _NAME.fullmatch(stage) and (_PORT.fullmatch(port) if dot else True) and stage != "data":
+            return cls(stage=stage, port=port)
         raise PlanError(
             f"cannot read the input {text!r}",
-            expected="a stage's name, 'data.FIELD' or 'data.FIELD@OWNER'",
+            expected="'STAGE', 'STAGE.PORT', 'data.FIELD' or 'data.FIELD@OWNER'",
             code="E102",
         )
 
@@ -48,11 +51,15 @@ class Source:
 class Stage:
     """A part of the network at one party, or replicas of it at several.
 
+    With several outputs, `output` maps each *port* to its spec; others take "stage.port" as input, and the module
+    returns a dictionary by port, or a tuple in the order of the ports. Each port that is taken elsewhere is a cut.
+
     Args:
         name: Unique in the plan, also against party names.
         at: The party that runs it, or a list of parties: one replica each (a *lane*).
         inputs: In the order of the module's arguments; see `Source`.
-        output: Spec of the one tensor that it gives, such as "float32[batch, 64, 16, 16]".
+        output: Spec of the tensor that it gives, such as "float32[batch, 64, 16, 16]", or port -> spec.
+        detached: Ports at which no gradient is wanted (masks, positions); `[""]` for the one output of a stage.
         frozen: Its parameters are not trained. Where nothing before it is trained either, no gradient is sent to it.
         state_limit: Upper bound, in bytes, of its state (parameters, buffers, optimizer, generator) when it is handed
             on or synchronised between replicas.
@@ -61,7 +68,8 @@ class Stage:
     name: str
     at: str | tuple[str, ...]
     inputs: tuple[str, ...]
-    output: TensorSpec
+    output: TensorSpec | tuple[tuple[str, TensorSpec], ...]
+    detached: tuple[str, ...] = ()
     frozen: bool = False
     state_limit: int = STATE_LIMIT
 
@@ -71,7 +79,8 @@ class Stage:
         *,
         at: str | Sequence[str],
         inputs: Sequence[str],
-        output: TensorSpec | str,
+        output: TensorSpec | str | Mapping[str, TensorSpec | str],
+        detached: Sequence[str] = (),
         frozen: bool = False,
         state_limit: int = STATE_LIMIT,
     ) -> None:
@@ -80,7 +89,8 @@ class Stage:
         keep(self, "name", name)
         keep(self, "at", at if isinstance(at, str) else tuple(at))
         keep(self, "inputs", _listed(name, inputs))
-        keep(self, "output", TensorSpec.parse(output) if isinstance(output, str) else output)
+        keep(self, "output", _ports(name, output) if isinstance(output, Mapping) else _spec(output))
+        keep(self, "detached", _listed(name, detached, "detached ports"))
         keep(self, "frozen", frozen)
         keep(self, "state_limit", state_limit)
 
@@ -93,6 +103,11 @@ class Stage:
     def replicated(self) -> bool:
         """Whether this stage has a replica per lane."""
         return not isinstance(self.at, str)
+
+    @property
+    def ports(self) -> dict[str, TensorSpec]:
+        """Return port -> spec; the one output of a stage without ports is that of port ""."""
+        return {"": self.output} if isinstance(self.output, TensorSpec) else dict(self.output)
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,8 @@ class Loss:
         keep(self, "weight", float(weight))
         keep(self, "reduction", reduction)
 
-    output: ClassVar[TensorSpec] = TensorSpec("float32", ())
+    ports: ClassVar[Mapping[str, TensorSpec]] = {"": TensorSpec("float32", ())}
+    detached: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[bool] = False
     state_limit: ClassVar[int] = STATE_LIMIT
 
@@ -208,12 +224,28 @@ class Training:
             object.__setattr__(self, "clip_norm", float(value))
 
 
-def _listed(name: str, inputs: Sequence[str]) -> tuple[str, ...]:
+def _listed(name: str, inputs: Sequence[str], what: str = "inputs") -> tuple[str, ...]:
     if isinstance(inputs, str):
         raise PlanError(
-            f"the inputs of {name!r} are one text", expected="a list", remedy=f"inputs=[{inputs!r}]", code="E102"
+            f"the {what} of {name!r} are one text", expected="a list", remedy=f"write [{inputs!r}]", code="E102"
         )
     return tuple(inputs)
+
+
+def _spec(output: TensorSpec | str) -> TensorSpec:
+    return TensorSpec.parse(output) if isinstance(output, str) else output
+
+
+def _ports(name: str, output: Mapping[str, TensorSpec | str]) -> tuple[tuple[str, TensorSpec], ...]:
+    wrong = [port for port in output if not _PORT.fullmatch(port)]
+    if wrong or not output:
+        raise PlanError(
+            f"the outputs of {name!r} have no usable names",
+            expected="a letter or _, then up to 63 letters, digits or _",
+            got=", ".join(repr(port) for port in wrong) or "none",
+            code="E102",
+        )
+    return tuple((port, _spec(spec)) for port, spec in output.items())
 
 
 def check_name(name: str, what: str) -> None:

@@ -119,5 +119,6 @@ def _plain(value: Stage | Loss | Release) -> dict[str, object]:
 def _row(stage: Stage | Loss) -> dict[str, object]:
     row: Mapping[str, object] = _plain(stage)
     if isinstance(stage, Stage):
-        return {"kind": "stage", **row, "output": str(stage.output)}
+        ports = {port: str(spec) for port, spec in stage.ports.items()}
+        return {"kind": "stage", **row, "output": ports.get("", ports)}
     return {"kind": "loss", **row}

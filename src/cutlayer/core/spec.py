@@ -1,4 +1,4 @@
-"""What a tensor looks like before it exists: dtype and shape, with the batch left open."""
+"""What a tensor looks like before it exists: dtype and shape, with the batch, and lengths up to a bound, left open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 
 from cutlayer.errors import PlanError
 
-__all__ = ["DTYPES", "TensorSpec"]
+__all__ = ["DTYPES", "TensorSpec", "within"]
 
 # name -> bytes an element. The position in this mapping is the dtype's code on the wire: only ever append.
 DTYPES: dict[str, int] = {
@@ -24,16 +24,18 @@ DTYPES: dict[str, int] = {
     "bool": 1,
 }
 _FLOATING = frozenset({"float32", "float64", "float16", "bfloat16"})
+_FREE = re.compile(r"([a-z][a-z0-9_]{0,31})\s*<=\s*([0-9]+)")
 _TEXT = re.compile(r"^\s*([a-z]+[0-9]*)\s*\[([^\]]*)\]\s*$")
 _MAX_DIM = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """dtype and shape of a tensor, such as `float32[batch, 64, 16, 16]`.
+    """dtype and shape of a tensor, such as `float32[batch, 64, 16, 16]` or `int64[batch, time<=512]`.
 
-    `shape` holds positive ints, and the text "batch" at most once and in first place. A shape without "batch" is
-    that of a value that does not grow with the batch, such as the scalar of a loss.
+    `shape` holds positive ints, the text "batch" at most once and in first place, and texts such as "time<=512": a
+    dimension that may have any length up to the bound, another one in each batch. A shape without "batch" is that of
+    a value that does not grow with the batch, such as the scalar of a loss.
     """
 
     dtype: str
@@ -45,7 +47,9 @@ class TensorSpec:
         match = _TEXT.match(text)
         if match is None:
             raise PlanError(
-                f"cannot read the tensor spec {text!r}", expected="a text such as 'float32[batch, 64]'", code="E101"
+                f"cannot read the tensor spec {text!r}",
+                expected="a text such as 'float32[batch, 64]' or 'int64[batch, time<=512]'",
+                code="E101",
             )
         dtype, inner = match.groups()
         if dtype not in DTYPES:
@@ -69,20 +73,38 @@ class TensorSpec:
         """Whether the first dimension is the batch."""
         return bool(self.shape) and self.shape[0] == "batch"
 
+    @property
+    def free(self) -> frozenset[int]:
+        """Return the places of the dimensions that have a bound only."""
+        return frozenset(place for place, dim in enumerate(self.shape) if isinstance(dim, str) and dim != "batch")
+
     def concrete(self, batch: int) -> tuple[int, ...]:
-        """Return the shape for `batch` samples."""
-        return tuple(batch if dim == "batch" else int(dim) for dim in self.shape)
+        """Return the shape for `batch` samples, free dimensions at their bounds."""
+        return tuple(batch if dim == "batch" else _bound(dim) for dim in self.shape)
 
     def nbytes(self, batch: int) -> int:
-        """Return the size in bytes for `batch` samples."""
+        """Return the size in bytes for `batch` samples; the largest, if a dimension is free."""
         return prod(self.concrete(batch)) * DTYPES[self.dtype]
 
     def mismatch(self, dtype: str, shape: tuple[int, ...], batch: int) -> str:
         """Return what differs from a real tensor's dtype and shape, or an empty text."""
         want = self.concrete(batch)
-        if dtype == self.dtype and shape == want:
+        if dtype == self.dtype and (shape == want or within(shape, want, self.free)):
             return ""
-        return f"{dtype}{list(shape)} instead of {self.dtype}{list(want)}"
+        shown = [f"<={dim}" if place in self.free else str(dim) for place, dim in enumerate(want)]
+        return f"{dtype}{list(shape)} instead of {self.dtype}[{', '.join(shown)}]"
+
+
+def within(shape: tuple[int, ...], largest: tuple[int, ...], free: frozenset[int]) -> bool:
+    """Whether a shape has the sizes of `largest`, or at most these at the `free` places."""
+    return len(shape) == len(largest) and all(
+        0 <= size <= most if place in free else size == most
+        for place, (size, most) in enumerate(zip(shape, largest, strict=True))
+    )
+
+
+def _bound(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else int(dim.partition("<=")[2])
 
 
 def _dim(text: str, place: int, whole: str) -> int | str:
@@ -90,8 +112,13 @@ def _dim(text: str, place: int, whole: str) -> int | str:
         if place:
             raise PlanError(f"'batch' is not the first dimension of {whole!r}", remedy="move it first", code="E101")
         return text
+    free = _FREE.fullmatch(text)
+    if free and free[1] != "batch" and 0 < int(free[2]) <= _MAX_DIM:
+        return f"{free[1]}<={int(free[2])}"
     if not text.isdecimal() or not 0 < int(text) <= _MAX_DIM:
         raise PlanError(
-            f"bad dimension {text!r} in {whole!r}", expected=f"'batch' or an integer in 1..{_MAX_DIM}", code="E101"
+            f"bad dimension {text!r} in {whole!r}",
+            expected=f"'batch', an integer in 1..{_MAX_DIM}, or 'name<=integer'",
+            code="E101",
         )
     return int(text)

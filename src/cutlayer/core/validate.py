@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from cutlayer.core.graph import Edge, Graph
-from cutlayer.core.parts import Loss, Training, check_name
+from cutlayer.core.parts import Loss, Stage, Training, check_name
 from cutlayer.errors import PlanError
 
 __all__ = ["check"]
@@ -123,18 +123,42 @@ def _check_ends(graph: Graph) -> None:
                 raise _choice(f"reduction of {stage.name!r}", stage.reduction, REDUCTIONS)
             if not isfinite(stage.weight):
                 raise PlanError(f"weight of {stage.name!r} is {stage.weight}", expected="a finite number", code="E110")
-        elif not stage.output.per_sample:
-            raise PlanError(
-                f"stage {stage.name!r} gives {stage.output}, which does not begin with the batch",
-                expected="a shape such as float32[batch, 64]: batches are cut into microbatches along it",
-                code="E109",
-            )
-        elif graph.trained[stage.name] and not any(edge.trained for edge in graph.consumers_of[stage.name]):
+            continue
+        _check_outputs(graph, stage)
+        if graph.trained[stage.name] and not any(edge.trained for edge in graph.consumers_of[stage.name]):
             raise PlanError(
                 f"no gradient can reach stage {stage.name!r}: all that take it give whole numbers",
                 remedy="let a stage with a floating output or a loss take it, or set frozen=True here and before",
                 code="E108",
             )
+
+
+def _check_outputs(graph: Graph, stage: Stage) -> None:
+    for port, spec in stage.ports.items():
+        if not spec.per_sample:
+            raise PlanError(
+                f"stage {stage.name!r} gives {spec}, which does not begin with the batch",
+                where=f"port {port}" if port else "",
+                expected="a shape such as float32[batch, 64]: batches are cut into microbatches along it",
+                code="E109",
+            )
+    unknown = [port for port in stage.detached if port not in stage.ports]
+    if unknown:
+        raise _choice(f"detached port of {stage.name!r}", unknown[0], tuple(stage.ports))
+    taken = {(edge.source.stage, edge.source.port) for edge in graph.edges}
+    unused = [port for port in stage.ports if (stage.name, port) not in taken]
+    if unused and len(stage.ports) > 1:
+        raise PlanError(
+            f"nothing takes the output {unused[0]!r} of stage {stage.name!r}",
+            remedy=f"let a stage take {stage.name}.{unused[0]}, or leave it out",
+            code="E108",
+        )
+    if not stage.frozen and set(stage.detached) == set(stage.ports):
+        raise PlanError(
+            f"no gradient can reach stage {stage.name!r}: all its outputs are detached",
+            remedy="set frozen=True on it, or detach fewer outputs",
+            code="E108",
+        )
 
 
 def _check_training(graph: Graph, training: Training) -> None:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Parts:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     finite: bool = True
+    autocast: str = ""
 
 
 def stage_seed(seed: int, stage: str, lane: int) -> int:
@@ -74,6 +75,7 @@ class Site:
         """Build stages, optimizers and metrics of this party."""
         self.plan, self.parts, self.graph = plan, parts, plan.graph
         self.stages = _stages(self.graph, parts)
+        self._rank = {stage.name: place for place, stage in enumerate(self.graph.stages)}
         self.bundles = _bundles(self.graph, parts, self.stages)
         self.books = {
             place: MetricBook(place[0], parts.metrics.get(place[0]), shared=self.graph.by_name[place[0]].replicated)
@@ -100,9 +102,19 @@ class Site:
         load_stage_state(self.stages[place], self._bundle(place), state, where)
 
     def gradients(self, stage: str, lane: int) -> dict[str, Tensor]:
-        """Return the gradients of a replica's parameters, by parameter name."""
-        module = self.stages[self.place(stage, lane)].module
-        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        """Return the gradients of a replica's parameters, by parameter name.
+
+        A parameter that an earlier stage of the plan has too (tied weights) is that one's: it counts once.
+        """
+        place = self.place(stage, lane)
+        earlier = {
+            id(p)
+            for name in self._bundle(place).stages
+            if self._rank[name] < self._rank[stage]
+            for p in self.stages[self.place(name, lane)].module.parameters()
+        }
+        named = self.stages[place].module.named_parameters()
+        return {name: p.grad for name, p in named if p.grad is not None and id(p) not in earlier}
 
     def set_gradients(self, stage: str, lane: int, gradients: Mapping[str, Tensor], where: str) -> None:
         """Replace the gradients of a replica's parameters. Raises `ContractError` if they do not fit."""
@@ -148,6 +160,7 @@ class Site:
 
 def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
     stages: dict[Place, ModuleStage] = {}
+    copies: dict[int, dict[int, Any]] = {}  # lane -> memo of its copies, so that tied weights stay tied
     for part in graph.stages:
         lanes = [lane for lane in range(len(part.places)) if part.places[lane] == parts.party]
         if not lanes:
@@ -161,7 +174,9 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
                 code="E223",
             )
         for place, lane in enumerate(lanes):
-            module = parts.modules[part.name] if place == 0 else copy.deepcopy(parts.modules[part.name])
+            module = parts.modules[part.name]
+            if place:
+                module = copy.deepcopy(module, copies.setdefault(lane, {}))
             if part.frozen:
                 module.requires_grad_(False)
             if isinstance(part, Loss) and any(p.requires_grad for p in module.parameters()):
@@ -174,9 +189,10 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
             stages[part.name, lane] = ModuleStage(
                 part.name,
                 module,
-                spec=None if isinstance(part, Loss) else part.output,
+                ports=None if isinstance(part, Loss) else part.ports,
                 seed=stage_seed(parts.seed, part.name, lane),
                 device=parts.device,
+                autocast=parts.autocast,
             )
     return stages
 
@@ -185,4 +201,22 @@ def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, ModuleStage]) ->
     groups: dict[int | None, dict[str, ModuleStage]] = {}
     for (name, lane), stage in stages.items():
         groups.setdefault(lane if graph.by_name[name].replicated else None, {})[name] = stage
+    _check_ties(parts.party, groups)
     return {lane: Bundle(group, parts.optimizer, parts.scheduler) for lane, group in groups.items()}
+
+
+def _check_ties(party: str, groups: Mapping[int | None, Mapping[str, ModuleStage]]) -> None:
+    """Raise `ConfigError` E228 for a weight that two optimizers would train."""
+    owners: dict[int, tuple[int | None, str]] = {}
+    for lane, stages in groups.items():
+        for name, stage in stages.items():
+            for parameter in stage.module.parameters():
+                first = owners.setdefault(id(parameter), (lane, name))
+                if first[0] != lane:
+                    raise ConfigError(
+                        f"the stages {first[1]!r} and {name!r} share a weight, but only one of them has replicas",
+                        where=f"party {party}",
+                        expected="tied weights in stages with the same list of parties, or without replicas",
+                        remedy="place both stages alike, or give each a weight of its own",
+                        code="E228",
+                    )

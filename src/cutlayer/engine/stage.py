@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.core.spec import TensorSpec
-from cutlayer.engine.tensors import check_spec
+from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.errors import CutlayerError, StageError
 
-__all__ = ["Context", "ModuleStage", "StageProtocol"]
+__all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
 
 Key = tuple[int, int]  # lane, micro
+Gradients = Sequence[Tensor | None] | float  # one per port; a number for the scalar of a loss
 _T = TypeVar("_T")
 
 
@@ -40,17 +41,18 @@ class Context:
 class StageProtocol(Protocol):
     """What the engine asks of a stage. Values are tensors; a stage sees only those of its own party.
 
-    `forward` gives the output for the inputs. `backward` takes the gradient at the output and gives those at the
-    inputs (None where not wanted), and keeps gradients of its parameters until the party's optimizer steps. `spent` is
-    the number of floating-point operations of the last call.
+    `forward` gives the outputs, in the order of the stage's ports, for the inputs. `backward` takes the gradients at
+    the outputs (None where there is none) and gives those at the inputs (None where not wanted), and keeps gradients
+    of its parameters until the party's optimizer steps. `spent` is the number of floating-point operations of the
+    last call.
     """
 
     spent: int
 
-    def forward(self, inputs: Sequence[Tensor], context: Context) -> Tensor:
-        """Return the output."""
+    def forward(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
+        """Return the outputs."""
 
-    def backward(self, gradient: Tensor | float, context_key: Key) -> Sequence[Tensor | None]:
+    def backward(self, gradients: Gradients, context_key: Key) -> Sequence[Tensor | None]:
         """Return gradients at the inputs of the forward with that key."""
 
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -80,7 +82,7 @@ def _enter(handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int)
 class _Kept:
     """What a forward leaves for its backward."""
 
-    output: Tensor
+    outputs: tuple[Tensor, ...]
     inputs: list[Tensor]
     wanted: tuple[bool, ...]
     sink: list[Tensor | None]
@@ -92,20 +94,30 @@ class ModuleStage:
 
     Args:
         name: The stage's name, for errors.
-        module: Called with the inputs in plan order; must give one tensor.
-        spec: What the output must look like; None for a loss, which must give a scalar.
+        module: Called with the inputs in plan order; gives a tensor, or, for several ports, a dictionary by port or a
+            tuple in their order.
+        ports: What the outputs must look like; None for a loss, which must give a scalar.
         seed: Seeds the stage's own generator (dropout and the like), which travels with its state.
         device: Where it runs.
+        autocast: Run forwards under `torch.autocast` with this dtype ("bfloat16", "float16"); empty: as they are.
 
     Raises:
-        StageError: the module fails, or gives something else than `spec`.
+        StageError: the module fails, or gives something else than `ports` says.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, *, spec: TensorSpec | None, seed: int, device: torch.device
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        ports: Mapping[str, TensorSpec] | None,
+        seed: int,
+        device: torch.device,
+        autocast: str = "",
     ) -> None:
         """Move the module to its device and give it a generator of its own."""
-        self.name, self.spec, self.device = name, spec, device
+        self.name, self.ports, self.device = name, ports, device
+        self.autocast = torch_dtype(autocast) if autocast else None
         self.module = module.to(device)
         self.generator = torch.Generator().manual_seed(seed).get_state()
         self.cuda_generator: Tensor | None = None
@@ -120,10 +132,10 @@ class ModuleStage:
         """Return the trainable parameters, in the module's order."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def forward(self, inputs: Sequence[Tensor], context: Context) -> Tensor:
-        """Run the module on inputs of shape (batch, ...); return its output, detached, of the stage's spec.
+    def forward(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
+        """Run the module on inputs of shape (batch, ...); return its outputs, detached, of the ports' specs.
 
-        The output is seen by the stage's own party, and by the parties of the cuts that the plan derives from it.
+        They are seen by the stage's own party, and by the parties of the cuts that the plan derives from it.
         """
         if self.module.training != context.training:
             self.module.train(context.training)
@@ -136,14 +148,14 @@ class ModuleStage:
                 for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True))
             ]
             mode = "forward" if context.training else "evaluate"
-            output = self._guarded(mode, shapes, lambda: self._with_generator(entered, context.training))
-        self._check(output, context.batch, shapes)
+            given = self._guarded(mode, shapes, lambda: self._with_generator(entered, context.training))
+        outputs = self._named(given, context.batch, shapes)
         if context.training:
-            self._kept[context.key] = _Kept(output, inputs, context.wanted, sink, shapes)
-        return output.detach()
+            self._kept[context.key] = _Kept(outputs, inputs, context.wanted, sink, shapes)
+        return tuple(output.detach() for output in outputs)
 
-    def backward(self, gradient: Tensor | float, context_key: Key) -> list[Tensor | None]:
-        """Run backwards from `gradient` (shape and dtype of the output; a number for a scalar output).
+    def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
+        """Run backwards from `gradients` (shapes and dtypes of the outputs; a number for a scalar output).
 
         Returns the gradients at the inputs, each of its input's shape and dtype; None where not wanted.
         """
@@ -155,9 +167,9 @@ class ModuleStage:
                 remedy="call backward once for each forward, in program order",
                 code="E303",
             )
-        seed = torch.as_tensor(gradient, dtype=kept.output.dtype, device=self.device).expand_as(kept.output)
-        if kept.output.requires_grad:
-            self._guarded("backward", kept.shapes, lambda: torch.autograd.backward([kept.output], [seed]))
+        roots, seeds = self._roots(kept, gradients)
+        if roots:
+            self._guarded("backward", kept.shapes, lambda: torch.autograd.backward(roots, seeds))
         return [
             torch.zeros_like(value) if wanted and gradient is None else gradient  # an input that the module did not use
             for value, wanted, gradient in zip(kept.inputs, kept.wanted, kept.sink, strict=True)
@@ -167,7 +179,29 @@ class ModuleStage:
         """Drop what forwards have kept, for a roll-back in mid-step."""
         self._kept.clear()
 
-    def _with_generator(self, inputs: list[Tensor], advance: bool) -> Tensor:
+    def _roots(self, kept: _Kept, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs to go back from, and the gradient at each. Raises `StageError` E305 for a wrong shape."""
+        if isinstance(gradients, int | float):
+            output = kept.outputs[0]
+            return ([output], [torch.full_like(output, gradients)]) if output.requires_grad else ([], [])
+        roots, seeds = list[Tensor](), list[Tensor]()
+        for output, gradient in zip(kept.outputs, gradients, strict=True):
+            if gradient is None or not output.requires_grad:
+                continue
+            if gradient.shape != output.shape:
+                raise StageError(
+                    f"the gradient at stage {self.name!r} has another shape than its output",
+                    where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in kept.shapes]}",
+                    expected=f"shape {list(output.shape)}",
+                    got=f"shape {list(gradient.shape)}",
+                    remedy="the party that takes this output sent it back otherwise: compare plan and release with it",
+                    code="E305",
+                )
+            roots.append(output)
+            seeds.append(gradient.to(device=self.device, dtype=output.dtype))
+        return roots, seeds
+
+    def _with_generator(self, inputs: list[Tensor], advance: bool) -> object:
         """Run the module with this stage's generator in place of torch's; evaluation does not advance it."""
         outer = torch.get_rng_state()
         outer_cuda = torch.cuda.get_rng_state(self.device) if self.cuda_generator is not None else None
@@ -175,7 +209,7 @@ class ModuleStage:
         if self.cuda_generator is not None:
             torch.cuda.set_rng_state(self.cuda_generator, self.device)
         try:
-            output = self.module(*inputs)
+            output = self._call(inputs)
             if advance:
                 self.generator = torch.get_rng_state()
                 if self.cuda_generator is not None:
@@ -184,15 +218,13 @@ class ModuleStage:
             torch.set_rng_state(outer)
             if outer_cuda is not None:
                 torch.cuda.set_rng_state(outer_cuda, self.device)
-        if not isinstance(output, Tensor):
-            raise StageError(
-                f"stage {self.name!r} gave no tensor",
-                expected="one tensor",
-                got=type(output).__name__,
-                remedy="let its module return the one tensor that crosses; cut it differently otherwise",
-                code="E302",
-            )
         return output
+
+    def _call(self, inputs: list[Tensor]) -> object:
+        if self.autocast is None:
+            return self.module(*inputs)
+        with torch.autocast(self.device.type, dtype=self.autocast):
+            return self.module(*inputs)
 
     def _guarded(self, kind: str, shapes: tuple[tuple[int, ...], ...], work: Callable[[], _T]) -> _T:
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
@@ -216,17 +248,46 @@ class ModuleStage:
                 code="E304",
             ) from error
 
-    def _check(self, output: Tensor, batch: int, shapes: tuple[tuple[int, ...], ...]) -> None:
-        if self.spec is not None:
-            wrong, expected = check_spec(output, self.spec, batch), str(self.spec)
+    def _named(self, given: object, batch: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+        """Return what the module gave in the order of the ports, checked against their specs."""
+        ports = tuple(self.ports) if self.ports is not None else ("",)
+        if isinstance(given, Mapping):
+            values = tuple(given.get(port) for port in ports) if set(given) == set(ports) else ()
+        else:
+            values = tuple(given) if isinstance(given, list | tuple) else (given,)
+        outputs = tuple(value for value in values if isinstance(value, Tensor))
+        if len(outputs) != len(ports):
+            kinds = ", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given)
+            raise StageError(
+                f"stage {self.name!r} gave other values than the plan says",
+                where=f"stage {self.name}",
+                expected="one tensor" if ports == ("",) else f"tensors {', '.join(ports)}: a dictionary, or a tuple",
+                got=kinds,
+                remedy="let its module return the tensors that the plan names; cut it differently otherwise",
+                code="E302",
+            )
+        for port, output in zip(ports, outputs, strict=True):
+            self._check(port, output, batch, shapes)
+        return outputs
+
+    def _check(self, port: str, output: Tensor, batch: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+        if self.ports is not None:
+            wrong, expected = check_spec(output, self.ports[port], batch), str(self.ports[port])
         else:
             wrong, expected = ("" if output.numel() == 1 else f"shape {list(output.shape)}"), "a scalar"
         if wrong:
             raise StageError(
                 f"stage {self.name!r} gives another tensor than the plan says",
-                where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
+                where=f"stage {self.name}{f', port {port}' if port else ''}, "
+                f"inputs of shapes {[list(shape) for shape in shapes]}",
                 expected=f"{expected} for {batch} samples",
                 got=wrong,
                 remedy="correct the stage's output in the plan, or the module",
                 code="E301",
             )
+
+
+def _kinds(given: object) -> str:
+    if isinstance(given, list | tuple):
+        return f"{len(given)} values: {', '.join(type(value).__name__ for value in given)}"
+    return type(given).__name__

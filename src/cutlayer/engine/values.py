@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,13 @@ class Values:
         """Begin empty."""
         self.graph, self.party = graph, party
         self._values: dict[tuple[str, int, int], Tensor] = {}
+        self._ports = {stage.name: tuple(stage.ports) for stage in graph.stages}
+        self._trained = {
+            stage: {
+                port: [e.index for e in edges if e.trained and e.source.port == port] for port in self._ports[stage]
+            }
+            for stage, edges in graph.consumers_of.items()
+        }
         self._gradients: dict[tuple[int, int, int], Tensor] = {}
         self._shared: dict[tuple[int, int], bool] = {}
 
@@ -27,13 +36,15 @@ class Values:
         """Keep a field of this party's own data, shape (microbatch, ...)."""
         self._values[f"data.{name}@{self.party}", lane, micro] = value
 
-    def put_output(self, stage: str, lane: int, micro: int, value: Tensor) -> None:
-        """Keep a stage's output."""
-        self._values[stage, lane, micro] = value
+    def put_outputs(self, stage: str, lane: int, micro: int, values: Sequence[Tensor]) -> None:
+        """Keep a stage's outputs, given in the order of its ports."""
+        for port, value in zip(self._ports[stage], values, strict=True):
+            self._values[_output(stage, port), lane, micro] = value
 
-    def drop_output(self, stage: str, lane: int, micro: int) -> None:
-        """Forget a stage's output: its backward is next, so all its consumers have run."""
-        self._values.pop((stage, lane, micro), None)
+    def drop_outputs(self, stage: str, lane: int, micro: int) -> None:
+        """Forget a stage's outputs: its backward is next, so all its consumers have run."""
+        for port in self._ports[stage]:
+            self._values.pop((_output(stage, port), lane, micro), None)
 
     def put(self, edge: Edge, lane: int, micro: int, value: Tensor) -> None:
         """Keep a value that came over a cut."""
@@ -51,16 +62,15 @@ class Values:
         """Return the gradient at an edge, and forget it."""
         return self._gradients.pop((edge, lane, micro))
 
-    def added(self, stage: str, lane: int, micro: int, device: torch.device) -> Tensor:
-        """Return the sum of the gradients of all consumers of a stage, added in plan order."""
-        values = [
-            self.take_gradient(edge.index, lane, micro).to(device)
-            for edge in self.graph.consumers_of[stage]
-            if edge.trained
-        ]
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
+    def added(self, stage: str, lane: int, micro: int, device: torch.device) -> list[Tensor | None]:
+        """Return, for each port of a stage, the sum of its consumers' gradients, added in plan order; None: no one."""
+        return [self._sum(edges, lane, micro, device) for edges in self._trained[stage].values()]
+
+    def _sum(self, edges: Sequence[int], lane: int, micro: int, device: torch.device) -> Tensor | None:
+        total: Tensor | None = None
+        for edge in edges:
+            value = self.take_gradient(edge, lane, micro).to(device)
+            total = value if total is None else total + value
         return total
 
     def used_here(self, edge: Edge, lane: int) -> bool:
@@ -78,4 +88,11 @@ class Values:
         self._gradients.clear()
 
     def _key(self, edge: Edge, lane: int) -> str:
-        return edge.source.stage or f"data.{edge.source.field}@{self.graph.origin(edge, lane)}"
+        source = edge.source
+        if source.stage:
+            return _output(source.stage, source.port)
+        return f"data.{source.field}@{self.graph.origin(edge, lane)}"
+
+
+def _output(stage: str, port: str) -> str:
+    return f"{stage}.{port}" if port else stage

@@ -14,7 +14,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
-from cutlayer.engine.stage import Context
+from cutlayer.engine.stage import Context, Gradients
 from cutlayer.engine.tensors import check_finite, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
@@ -50,7 +50,7 @@ class Worker:
         self.site = Site(plan, parts)
         self.ledger = Ledger(parts.party)
         self.history: list[dict[str, Any]] = []
-        self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage, lane) -> microbatches, in data order
+        self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
         self.mode: Mode = "start"
         self.round = 0
         self._values = Values(self.graph, self.party)
@@ -92,24 +92,27 @@ class Worker:
             wanted=tuple(edge.trained for edge in edges),
         )
         stage = self.site.stages[place]
-        output = stage.forward(inputs, context)
+        outputs = stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, stage.spent)
         part = self.graph.by_name[job.stage]
         if isinstance(part, Loss):
-            self.site.books[place].update(output, inputs, job.size, part.reduction)
+            self.site.books[place].update(outputs[0], inputs, job.size, part.reduction)
             return
-        self._values.put_output(job.stage, job.lane, job.micro, output)
+        self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
-            self.predictions.setdefault((job.stage, job.lane), []).append(output.cpu())
+            for port, output in zip(part.ports, outputs, strict=True):
+                if port in self.graph.output_ports[job.stage]:
+                    name = f"{job.stage}.{port}" if port else job.stage
+                    self.predictions.setdefault((name, job.lane), []).append(output.cpu())
 
     def backward(self, job: Backward) -> None:
         """BACKWARD: add the consumers' gradients in plan order, run the stage backwards, keep its inputs' gradients."""
         stage = self.site.stages[self.site.place(job.stage, job.lane)]
-        gradient: Tensor | float = job.scale
+        gradients: Gradients = job.scale
         if not isinstance(self.graph.by_name[job.stage], Loss):
-            self._values.drop_output(job.stage, job.lane, job.micro)
-            gradient = self._values.added(job.stage, job.lane, job.micro, stage.device)
-        found = stage.backward(gradient, (job.lane, job.micro))
+            self._values.drop_outputs(job.stage, job.lane, job.micro)
+            gradients = self._values.added(job.stage, job.lane, job.micro, stage.device)
+        found = stage.backward(gradients, (job.lane, job.micro))
         self.ledger.compute("backward", job.stage, stage.spent)
         for edge, value in zip(self.graph.inputs_of[job.stage], found, strict=True):
             if edge.trained and value is not None:

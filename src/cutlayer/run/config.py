@@ -64,7 +64,8 @@ class _StageTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     name: str
     at: str | tuple[str, ...]
     inputs: tuple[str, ...]
-    output: str
+    output: str | dict[str, str]
+    detached: tuple[str, ...] = ()
     frozen: bool = False
     state_limit: Annotated[int, msgspec.Meta(gt=0)] = STATE_LIMIT
 
@@ -196,13 +197,7 @@ def dump_contract(contract: Contract) -> str:
     plan = contract.plan
     file = _ContractFile(
         contract=_ContractTable(name=plan.name, coordinator=contract.coordinator),
-        stage=tuple(
-            _StageTable(
-                name=s.name, at=s.at, inputs=s.inputs, output=str(s.output), frozen=s.frozen, state_limit=s.state_limit
-            )
-            for s in plan.stages
-            if isinstance(s, Stage)
-        ),
+        stage=tuple(_stage_table(s) for s in plan.stages if isinstance(s, Stage)),
         loss=tuple(
             _LossTable(name=s.name, at=s.at, inputs=s.inputs, weight=s.weight, reduction=s.reduction)
             for s in plan.stages
@@ -214,6 +209,19 @@ def dump_contract(contract: Contract) -> str:
         deadlines=contract.deadlines,
     )
     return write_table(file)
+
+
+def _stage_table(stage: Stage) -> _StageTable:
+    ports = {port: str(spec) for port, spec in stage.ports.items()}
+    return _StageTable(
+        name=stage.name,
+        at=stage.at,
+        inputs=stage.inputs,
+        output=ports.get("", ports),
+        detached=stage.detached,
+        frozen=stage.frozen,
+        state_limit=stage.state_limit,
+    )
 
 
 def _fields(row: msgspec.Struct) -> dict[str, object]:

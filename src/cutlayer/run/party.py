@@ -50,6 +50,8 @@ class Party:
         threads: Threads that torch may use in a process of this party's own; more than one pays for large stages on a
             machine that runs nothing else, and changes the last bits.
         finite: Check that nothing which leaves holds a NaN or an infinity.
+        autocast: "bfloat16" or "float16": run forwards under `torch.autocast`, as in `with torch.autocast(...)`; what
+            crosses then has the dtypes that the modules give, and the plan's specs say so.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Party:
     device: str | torch.device = "cpu"
     threads: int = 1
     finite: bool = True
+    autocast: str = ""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for what would fail later, or be overlooked."""
@@ -82,6 +85,10 @@ class Party:
         if self.scheduler_every not in ("epoch", "step"):
             raise ConfigError(
                 "unknown scheduler_every", expected="epoch or step", got=self.scheduler_every, code="E227"
+            )
+        if self.autocast not in ("", "bfloat16", "float16"):
+            raise ConfigError(
+                "unknown autocast", expected="bfloat16, float16 or nothing", got=self.autocast, code="E227"
             )
 
 
@@ -127,6 +134,7 @@ def build(plan: Plan, party: Party, roster: Roster) -> Worker:
         seed=seed,
         device=torch.device(party.device),
         finite=party.finite,
+        autocast=party.autocast,
     )
     return Worker(plan, parts)
 
