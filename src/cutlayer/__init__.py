@@ -10,16 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cutlayer.core.parts import Loss, Release, Stage, Training
+    from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
     from cutlayer.core.spec import TensorSpec
     from cutlayer.core.topologies import extended_vanilla, hybrid, multihop, multitask, u_shaped, vanilla, vertical
     from cutlayer.data.sources import TensorTable
     from cutlayer.errors import CutlayerError
+    from cutlayer.fitting import fit
+    from cutlayer.models.split import split
+    from cutlayer.run.export import assemble
     from cutlayer.run.outcome import Result
     from cutlayer.run.party import Party
+    from cutlayer.run.prediction import predict
     from cutlayer.run.session import join
-    from cutlayer.run.simulate import predict, simulate
+    from cutlayer.run.simulate import simulate
     from cutlayer.transport.settings import NetworkSettings
     from cutlayer.transport.tls import load_credentials
 
@@ -33,11 +37,14 @@ __all__ = [
     "Plan",
     "Release",
     "Result",
+    "Shared",
     "Stage",
     "TensorSpec",
     "TensorTable",
     "Training",
+    "assemble",
     "extended_vanilla",
+    "fit",
     "hybrid",
     "join",
     "load_credentials",
@@ -45,6 +52,7 @@ __all__ = [
     "multitask",
     "predict",
     "simulate",
+    "split",
     "u_shaped",
     "vanilla",
     "vertical",
@@ -58,18 +66,22 @@ _HOMES = {
     "Plan": "core.plan",
     "Release": "core.parts",
     "Result": "run.outcome",
+    "Shared": "core.parts",
     "Stage": "core.parts",
     "TensorSpec": "core.spec",
     "TensorTable": "data.sources",
     "Training": "core.parts",
+    "assemble": "run.export",
     "extended_vanilla": "core.topologies",
+    "fit": "fitting",
     "hybrid": "core.topologies",
     "join": "run.session",
     "load_credentials": "transport.tls",
     "multihop": "core.topologies",
     "multitask": "core.topologies",
-    "predict": "run.simulate",
+    "predict": "run.prediction",
     "simulate": "run.simulate",
+    "split": "models.split",
     "u_shaped": "core.topologies",
     "vanilla": "core.topologies",
     "vertical": "core.topologies",

@@ -19,7 +19,8 @@ CutlayerError                 code  raised when
 ```
 
 An error says *what* happened, *where* (party, stage, cut, step), what was *expected*, what was *got*, and the
-*remedy*. `str(error)` is the short text; `error.lines()` is the four-line form that the command line prints.
+*remedy*. `str(error)` is the short text; `error.lines()` is the four-line form that the command line prints, and
+`cutlayer explain CODE` says more about a code.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ class CutlayerError(Exception):
         return ", ".join(part for part in parts if part)
 
     def lines(self) -> list[str]:
-        """Return the error as four lines: what, where, why, what to do."""
+        """Return the error as four lines: what, where, why, what to do and where to read more."""
+        more = f"cutlayer explain {self.code}"
         return [
             f"{self.code} {self.what}",
             f"  where: {self.where or 'not known'}",
             f"  why:   {self.why() or 'see above'}",
-            f"  do:    {self.remedy or 'run with --verbose and report the output'}",
+            f"  do:    {f'{self.remedy} (more: {more})' if self.remedy else more}",
         ]
 
     def _text(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cutlayer.cli.app import app
+from tests.provoking import saw
 
 CONTRACT = """
 [contract]
@@ -82,14 +83,22 @@ def server(name):
 
 
 class Result:
-    """What a command did: exit code, lines of stdout and stderr."""
+    """What a command did: exit code, lines of stdout and stderr. A test that looks at these has read them."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out.splitlines(), err.splitlines()
+        self.code, self._out, self._err = code, out, err
+
+    @property
+    def out(self) -> list[str]:
+        return saw(self._out).splitlines()
+
+    @property
+    def err(self) -> list[str]:
+        return saw(self._err).splitlines()
 
     def json(self) -> Any:
         """Return stdout as one JSON document."""
-        return json.loads("\n".join(self.out))
+        return json.loads(saw(self._out))
 
 
 Call = Callable[..., Result]
@@ -100,7 +109,7 @@ def call() -> Call:
     """Run a command in this process. stdin is no terminal."""
 
     def run(*words: str, stdin: str = "") -> Result:
-        done = CliRunner().invoke(app, list(words), input=stdin)
+        done = CliRunner().invoke(app, list(words), input=stdin, prog_name="cutlayer")
         return Result(done.exit_code, done.stdout, done.stderr)
 
     return run

@@ -11,6 +11,7 @@ import typer
 from cutlayer import errors
 from cutlayer.cli.console import Output, exit_code, reporting, shown_path
 from cutlayer.errors import CutlayerError, StageError
+from tests.provoking import saw
 
 LOUD = Output(json=False, quiet=False, verbose=True)
 PLAIN = Output(json=False, quiet=False, verbose=False)
@@ -24,7 +25,9 @@ CODES = {
 }  # fmt: skip
 
 ERROR = StageError("it failed", where="party a", expected="x", got="y", remedy="do z", code="E301")
-LINES = ["E301 it failed", "  where: party a", "  why:   expected x, got y", "  do:    do z"]
+LINES = [
+    "E301 it failed", "  where: party a", "  why:   expected x, got y", "  do:    do z (more: cutlayer explain E301)",
+]  # fmt: skip
 
 
 def ended(output: Output, error: BaseException) -> int:
@@ -62,11 +65,13 @@ def test_json_error_is_a_document_on_stdout(capsys: pytest.CaptureFixture[str]):
     assert shown.err.splitlines() == LINES
 
 
+@pytest.mark.provokes("E000")
 def test_unexpected_error_has_help_and_no_traceback(capsys: pytest.CaptureFixture[str]):
     assert ended(PLAIN, KeyError("odd")) == 1
-    shown = capsys.readouterr().err.splitlines()
+    shown = saw(capsys.readouterr().err).splitlines()
     assert shown[0] == "E000 an unexpected error"
-    assert shown[2:] == ["  why:   got KeyError: 'odd'", "  do:    run with -v and report the output"]
+    assert shown[2] == "  why:   got KeyError: 'odd'"
+    assert shown[3:] == ["  do:    run with -v and report the output (more: cutlayer explain E000)"]
     ended(LOUD, KeyError("odd"))
     assert "KeyError: 'odd'" in capsys.readouterr().err
 
@@ -98,6 +103,12 @@ def test_shown_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "runs" / "x") == shown_path(Path("runs/x")) == "runs/x/"
     assert shown_path(tmp_path.parent / "y") == f"{tmp_path.parent / 'y'}/"
+
+
+def test_an_error_without_a_remedy_leads_to_its_page():
+    assert CutlayerError("x", code="E301").lines() == [
+        "E301 x", "  where: not known", "  why:   see above", "  do:    cutlayer explain E301",
+    ]  # fmt: skip
 
 
 def test_default_exit_code_is_1():

@@ -94,7 +94,9 @@ def test_reference_contract_has_every_key_with_its_default(call: Call, here: Pat
         for name in names if path else ():
             assert re.search(rf"(?m)^\| `{name}` \|", section), f"{path}.{name} is not in the reference"
             assert re.search(rf"(?m)^{name} = ", example), f"{path}.{name} is not in the example"
-    assert set(tables[""]) == {"contract", "stage", "loss", "release", "training", "addresses", "deadlines"}
+    assert set(tables[""]) == {
+        "contract", "stage", "loss", "release", "preprocessing", "training", "addresses", "deadlines"
+    }  # fmt: skip
 
 
 def test_reference_contract_is_written_from_python(here: Path):
@@ -109,6 +111,7 @@ def test_reference_contract_is_written_from_python(here: Path):
 TABLES = {
     "stage": config._StageTable,
     "loss": config._LossTable,
+    "preprocessing": config._SharedTable,
     "training": config._TrainingTable,
     "deadlines": config.DeadlineTable,
     "network": partyfile._NetworkTable,

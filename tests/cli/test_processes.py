@@ -58,6 +58,7 @@ def test_if_all_complain_of_others_the_first_is_told(tmp_path: Path):
     assert type(error) is LinkError
 
 
+@pytest.mark.provokes("E710")
 @pytest.mark.parametrize(
     ("code", "error", "got"),
     [

@@ -92,12 +92,14 @@ def test_builder_that_fails_exits_with_2(call: Call, demo: Path):
     assert result.err[-4] == "E204 the module has no function 'sever'"
 
 
+@pytest.mark.provokes("E207")
 def test_join_without_a_terminal_never_asks(call: Call, demo: Path):
     digest = load_contract(demo / "contract.toml").digest()
     result = call("join", "contract.toml", "hospital.toml", stdin="y\n")
     assert result.code == 2
     assert result.err[-4] == "E207 this site has not accepted the contract"
-    assert result.err[-1] == f"  do:    read it with `cutlayer plan`; if it may run: --accept {digest}"
+    do = f"  do:    read it with `cutlayer plan`; if it may run: --accept {digest}"
+    assert result.err[-1] == f"{do} (more: cutlayer explain E207)"
     shown = "\n".join(result.err)
     assert "sends   activations of head to server: float32[batch, 8], 512 bytes a batch" in shown
     assert "1,600 bytes over cuts an epoch (weights of replicas come on top), for its 40 samples" in shown

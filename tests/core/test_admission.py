@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from msgspec.structs import replace
 
 from cutlayer.core.admission import Admission
 from cutlayer.core.compile import agenda, compile_plan
@@ -41,12 +41,16 @@ def run_of(plan: Plan, counts: tuple[int, ...]) -> tuple[DryRun, dict[str, Admis
 
 
 def refused(door: Admission, sender: str, tag: Tag, dtype: str, shape: tuple[int, ...]) -> str:
-    """The code with which a frame is refused; empty if it is admitted."""
+    """The code with which a frame is refused, and what to do said with it; empty if it is admitted."""
     try:
         door.check(sender, tag, dtype, shape)
     except ContractError as error:
-        return error.code
-    return ""
+        found = error
+    else:
+        return ""
+    assert f"{sender!r} sent a" in str(found)
+    assert "compare its plan and release with yours" in found.remedy
+    return found.code
 
 
 @settings(max_examples=25)
@@ -143,6 +147,7 @@ def may_be_said(exchanges: dict, sender: str, receiver: str, tag: Tag) -> bool:
     )
 
 
+@pytest.mark.provokes("E521", "E522")
 @pytest.mark.parametrize("order", ["relay", "parallel"])
 def test_exchanges_have_a_budget(order):
     """Of messages and of bytes, at each address; nobody outside the group is heard."""

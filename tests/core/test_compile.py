@@ -194,12 +194,16 @@ def test_the_agenda():
     assert agenda(plan.with_training(evaluate_every=3), both).count(("evaluate", 3)) == 1
 
 
+@pytest.mark.provokes("E252")
 def test_training_needs_data():
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(
+        DataError, match=r"no party has data to train on.*give the parties of the plan their data"
+    ) as caught:
         agenda(one_way(1), Roster({"evaluate": {"a": 4}, "train": {"a": 0}}))
     assert caught.value.code == "E252"
 
 
+@pytest.mark.provokes("E251")
 def test_parties_of_one_lane_hold_the_same_samples():
     plan = vertical({"a": C, "b": C}, "s", output=C)
     with pytest.raises(DataError) as caught:
@@ -208,10 +212,11 @@ def test_parties_of_one_lane_hold_the_same_samples():
     assert "a: 4, b: 4, s: 5" in caught.value.got
 
 
+@pytest.mark.provokes("E111")
 def test_one_party_cannot_hold_the_data_of_two_lanes():
     plan = vanilla(["a", "b"], "s", cut=C, output=C)
     assert Roster({"train": {"a": 4, "b": 6}}).lane_counts(plan.graph, "train") == (4, 6)
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(PlanError, match=r"'a' would hold the data of several replicas.*replicate the stages") as caught:
         Roster({"train": {"a": 4}}).lane_counts(vanilla(["a", "a"], "s", cut=C, output=C).graph, "train")
     assert caught.value.code == "E111"
 

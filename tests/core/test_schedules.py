@@ -195,6 +195,7 @@ def test_an_action_names_its_lane():
     assert str(Action("F", "head", 1, 0)) == "head@1:F0"
 
 
+@pytest.mark.provokes("E401")
 def test_a_schedule_that_cannot_go_on_says_where(monkeypatch):
     """A graph whose stages wait for each other cannot be built; so one is bent by hand."""
     plan = Plan([Stage("head", at="a", inputs=["data.x"], output=C), Loss("loss", at="a", inputs=["head"])])

@@ -52,6 +52,19 @@ def test_a_free_dimension_has_a_bound():
     assert spec.mismatch("int32", (4, 512, 3), 4)
 
 
+def test_some_samples_may_have_no_row():
+    spec = TensorSpec.parse("float32[rows<=batch, 3]")
+    assert str(spec) == "float32[rows<=batch, 3]"
+    assert TensorSpec.parse(str(spec)) == spec
+    assert spec.per_sample
+    assert spec.free == {0}
+    assert spec.concrete(6) == (6, 3)
+    assert [spec.mismatch("float32", (rows, 3), 6) for rows in (0, 4, 6)] == ["", "", ""]
+    assert spec.mismatch("float32", (7, 3), 6) == "float32[7, 3] instead of float32[<=6, 3]"
+    with pytest.raises(PlanError, match="is not the first dimension"):
+        TensorSpec.parse("float32[batch, rows<=batch]")
+
+
 def test_the_wire_code_of_each_dtype_never_changes():
     """The position in DTYPES is the code on the wire."""
     names = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()

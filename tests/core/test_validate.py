@@ -223,6 +223,7 @@ BAD: dict[str, tuple[Callable[[], object], str, str]] = {
 }
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(("make", "code", "words"), BAD.values(), ids=BAD)
 def test_a_wrong_plan_is_refused(make, code, words):
     with pytest.raises(PlanError) as caught:

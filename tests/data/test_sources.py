@@ -223,6 +223,7 @@ def test_a_data_set_of_tensors_is_one_field():
     assert ids(epoch_of(batches(Rows(), order(fields=("id",)), alone=True))) == permutation(0, 1, 0, COUNT)
 
 
+@pytest.mark.provokes("E253")
 @pytest.mark.parametrize(("fields", "got"), [(None, "none"), (("x",), "1"), (("x", "id", "y"), "3")])
 @pytest.mark.parametrize("data", [Tuples(), DataLoader(Tuples(), batch_size=4)], ids=["data set", "loader"])
 def test_tuples_without_names_are_refused(data, fields, got):
@@ -244,15 +245,17 @@ class Stream(IterableDataset):
         return iter([{"x": torch.zeros(2)}])
 
 
+@pytest.mark.provokes("E255")
 @pytest.mark.parametrize(
     "data", [Stream(), DataLoader(Stream(), batch_size=4), DataLoader(Stream(), batch_size=None)], ids=range(3)
 )
 def test_a_stream_is_refused(data):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"has no length.*__len__.*load the stream into a map-style data set") as caught:
         sample_count(data)
     assert caught.value.code == "E255"
 
 
+@pytest.mark.provokes("E256")
 @pytest.mark.parametrize(
     ("loader", "got"),
     [
@@ -315,8 +318,9 @@ def test_a_table_gives_samples_and_batches():
     assert table[5]["x"].sum() == 21  # a batch is a copy
 
 
+@pytest.mark.provokes("E254")
 @pytest.mark.parametrize("fields", [{}, {"x": torch.zeros(3), "y": torch.zeros(4)}])
 def test_a_table_has_one_number_of_samples(fields):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"different numbers of samples.*give each field one row a sample") as caught:
         TensorTable(**fields)
     assert caught.value.code == "E254"

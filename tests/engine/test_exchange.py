@@ -286,6 +286,7 @@ def replace_frozen(stage: Stage | Loss, frozen: bool) -> Stage | Loss:
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.provokes("E531")
 def test_an_exchange_may_not_send_more_than_the_plan_says():
     plan = replicas()
     stages = [
@@ -297,6 +298,6 @@ def test_an_exchange_may_not_send_more_than_the_plan_says():
     case = Case.of(Plan(stages, training=plan.training), COUNTS)
     with pytest.raises(ContractError) as caught:
         case.cut()
-    assert caught.value.code == "E525"
+    assert caught.value.code == "E531"
     assert "stage head" in caught.value.where
     assert "state_limit" in caught.value.remedy

@@ -88,6 +88,7 @@ def test_metrics_of_sums_are_taken(make):
     assert {name.partition(".")[0] for name in book.sums()} == {"loss", "samples", "metric"}
 
 
+@pytest.mark.provokes("E222")
 @pytest.mark.parametrize(
     ("make", "state"),
     [

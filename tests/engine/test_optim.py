@@ -142,6 +142,7 @@ def test_a_stage_of_another_optimizer_forgets_what_it_had():
     assert not any(others.optimizer.state.values())
 
 
+@pytest.mark.provokes("E221")
 def test_parameters_need_an_optimizer():
     stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
     with pytest.raises(ConfigError) as caught:

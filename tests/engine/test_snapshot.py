@@ -49,6 +49,7 @@ def test_a_snapshot_does_not_change_with_the_site():
     assert all(far(kept[name], before[name]) == 0.0 for name in kept)
 
 
+@pytest.mark.provokes("E803")
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -160,6 +160,7 @@ def test_a_failed_forward_gives_the_global_generator_back():
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("function", "code", "words"),
     [
@@ -216,11 +217,14 @@ def test_a_batch_norm_on_one_sample_says_what_to_do():
     assert "drop_last" in caught.value.remedy
 
 
+@pytest.mark.provokes("E303")
 def test_each_forward_has_one_backward():
     stage = stage_of(nn.Linear(5, 3))
     stage.forward([torch.ones(4, 5)], context())
     stage.backward([torch.ones(4, 3)], (0, 0))
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(
+        StageError, match=r"'body' has no forward to go back from.*call backward once for each forward"
+    ) as caught:
         stage.backward([torch.ones(4, 3)], (0, 0))
     assert caught.value.code == "E303"
     stage.forward([torch.ones(4, 5)], context())

@@ -64,20 +64,21 @@ def test_the_bytes_of_a_frame_never_change():
     assert Frame(TAG, BYTES, (3,), b"abc").control.hex() == "9a0101020304050600ccff9103"
 
 
-BAD_HEADERS = {
-    "E501": HEADER.pack(b"CUTL", 1, 1, 0, 0, 0, 0, 0)[:-1],
-    "E502": HEADER.pack(b"HTTP", 1, 1, 0, 0, 0, 0, 0),
-    "E503": HEADER.pack(b"CUTL", 2, 1, 0, 0, 0, 0, 0),
-    "E504": HEADER.pack(b"CUTL", 1, 1, 1, 0, 0, 0, 0),
-    "E505": HEADER.pack(b"CUTL", 1, 1, 0, CONTROL_MAX + 1, 0, 0, 0),
-}
-
-
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
-    ("code", "data"), [*BAD_HEADERS.items(), ("E505", HEADER.pack(b"CUTL", 1, 1, 0, 0, 2**41, 0, 0))]
+    ("code", "data", "words"),
+    [
+        ("E501", HEADER.pack(b"CUTL", 1, 1, 0, 0, 0, 0, 0)[:-1], "cut short.*expected 36 header bytes, got 35"),
+        ("E502", HEADER.pack(b"HTTP", 1, 1, 0, 0, 0, 0, 0), "no cutlayer frame.*got b'HTTP'"),
+        ("E503", HEADER.pack(b"CUTL", 2, 1, 0, 0, 0, 0, 0), "another protocol version.*expected 1, got 2"),
+        ("E504", HEADER.pack(b"CUTL", 1, 1, 1, 0, 0, 0, 0), "unknown flags.*got 1"),
+        ("E505", HEADER.pack(b"CUTL", 1, 1, 0, CONTROL_MAX + 1, 0, 0, 0), "announces too much.*got 65537 and 0"),
+        ("E505", HEADER.pack(b"CUTL", 1, 1, 0, 0, 2**41, 0, 0), "announces too much.*got 0 and 2199023255552"),
+    ],
+    ids=range(6),
 )
-def test_a_bad_header_is_refused(code, data):
-    with pytest.raises(WireError) as caught:
+def test_a_bad_header_is_refused(code, data, words):
+    with pytest.raises(WireError, match=words) as caught:
         parse_header(data)
     assert caught.value.code == code
 
@@ -95,6 +96,7 @@ def with_item(place: int, value: object) -> list[object]:
     return [*GOOD[:place], value, *GOOD[place + 1 :]]
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("control", "code"),
     [
@@ -124,7 +126,7 @@ def with_item(place: int, value: object) -> list[object]:
     ],
 )
 def test_a_bad_control_part_is_refused(control, code):
-    with pytest.raises(WireError) as caught:
+    with pytest.raises(WireError, match=r"control part|unknown|do not give the announced size") as caught:
         parse_control(msgspec.msgpack.encode(control), 8)
     assert caught.value.code == code
     parse_control(msgspec.msgpack.encode(GOOD), 8)

@@ -36,6 +36,7 @@ def main(job: dict[str, Any]) -> int:
         coordinator=case.coordinator,
         addresses=job["addresses"],
         credentials=credentials,
+        proxy=job.get("proxy", ""),
         run="test",
         digest=job.get("digest") or case.plan.digest(),
         deadlines=Deadlines(**job.get("deadlines", {})),

@@ -78,6 +78,7 @@ def test_going_back_drops_what_came_after(tmp_path):
     assert store.identifiers() == [0, 1]
 
 
+@pytest.mark.provokes("E804")
 def test_of_another_run_is_refused(tmp_path):
     _save(_store(tmp_path), 1)
     with pytest.raises(CheckpointError, match="another run") as caught:
@@ -87,11 +88,13 @@ def test_of_another_run_is_refused(tmp_path):
         _store(tmp_path, party="b").load(1)
 
 
+@pytest.mark.provokes("E802")
 def test_missing_names_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"7\.safetensors"):
         _store(tmp_path).load(7)
 
 
+@pytest.mark.provokes("E801")
 def test_disk_full_keeps_the_one_before(tmp_path, monkeypatch):
     store = _store(tmp_path)
     _save(store, 1)

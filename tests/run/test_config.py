@@ -165,6 +165,7 @@ def test_deadlines_are_those_of_the_transport():
     assert DeadlineTable().settings() == Deadlines()
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("old", "new", "code", "message"),
     [

@@ -62,6 +62,7 @@ def test_relay_limit_is_the_largest_message_of_the_plan(tmp_path: Path):
     assert network_settings(contract(), party_file(tmp_path)).limit == 64 * 2**20
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("changes", "address", "code", "message"),
     [
@@ -139,6 +140,7 @@ def test_begun_run_is_read_back(tmp_path: Path):
     assert read_run(tmp_path / "run") == (agreed, text, record(agreed))
 
 
+@pytest.mark.provokes("E208")
 def test_folder_of_another_contract_is_refused(tmp_path: Path):
     first, second = contract(), contract("127.0.0.1:1")
     begin_run(tmp_path, dump_contract(first), record(first))

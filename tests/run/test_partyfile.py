@@ -148,6 +148,7 @@ def test_builders_own_cutlayer_errors_pass(tmp_path: Path):
         load_party_file(site(tmp_path, 'builder = "code.py:empty"')).party()
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [

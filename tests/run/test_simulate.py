@@ -108,6 +108,7 @@ def test_a_plan_without_anything_to_train_runs():
     assert cl.simulate(plan, [a, b]).metrics()["loss"]["loss"] > 0
 
 
+@pytest.mark.provokes("E226")
 def test_one_module_at_two_parties_is_refused():
     plan = cl.u_shaped(["a", "b"], "s", **U, batch_size=4)
     first, second = _hospital("a", 8, nn.CrossEntropyLoss()), _hospital("b", 8, nn.CrossEntropyLoss())
@@ -117,24 +118,34 @@ def test_one_module_at_two_parties_is_refused():
     assert caught.value.code == "E226"
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
-    ("settings", "code"),
+    ("settings", "code", "words"),
     [
-        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)}, "E227"),
-        ({"scheduler_every": "epochs"}, "E227"),
-        ({"metrics": {"los": dict}}, "E223"),
-        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "E221"),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)},
+            "E227",
+            "optimizer .* is no function.*got SGD",
+        ),
+        ({"scheduler_every": "epochs"}, "E227", "unknown scheduler_every: expected epoch or step, got epochs"),
+        ({"metrics": {"los": dict}}, "E223", "metrics for los, which is no loss of the plan. name the loss"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "E221",
+            "needs a metric at each step.*use a scheduler",
+        ),
     ],
 )
-def test_slips_in_a_party_are_told(settings, code):
+def test_slips_in_a_party_are_told(settings, code, words):
     case = plans.u_shaped()
     party, server = case.build("alpha"), case.build("server")
     merged = {"modules": party.modules, "data": party.data, "optimizer": _sgd, **settings}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         cl.simulate(case.plan, [cl.Party("alpha", **merged), server])
     assert caught.value.code == code
 
 
+@pytest.mark.provokes("E225")
 def test_other_parties_than_the_plans_are_refused():
     case = plans.u_shaped()
     with pytest.raises(ConfigError, match="not those of the plan") as caught:
@@ -142,6 +153,7 @@ def test_other_parties_than_the_plans_are_refused():
     assert caught.value.code == "E225"
 
 
+@pytest.mark.provokes("E259")
 def test_no_sample_left_is_told():
     case = plans.relay(batch_size=40)
     with pytest.raises(DataError, match="enough samples") as caught:

@@ -27,7 +27,8 @@ from cutlayer.errors import (
     ProgramError,
     StageError,
 )
-from cutlayer.run.simulate import predict, simulate
+from cutlayer.run.prediction import predict
+from cutlayer.run.simulate import simulate
 from cutlayer.transport.local import run_together
 from tests.small import CLASSES, FEATURES, C, Case, adam, difference, float32, modules_for, plain
 
@@ -321,6 +322,7 @@ def frame(step: int) -> Frame:
     return Frame(tag(step), "bytes", (1,), b"x")
 
 
+@pytest.mark.provokes("E402")
 def test_a_deadlock_is_explained():
     def first():
         yield Post("b", frame(0))
@@ -347,6 +349,7 @@ def test_a_party_that_ended_leaves_others_waiting():
     assert "a waits" not in error.where
 
 
+@pytest.mark.provokes("E403")
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_frame_that_nobody_takes_is_an_error(number):
     def first():

@@ -107,6 +107,7 @@ def test_missing_file(tmp_path: Path):
         read_text(tmp_path / "no.toml")
 
 
+@pytest.mark.provokes("E203")
 def test_file_too_long(tmp_path: Path):
     path = tmp_path / "long.toml"
     path.write_bytes(b"#" * (SIZE_LIMIT + 1))

@@ -79,6 +79,7 @@ def test_expired(good: Credentials):
     assert code_of(good, NOW + timedelta(days=397, seconds=1)) == "E661 the certificate has expired"
 
 
+@pytest.mark.provokes("E662")
 def test_not_yet_valid(good: Credentials):
     assert code_of(good, NOW - timedelta(minutes=5, seconds=1)) == "E662 the certificate is not valid yet"
 
@@ -88,6 +89,7 @@ def test_the_error_names_both_times(good: Credentials):
         check_credentials(good, now=NOW.replace(year=2040))
 
 
+@pytest.mark.provokes("E661")
 def test_an_expired_authority_is_named_as_such(good: Credentials, tmp_path: Path):
     old = create_authority(tmp_path, name="old", days=1, now=NOW - timedelta(days=9))
     stale = dataclasses.replace(good, authority=(old / "ca.pem").read_bytes())
@@ -96,6 +98,7 @@ def test_an_expired_authority_is_named_as_such(good: Credentials, tmp_path: Path
     check_credentials(both, now=NOW)
 
 
+@pytest.mark.provokes("E664")
 def test_a_foreign_authority_of_the_same_name(good: Credentials, tmp_path: Path):
     foreign = create_authority(tmp_path, name="study", now=NOW)
     other = dataclasses.replace(good, authority=(foreign / "ca.pem").read_bytes())
@@ -116,6 +119,7 @@ def test_a_party_cannot_act_as_an_authority(good: Credentials, folder: Path, tmp
     assert code_of(dataclasses.replace(stolen, authority=good.authority)).startswith("E664")
 
 
+@pytest.mark.provokes("E665")
 @pytest.mark.parametrize(
     ("names", "got"),
     [
@@ -144,6 +148,7 @@ def test_by_hand_but_good(good: Credentials, authority: Path):
     check_credentials(with_leaf(good, own_leaf(authority, [x509.DNSName("a")], uses=())), now=NOW)
 
 
+@pytest.mark.provokes("E669")
 @pytest.mark.parametrize("uses", [BOTH[:1], BOTH[1:], (ExtendedKeyUsageOID.CODE_SIGNING,)])
 def test_a_certificate_for_something_else(good: Credentials, authority: Path, uses):
     wrong = with_leaf(good, own_leaf(authority, [x509.DNSName("a")], uses=uses))

@@ -63,6 +63,12 @@ def test_a_message_in_a_frame_of_another_kind_is_refused(message: Message, kind:
         assert caught.value.code == "E509"
 
 
+@pytest.mark.provokes("E509")
+def test_what_is_wrong_with_a_message_is_said():
+    with pytest.raises(WireError, match=r"E509\] a Ready message cannot be read.*install the same release of cutlayer"):
+        decode(control.READY, encode(control.Ready(0, {"train": 9}, (1, 2)))[:-1])
+
+
 @given(st.integers(0, 255), st.binary(max_size=200))
 def test_any_bytes_give_a_message_or_a_wire_error(kind: int, data: bytes):
     try:

@@ -9,12 +9,15 @@ from cutlayer.errors import (
     CheckpointError,
     CutlayerError,
     HandshakeError,
+    LinkError,
     PeerError,
+    ProgramError,
     StageError,
 )
 from cutlayer.transport import control
 from cutlayer.transport.control import Abort
-from cutlayer.transport.handshake import abort_of, error_of, tidy
+from cutlayer.transport.handshake import abort_of, check_hello, error_of, tidy, typed
+from tests.transport.parties import Cast
 
 
 @pytest.mark.parametrize(
@@ -54,3 +57,27 @@ def test_texts_of_others_are_fit_for_a_terminal():
 def test_a_long_error_still_fits_into_a_message():
     error = StageError("x" * 5000, remedy="y" * 5000)
     assert control.decode(control.ABORT, control.encode(abort_of(error, "clinic"))) == abort_of(error, "clinic")
+
+
+@pytest.mark.provokes("E645")
+def test_a_party_that_is_not_of_the_plan_is_refused(cast: Cast):
+    stranger = control.LinkHello(control.PROTOCOL, "1", "nobody", "f" * 64, "test", 7, 0, 1)
+    with pytest.raises(HandshakeError, match="not of this plan.*got nobody. compare the party's name") as caught:
+        check_hello(stranger, cast.settings("server"), None)
+    assert caught.value.code == "E645"
+
+
+@pytest.mark.provokes("E605")
+def test_no_memory_for_a_frame_is_said_as_such():
+    error = typed(MemoryError(), "party server, link with clinic")
+    assert (type(error), error.code) == (LinkError, "E605")
+    assert str(error).startswith("[E605] this party has no memory for a frame (party server, link with clinic)")
+    assert error.remedy == "end what else uses memory, or use smaller microbatches"
+
+
+@pytest.mark.provokes("E434")
+def test_what_no_check_foresaw_is_said_by_its_kind():
+    error = typed(RuntimeError("can't start\nnew thread"), "party server")
+    assert (type(error), error.code) == (ProgramError, "E434")
+    assert error.why() == "got RuntimeError: can't start?new thread"
+    assert "report it" in error.remedy

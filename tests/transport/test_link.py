@@ -323,9 +323,10 @@ def test_a_payload_that_cannot_be_made_stays_queued():
     assert [one.control for one in outbox.all()] == [b"a"]
 
 
+@pytest.mark.provokes("E511")
 @pytest.mark.parametrize("received", [1, 2, 2**62])
 def test_what_was_never_sent_cannot_be_acknowledged(received: int):
-    with pytest.raises(WireError) as caught:
+    with pytest.raises(WireError, match=r"a frame was acknowledged that cannot be.*expected at most 0") as caught:
         Outbox(Limits()).acknowledged(received)
     assert caught.value.code == "E511"
 
@@ -351,10 +352,11 @@ def test_what_is_not_kept_cannot_be_resumed(wanted: int):
     assert caught.value.code == "E511"
 
 
+@pytest.mark.provokes("E510")
 def test_a_gap_is_refused():
     inbox = Inbox(Limits(), 1)
     assert inbox.complete(1, 0)
-    with pytest.raises(WireError) as caught:
+    with pytest.raises(WireError, match=r"a frame is missing.*expected number 2, got number 3") as caught:
         inbox.judge(3)
     assert caught.value.code == "E510"
 
@@ -387,13 +389,14 @@ def test_what_is_held_is_not_acknowledged_until_released():
     assert inbox.due() == (2, False)
 
 
+@pytest.mark.provokes("E529")
 def test_who_ignores_the_window_is_refused():
     inbox = Inbox(Limits(window_frames=2), 1)
     for number in range(1, 5):
         inbox.complete(number, 1)
         inbox.hold(1)
     inbox.complete(5, 1)
-    with pytest.raises(ContractError) as caught:
+    with pytest.raises(ContractError, match=r"relays more than it may have under way.*at most 2 frames") as caught:
         inbox.hold(1)
     assert caught.value.code == "E529"
 

@@ -208,6 +208,7 @@ def test_more_frames_than_the_bound_stop_all(cast: Cast):
     assert isinstance(results["clinic"], PeerError)
 
 
+@pytest.mark.provokes("E702")
 def test_a_party_that_never_comes_is_named_at_all_that_came(cast: Cast):
     came = dict.fromkeys(("server", "clinic"), meet)
     begin = time.monotonic()
@@ -227,6 +228,7 @@ def test_a_coordinator_that_never_comes_is_named(cast: Cast):
     assert results["clinic"].got  # why it could not be reached
 
 
+@pytest.mark.provokes("E704")
 def test_closing_without_finishing_stops_the_others_at_once(cast: Cast):
     def waits(network: Network) -> None:
         network.recv("clinic", tag_of(meet(network), 0))
@@ -272,13 +274,16 @@ def test_finish_names_who_does_not(cast: Cast):
     assert isinstance(results["lab"], PeerError)
 
 
+@pytest.mark.provokes("E433")
 def test_a_failing_callback_ends_the_run_and_is_no_secret(cast: Cast):
     def notify(name: str, facts: object) -> None:
         raise ValueError("oops")
 
     with Network(cast.settings("server", deadlines=Deadlines(join=5, close=1)), notify) as network:
         network._notifier.post("waiting", {})
-        with pytest.raises(ProgramError) as caught:
+        with pytest.raises(
+            ProgramError, match=r"the notify callback failed.*got ValueError. correct the callback"
+        ) as caught:
             network.rendezvous(Ready({}, ()))
     assert caught.value.code == "E433"
 
@@ -286,6 +291,7 @@ def test_a_failing_callback_ends_the_run_and_is_no_secret(cast: Cast):
 # --- settings and order of calls ---------------------------------------------------------------------------------
 
 
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -316,12 +322,21 @@ def test_another_partys_certificate_is_refused(cast: Cast):
     assert caught.value.code == "E213"
 
 
+@pytest.mark.provokes("E604")
 def test_a_taken_port_is_said(cast: Cast):
-    with cast.network("server"), pytest.raises(LinkError) as caught, cast.network("server"):
+    with (
+        cast.network("server"),
+        pytest.raises(
+            LinkError, match=r"cannot listen at its address.*127.0.0.1.*stop what else uses the port"
+        ) as caught,
+        cast.network("server"),
+    ):
         raise AssertionError("the port was taken")
     assert caught.value.code == "E604"
 
 
+@pytest.mark.provokes("E431")
+@pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
     ("call", "code"),
     [
@@ -333,20 +348,23 @@ def test_a_taken_port_is_said(cast: Cast):
 )
 def test_calls_before_a_session_are_errors(cast: Cast, call, code: str):
     with cast.network("server") as network:
-        with pytest.raises(ProgramError) as caught:
+        with pytest.raises(ProgramError, match=r"no session is open.*call them in this order") as caught:
             call(network)
         assert caught.value.code == code
-    with pytest.raises(ProgramError) as caught:
+    with pytest.raises(ProgramError, match="the network is closed.*use it within `with`") as caught:
         call(network)
     assert caught.value.code == "E431"
 
 
+@pytest.mark.provokes("E432")
 def test_a_frame_for_nobody_or_of_another_session_is_an_error(cast: Cast):
     def server(network: Network) -> list[str]:
         codes = []
         session = meet(network)
         for to, number in (("nobody", session), ("server", session), ("clinic", session + 1)):
-            with pytest.raises(CutlayerError) as caught:
+            with pytest.raises(
+                CutlayerError, match=r"there is no party '(nobody|server)' to send to|no session"
+            ) as caught:
                 network.send(to, frame_of(number, 0, b""))
             codes.append(caught.value.code)
         network.finish()

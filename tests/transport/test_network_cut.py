@@ -137,6 +137,7 @@ def test_a_silent_cable_is_noticed_and_dialled_anew(cast: Cast, cable):
     assert cast.heard("clinic", "returned")
 
 
+@pytest.mark.provokes("E701")
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "mtls"])
 def test_a_cable_that_stays_cut_ends_the_run_everywhere(cast: Cast, cable, secure: bool):
     if secure:

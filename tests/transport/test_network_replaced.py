@@ -26,6 +26,7 @@ def to_the_end(network: Network) -> str:
             pass
 
 
+@pytest.mark.provokes("E644")
 def test_a_second_process_of_a_party_takes_its_place_and_the_run_goes_on(cast: Cast):
     met = threading.Event()
     second: list[str] = []
@@ -47,6 +48,8 @@ def test_a_second_process_of_a_party_takes_its_place_and_the_run_goes_on(cast: C
     thread.join()
     assert isinstance(results["clinic"], HandshakeError), results
     assert results["clinic"].code == "E644"
+    assert "another process runs as clinic" in str(results["clinic"])
+    assert "stop one of the two" in results["clinic"].remedy
     assert second == ["session 2"]
     assert (results["server"], results["lab"]) == ("session 2", "session 2")
 

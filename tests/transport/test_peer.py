@@ -49,6 +49,7 @@ def nothing() -> None:
     pass
 
 
+@pytest.mark.provokes("E622")
 def test_a_full_outbox_is_waited_for_and_then_named(peer: Peer):
     attached(peer)
     for _ in range(2):

@@ -121,6 +121,7 @@ def test_an_authority_made_at_the_same_moment_is_not_overwritten(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["ca.key"]
 
 
+@pytest.mark.provokes("E231")
 def test_a_party_is_never_overwritten(authority: Path, tmp_path: Path):
     folder = issue(authority, "a", tmp_path / "out", now=NOW)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -145,6 +146,7 @@ def test_bad_party_names(authority: Path, tmp_path: Path, party: str):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.provokes("E230")
 @pytest.mark.parametrize("name", ["", " ", "a" * 65, "two\nlines", "nul\0"])
 def test_bad_authority_names(tmp_path: Path, name: str):
     with pytest.raises(ConfigError, match=r"E230\] the authority's name is not allowed"):
@@ -160,6 +162,7 @@ def test_bad_days(authority: Path, tmp_path: Path, days: int):
         issue(authority, "a", tmp_path, days=days, now=NOW)
 
 
+@pytest.mark.provokes("E233")
 def test_a_certificate_never_outlives_its_authority(authority: Path, tmp_path: Path):
     issue(authority, "a", tmp_path, days=3650, now=NOW)
     with pytest.raises(ConfigError, match=r"E233.*valid while its authority is not.*Ask for fewer days"):
@@ -212,6 +215,7 @@ def test_no_authority_here(tmp_path: Path):
         issue(tmp_path, "a", tmp_path / "out", now=NOW)
 
 
+@pytest.mark.provokes("E663", "E666")
 def test_a_damaged_authority(authority: Path, tmp_path: Path):
     other = create_authority(tmp_path / "other", name="other", now=NOW)
     good = (authority / "ca.key").read_bytes()
@@ -233,6 +237,7 @@ def test_an_authority_of_another_kind_of_key(tmp_path: Path):
         issue(tmp_path, "a", tmp_path / "out")
 
 
+@pytest.mark.provokes("E232")
 def test_a_place_that_cannot_be_written(authority: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"E232.*cannot be written"):

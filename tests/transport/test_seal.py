@@ -130,6 +130,7 @@ def test_every_byte_of_a_message_counts(pair: tuple[Seal, Seal]):
     assert b.open(sealed, b"aad").startswith(b"forty")
 
 
+@pytest.mark.provokes("E516")
 def test_other_associated_data(pair: tuple[Seal, Seal]):
     sealed = pair[0].seal(b"x", b"step 1")
     with pytest.raises(WireError, match=r"E516\] a sealed message cannot be opened \(party b, sealed link with a\)"):
@@ -143,6 +144,7 @@ def test_a_message_that_is_too_short(pair: tuple[Seal, Seal], size: int):
         pair[1].open(pair[0].seal(b"", b"")[:size], b"")
 
 
+@pytest.mark.provokes("E234")
 def test_a_message_that_is_too_long(pair: tuple[Seal, Seal], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(seal_module, "MESSAGE_LIMIT", 10)
     pair[1].open(pair[0].seal(bytes(10), b""), b"")
@@ -152,6 +154,7 @@ def test_a_message_that_is_too_long(pair: tuple[Seal, Seal], monkeypatch: pytest
         pair[1].open(bytes(35), b"")
 
 
+@pytest.mark.provokes("E525")
 def test_replay(pair: tuple[Seal, Seal]):
     a, b = pair
     sealed = a.seal(b"x", b"")
@@ -177,6 +180,7 @@ def test_a_message_of_another_session_does_not_open(parties, pair: tuple[Seal, S
         pair[1].open(a.seal(b"x", b""), b"")
 
 
+@pytest.mark.provokes("E420", "E528")
 def test_before_the_offer(parties):
     a = Seal(parties["a"], "b", CONTEXT)
     with pytest.raises(ProgramError, match=r"E420\] a message was to be sealed before"):

@@ -181,6 +181,7 @@ def test_another_party_of_the_same_authority(parties):
     assert (error.expected, error.got) == ("exactly the name b", "the names relay")
 
 
+@pytest.mark.provokes("E526")
 def test_the_peers_offer_to_somebody_else(parties):
     error = refused(Seal(parties["a"], "b", CONTEXT), Seal(parties["b"], "relay", CONTEXT).offer())
     assert (type(error), error.code) == (ContractError, "E526")
@@ -241,6 +242,7 @@ def test_a_signature_in_its_other_form_gives_other_keys(parties):
         b.open(a.seal(b"x", b""), b"")
 
 
+@pytest.mark.provokes("E527")
 def test_reflection(parties):
     a = Seal(parties["a"], "b", CONTEXT)
     error = refused(a, a.offer())
@@ -261,6 +263,7 @@ def test_a_second_offer(parties, pair: tuple[Seal, Seal]):
     assert b.open(a.seal(b"x", b""), b"") == b"x"
 
 
+@pytest.mark.provokes("E515")
 def test_a_key_of_low_order(parties):
     other = ByHand(parties["b"], "a")
     other.public = bytes(32)

@@ -168,13 +168,14 @@ def test_the_first_failure_counts_and_is_told_once(office: Office):
     assert office.events == ["aborted"]
 
 
+@pytest.mark.provokes("E703")
 def test_the_coordinator_hands_an_abort_on_to_all_others(cast: Cast):
     office = Office(cast, "server")
     message = control.Abort("lab", "E301", "a stage failed", "mend it")
     office.steward.heard("lab", message)
     assert office.said("clinic") == [message]
     assert office.said("lab") == []
-    with pytest.raises(PeerError) as caught:
+    with pytest.raises(PeerError, match=r"lab failed: a stage failed.*got E301 at lab. mend it") as caught:
         office.steward.check()
     assert caught.value.code == "E703"
 

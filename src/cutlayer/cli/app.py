@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cutlayer.cli.completion import complete_code, complete_party_file, complete_run
 from cutlayer.cli.console import (
     ContractArgument,
     FolderOption,
@@ -18,10 +19,13 @@ from cutlayer.cli.console import (
     VerboseOption,
     reporting,
 )
+from cutlayer.cli.doctor import doctor
+from cutlayer.cli.usage import Commands
 
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=Commands,
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,6 +38,20 @@ pki = typer.Typer(
     epilog="Example: cutlayer pki init ca && cutlayer pki issue hospital server --authority ca --out credentials",
 )
 app.add_typer(pki, name="pki")
+
+
+AcceptOption = Annotated[
+    str, typer.Option("--accept", metavar="DIGEST", help="The digest of the contract that this site accepts.")
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="RUN",
+        help="Folder of the training run, which holds <party>.safetensors. Default: modules as the builder makes them.",
+        show_default=False,
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -77,9 +95,7 @@ def run(
 def join(
     contract: ContractArgument,
     party_file: PartyFileArgument,
-    accept: Annotated[
-        str, typer.Option("--accept", metavar="DIGEST", help="The digest of the contract that this site accepts.")
-    ] = "",
+    accept: AcceptOption = "",
     folder: FolderOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -98,7 +114,9 @@ def join(
 
 @app.command(epilog="Example: cutlayer resume runs/20260101-090000-digits")
 def resume(
-    run_folder: Annotated[Path, typer.Argument(help="The folder that the run named at its start.")],
+    run_folder: Annotated[
+        Path, typer.Argument(help="The folder that the run named at its start.", autocompletion=complete_run)
+    ],
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -109,6 +127,53 @@ def resume(
         from cutlayer.cli.running import resume_run
 
         resume_run(run_folder, output)
+
+
+@app.command(
+    epilog="Example: cutlayer predict contract.toml hospital.toml cloud.toml --weights runs/20260101-090000-scans"
+)
+def predict(
+    contract: ContractArgument,
+    party_files: PartyFilesArgument,
+    weights: WeightsOption = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
+    ] = False,
+    join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False,
+    accept: AcceptOption = "",
+    folder: FolderOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Predict with trained weights, for the data that parties give as `prediction`. Needs no labels.
+
+    With --join, shows what may leave this party and asks once whether it may, unless --accept says so.
+    """
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.predicting import How, predict_command
+
+        how = How(processes=processes, join=join, accept=accept)
+        predict_command(contract, party_files, weights, folder, output, how)
+
+
+@app.command(epilog="Example: cutlayer report runs/20260101-090000-digits --open")
+def report(
+    run_folder: Annotated[
+        Path, typer.Argument(help="The folder of a run that has ended.", autocompletion=complete_run)
+    ],
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in the web browser.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the report of a run again: report.html, and beside it drawings (SVG, PNG) and tables (CSV)."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.report import show_report
+
+        show_report(run_folder, output, open_page=open_page)
 
 
 @app.command(epilog="Example: cutlayer plan contract.toml --grid")
@@ -136,7 +201,10 @@ def plan(
 @app.command(epilog="Example: cutlayer check contract.toml hospital.toml")
 def check(
     contract: ContractArgument,
-    party_files: Annotated[list[Path] | None, typer.Argument(help="Party files, if any.", show_default=False)] = None,
+    party_files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Party files, if any.", show_default=False, autocompletion=complete_party_file),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -147,6 +215,57 @@ def check(
         from cutlayer.cli.showing import show_check
 
         show_check(contract, party_files or [], output)
+
+
+@app.command(epilog="Example: cutlayer explain E351")
+def explain(
+    code: Annotated[
+        str,
+        typer.Argument(
+            help="An error code, such as E351 or 351; without one, all are listed.",
+            show_default=False,
+            autocompletion=complete_code,
+        ),
+    ] = "",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what an error code means, what brings it about, what to do and who can do it."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.explain import explain_code, list_codes
+
+        explain_code(code, output) if code else list_codes(output)
+
+
+app.command(epilog="Example: cutlayer doctor contract.toml --party hospital.toml")(doctor)
+
+
+@app.command(epilog="Example: cutlayer env --json")
+def env(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
+    """Print what a bug report needs: versions, processors, memory. Names no host, user, folder or address."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.environment import show_environment
+
+        show_environment(output)
+
+
+@app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.safetensors"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Put the whole model together and write its weights, where the contract allows it (assemble_at)."""
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        from cutlayer.cli.exporting import export_model
+
+        export_model(run_folder, out, output)
 
 
 @pki.command("init", epilog="Example: cutlayer pki init ca --name heart-study")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cutlayer.cli.completion import complete_contract, complete_party_file
 from cutlayer.errors import (
     CertificateError,
     CheckpointError,
@@ -53,9 +54,16 @@ EXIT_CODES: Mapping[int, tuple[type[CutlayerError], ...]] = {
     6: (CheckpointError,),
 }
 
-ContractArgument = Annotated[Path, typer.Argument(help="The contract, a TOML file.", show_default=False)]
-PartyFileArgument = Annotated[Path, typer.Argument(help="This party's own file, TOML.", show_default=False)]
-PartyFilesArgument = Annotated[list[Path], typer.Argument(help="Party files, one for each party.", show_default=False)]
+ContractArgument = Annotated[
+    Path, typer.Argument(help="The contract, a TOML file.", show_default=False, autocompletion=complete_contract)
+]
+PartyFileArgument = Annotated[
+    Path, typer.Argument(help="This party's own file, TOML.", show_default=False, autocompletion=complete_party_file)
+]
+PartyFilesArgument = Annotated[
+    list[Path],
+    typer.Argument(help="Party files, one for each party.", show_default=False, autocompletion=complete_party_file),
+]
 FolderOption = Annotated[
     Path | None,
     typer.Option("--folder", help="Run folder; one of the same contract is gone on with.", show_default=False),

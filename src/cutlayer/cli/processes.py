@@ -28,8 +28,9 @@ from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
 from cutlayer.run.partyfile import PartyFile, write_party_file
 from cutlayer.transport.pki import create_authority, issue
+from cutlayer.transport.proxy import NO_PROXY
 
-__all__ = ["run_processes"]
+__all__ = ["in_processes", "run_processes"]
 
 _POLL = 0.1  # seconds between two looks at the processes
 _GRACE = 10.0  # seconds that the others have to end by themselves once one has failed
@@ -65,7 +66,21 @@ def run_processes(
 ) -> tuple[str, dict[str, Any]]:
     """Run all parties, each in a process; return the summary as text and as document, which is written as well.
 
-    All processes have ended when this returns or raises. A folder that holds a run begun before is gone on with.
+    A folder that holds a run begun before is gone on with. Raises what `in_processes` raises.
+    """
+    local, homes, seconds = in_processes(contract, files, folder, output, ["join"])
+    return _gather(local, homes, folder, seconds)
+
+
+def in_processes(
+    contract: Contract, files: Sequence[PartyFile], folder: Path, output: Output, command: Sequence[str]
+) -> tuple[Contract, dict[str, Path], float]:
+    """Let all parties carry out a command, such as ["join"], each in a process and a folder of its own.
+
+    All processes have ended when this returns or raises.
+
+    Returns:
+        The contract with this machine's addresses, party -> its folder, and seconds.
 
     Raises:
         CutlayerError: a party failed; the error is that of the party that failed first by itself.
@@ -77,9 +92,9 @@ def run_processes(
         create_authority(temporary / "ca", name="one run on this machine", days=30)
         stack.enter_context(_interrupted_by_sigterm())
         progress = stack.enter_context(RunProgress(output, epochs=contract.plan.training.epochs))
-        children = stack.enter_context(_children(local, files, folder, temporary))
+        children = stack.enter_context(_children(local, files, folder, temporary, command))
         _watch(children, progress, output)
-    return _gather(local, children, folder, time.perf_counter() - begin)
+    return local, {child.party: child.folder for child in children}, time.perf_counter() - begin
 
 
 def _local_contract(contract: Contract, folder: Path) -> Contract:
@@ -101,33 +116,37 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def _children(contract: Contract, files: Sequence[PartyFile], folder: Path, temporary: Path) -> Iterator[list[_Child]]:
+def _children(
+    contract: Contract, files: Sequence[PartyFile], folder: Path, temporary: Path, command: Sequence[str]
+) -> Iterator[list[_Child]]:
     """Start a process for each party; at the end, none is left, come what may."""
     children: list[_Child] = []
     with ExitStack() as logs:
         try:
             for file in files:
-                children.append(_start(contract, file, folder, temporary, logs))  # noqa: PERF401 - those begun must end
+                words = _words(contract, file, folder, temporary, command)
+                children.append(_start(file, folder / file.name, words, logs))
             yield children
         finally:
             _stop(children)
 
 
-def _start(contract: Contract, file: PartyFile, folder: Path, temporary: Path, logs: ExitStack) -> _Child:
+def _words(contract: Contract, file: PartyFile, folder: Path, temporary: Path, command: Sequence[str]) -> list[str]:
+    """Write a party's files for this machine; return what its process is called with."""
     credentials = issue(temporary / "ca", file.name, temporary / "credentials", days=29)
-    own = replace(file, listen="", credentials=credentials, insecure=False, accept="ask")
+    own = replace(file, listen="", credentials=credentials, insecure=False, accept="ask", proxy=NO_PROXY)
     party_file = temporary / f"{file.name}.toml"
     party_file.write_text(write_party_file(own), encoding="utf-8")
-    home = folder / file.name
+    given = ["--accept", contract.digest(), "--folder", str(folder / file.name), "--json", "--verbose"]
+    return [command[0], str(folder / _LOCAL), str(party_file), *command[1:], *given]
+
+
+def _start(file: PartyFile, home: Path, words: Sequence[str], logs: ExitStack) -> _Child:
     home.mkdir(exist_ok=True)
-    arguments = ["join", str(folder / _LOCAL), str(party_file), "--accept", contract.digest(), "--folder", str(home)]
     printed: IO[bytes] = logs.enter_context((home / "output.json").open("wb"))
     log: IO[bytes] = logs.enter_context((home / "log.txt").open("ab"))
     process = subprocess.Popen(  # noqa: S603 - this program itself
-        [sys.executable, "-m", "cutlayer", *arguments, "--json", "--verbose"],
-        stdin=subprocess.DEVNULL,
-        stdout=printed,
-        stderr=log,
+        [sys.executable, "-m", "cutlayer", *words], stdin=subprocess.DEVNULL, stdout=printed, stderr=log
     )
     seen = home / "metrics.jsonl"
     return _Child(file.name, home, process, read=seen.stat().st_size if seen.exists() else 0)
@@ -203,7 +222,7 @@ def _error(child: _Child) -> CutlayerError:
     return error
 
 
-def _gather(contract: Contract, children: Sequence[_Child], folder: Path, seconds: float) -> tuple[str, dict[str, Any]]:
+def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds: float) -> tuple[str, dict[str, Any]]:
     """Return one summary from those of all parties, and write it."""
     from cutlayer.engine.ledger import Ledger
     from cutlayer.run.checkpoint import write_atomic
@@ -213,20 +232,25 @@ def _gather(contract: Contract, children: Sequence[_Child], folder: Path, second
     ledgers: dict[str, Ledger] = {}
     history: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
-    for child in children:
-        part: Mapping[str, Any] = msgspec.json.decode((child.folder / "summary.json").read_bytes())
-        ledgers[child.party] = Ledger(child.party)
-        ledgers[child.party].restore(part["ledgers"][child.party])
+    parts: list[Mapping[str, Any]] = []
+    for party, home in homes.items():
+        part: Mapping[str, Any] = msgspec.json.decode((home / "summary.json").read_bytes())
+        ledgers[party] = Ledger(party)
+        ledgers[party].restore(part["ledgers"][party])
         history += part["history"]
         hashes |= part["weights_sha256"]
-        shutil.copyfile(child.folder / f"{child.party}.safetensors", folder / f"{child.party}.safetensors")
+        parts.append(part)
+        for name in (f"{party}.safetensors", f"{party}.preprocessing.json"):
+            if (home / name).exists():
+                shutil.copyfile(home / name, folder / name)
     history.sort(key=lambda row: (row["round"], row["mode"] == "evaluate"))
-    result = Result(plan=contract.plan, history=history, ledgers=ledgers, seconds=seconds)
-    document = summary_document(result, hashes, contract.digest())
+    samples = parts[0]["samples"]  # all parties are told the same
+    result = Result(plan=contract.plan, history=history, ledgers=ledgers, seconds=seconds, samples=samples)
+    document = summary_document(result, hashes, contract.digest(), parts=parts)
     write_atomic(folder / "summary.json", msgspec.json.format(msgspec.json.encode(document), indent=2))
     with (folder / "metrics.jsonl").open("wb") as merged:
-        for child in children:
-            merged.write((child.folder / "metrics.jsonl").read_bytes())
+        for home in homes.values():
+            merged.write((home / "metrics.jsonl").read_bytes())
     return result.summary(), document
 
 

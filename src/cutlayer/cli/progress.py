@@ -22,6 +22,7 @@ _NEWS = {
     "waiting": "waiting for {parties}",
     "rollback": "{reason}: going back to the last checkpoint that all parties have",
     "aborted": "stopped by {party}: {code} {what}",
+    "blocked": "cannot reach {party}: {code} {what} ({got}). Trying again. {remedy}",
 }
 
 

@@ -12,6 +12,7 @@ import typer
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import run_processes
 from cutlayer.cli.progress import RunProgress
+from cutlayer.cli.report import loggers, report_line
 from cutlayer.core.compile import compile_plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
@@ -22,7 +23,7 @@ from cutlayer.run.tables import read_text
 if TYPE_CHECKING:
     from cutlayer.run.party import Party
 
-__all__ = ["interactive", "join_run", "resume_run", "run_here"]
+__all__ = ["both", "check_names", "consent", "interactive", "join_run", "resume_run", "run_here"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 
@@ -33,7 +34,7 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
     contract = parse_contract(text, where=str(path))
     text = dump_contract(contract)  # with all defaults in it
     files = [load_party_file(file) for file in party_files]
-    _check_names(contract, files)
+    check_names(contract, files)
     if not processes and folder is not None and (folder / "launch.json").exists():
         raise _no_checkpoints(folder)
     folder = _begin(folder, Path("runs"), contract, text, files, "processes" if processes else "simulate")
@@ -90,8 +91,8 @@ def _simulate(
     programs = compile_plan(contract.plan, roster_of(parties))
     steps = {(party, str(mode)): program.steps for party, modes in programs.items() for mode, program in modes.items()}
     progress = RunProgress(output, epochs=contract.plan.training.epochs, steps=steps)
-    with progress, EventLog(folder / "metrics.jsonl") as log:
-        result = simulate(contract.plan, parties, notify=_both(progress, log))
+    with progress, EventLog(folder / "metrics.jsonl") as log, loggers(files, folder, contract, output) as logged:
+        result = simulate(contract.plan, parties, notify=both(logged, both(progress, log)))
     document = write_results(folder, result, contract_text=text, digest=contract.digest())
     return result.summary(), document
 
@@ -103,13 +104,16 @@ def _join(contract: Contract, text: str, file: PartyFile, party: Party, folder: 
     output.note(f"run folder: {shown_path(folder)} (after a crash: cutlayer resume {shown_path(folder)})")
     network = network_settings(contract, file)
     progress = RunProgress(output, epochs=contract.plan.training.epochs)
-    with progress, EventLog(folder / "metrics.jsonl") as log:
-        result = join(contract.plan, party, network=network, folder=folder, notify=_both(progress, log))
+    with progress, EventLog(folder / "metrics.jsonl") as log, loggers([file], folder, contract, output) as logged:
+        notify = both(logged, both(progress, log))
+        result = join(contract.plan, party, network=network, folder=folder, notify=notify)
     document = write_results(folder, result, contract_text=text, digest=contract.digest())
     _finish(result.summary(), document, folder, output)
 
 
-def _both(progress: Notify, log: Notify) -> Notify:
+def both(progress: Notify, log: Notify) -> Notify:
+    """Return a callback that writes an event down, then shows it."""
+
     def notify(event: str, details: Mapping[str, Any]) -> None:
         log(event, details)
         progress(event, details)
@@ -118,8 +122,10 @@ def _both(progress: Notify, log: Notify) -> Notify:
 
 
 def _finish(summary: str, document: Mapping[str, Any], folder: Path, output: Output) -> None:
-    """Say where the results are, in the last line."""
+    """Write the report, and say where the results are in the last line."""
     output.say(summary)
+    if "finished" not in document:
+        report_line(folder, output)
     output.document({**document, "results": str(folder.absolute())})
     output.last(f"results: {shown_path(folder)}")
 
@@ -150,17 +156,22 @@ def _begin(
 
 
 def _settle(contract: Contract, party: Party, file: PartyFile, output: Output, accepted: str) -> None:
+    """Show what may leave this party in a training; see `consent`."""
+    from cutlayer.run.party import counts
+
+    what = leaving(contract.plan, party.name, counts(party))
+    consent(contract, file, output, accepted, f"{what.text}\n  epoch   {what.summary()}")
+
+
+def consent(contract: Contract, file: PartyFile, output: Output, accepted: str, leaves: str) -> None:
     """Show what may leave this party; go on only if this site has accepted it, or its person says so now.
 
     Raises:
         ConfigError: E207, it was not accepted.
     """
-    from cutlayer.run.party import counts
-
     agreed = accept(contract, file, accepted)
     ask = not agreed and not output.json and interactive()
-    what = leaving(contract.plan, party.name, counts(party))
-    text = f"{what.text}\n  epoch   {what.summary()}\ncontract digest: {contract.digest()}"
+    text = f"{leaves}\ncontract digest: {contract.digest()}"
     if ask:
         typer.echo(text, err=True)
         agreed = typer.confirm("May this leave?", default=False, err=True)
@@ -177,7 +188,8 @@ def _settle(contract: Contract, party: Party, file: PartyFile, output: Output, a
         )
 
 
-def _check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
+def check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
+    """Raise `ConfigError` E225 unless there is one party file for each party of the plan."""
     names = [file.name for file in files]
     if sorted(names) != sorted(contract.plan.parties):
         raise ConfigError(

@@ -81,6 +81,7 @@ def _programs(plan: Plan, party: str, samples: int) -> dict[str, str]:
             where="--program",
             expected=f"one of {', '.join(plan.parties)}",
             got=party,
+            remedy="take one of the plan's parties",
             code="E205",
         )
     holders = {name for lane in range(plan.lanes) for name in plan.graph.data_fields(lane)}

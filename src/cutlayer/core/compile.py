@@ -8,27 +8,21 @@ interleaving cannot change the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cutlayer.core.batching import StepSizes, round_steps
-from cutlayer.core.graph import Edge, Graph
+from cutlayer.core.emit import Blocks, Emitter, add_credits, held_fields
+from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import (
     MODES,
-    Backward,
     Block,
     Checkpoint,
-    Credit,
-    Direction,
     Exchange,
-    Forward,
-    Instruction,
     Load,
     Mode,
     Program,
-    Recv,
-    Send,
     Step,
 )
 from cutlayer.core.schedules import Action, forwards_only, schedule
@@ -37,6 +31,7 @@ from cutlayer.errors import DataError, PlanError
 __all__ = ["Roster", "agenda", "compile_plan"]
 
 BARRIER = 0  # the number of all barriers: their steps tell them apart
+AGREED_BYTES = 256  # most bytes of an entry of shared preprocessing
 _SMALL = 64 * 1024  # most bytes of a message of scalars: norms, metric sums
 
 
@@ -57,7 +52,7 @@ class Roster:
         counts: list[int] = []
         owners: dict[str, int] = {}
         for lane in range(graph.lanes):
-            parties = tuple(_fields(graph, lane, _stages(graph, mode)))
+            parties = tuple(held_fields(graph, lane, _stages(graph, mode)))
             for party in parties:
                 if owners.setdefault(party, lane) != lane:
                     raise PlanError(
@@ -99,7 +94,10 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
         phases.append(("train", number))
         if evaluate and every and number % every == 0 and number < last:
             phases.append(("evaluate", number))
-    phases.append(("evaluate" if evaluate else "finish", last))
+    if evaluate:
+        phases.append(("evaluate", last))
+    if not evaluate or plan.assemble_at:
+        phases.append(("finish", last))
     return phases
 
 
@@ -110,7 +108,7 @@ def compile_plan(plan: Plan, roster: Roster) -> dict[str, dict[Mode, Program]]:
         DataError, PlanError: the roster does not fit the plan.
     """
     compiler = _Compiler(plan, plan.graph, roster)
-    makers: dict[Mode, Callable[[], list[_Blocks]]] = {
+    makers: dict[Mode, Callable[[], list[Blocks]]] = {
         "start": compiler.start,
         "train": compiler.train,
         "evaluate": lambda: compiler.forward_only("evaluate"),
@@ -129,18 +127,6 @@ def compile_plan(plan: Plan, roster: Roster) -> dict[str, dict[Mode, Program]]:
     }
 
 
-@dataclass
-class _Blocks:
-    """One block, for all parties."""
-
-    name: str
-    repeat: int = 1
-    per_party: dict[str, list[Instruction]] = field(default_factory=dict)
-
-    def add(self, party: str, instruction: Instruction) -> None:
-        self.per_party.setdefault(party, []).append(instruction)
-
-
 class _Compiler:
     """Builds the blocks of each mode. `number` counts exchanges, so that each has its own address."""
 
@@ -155,14 +141,17 @@ class _Compiler:
     def relay(self) -> bool:
         return self.plan.training.order == "relay" and bool(self.replicated)
 
-    def start(self) -> list[_Blocks]:
-        block = _Blocks("equal replicas")
+    def start(self) -> list[Blocks]:
+        block = Blocks("preprocessing and equal replicas" if self.plan.preprocessing else "equal replicas")
+        for shared in self.plan.preprocessing:
+            group = self.graph.holders(shared.at)
+            self._exchange(block, "agree", f"data.{shared.field}", group, limit=shared.limit * AGREED_BYTES)
         if self.replicated and not self.relay:
             for stage in self.shared:
                 self._exchange(block, "broadcast", stage.name, stage.places, limit=stage.state_limit)
         return [block, self._checkpoint(last=True)]
 
-    def train(self) -> list[_Blocks]:
+    def train(self) -> list[Blocks]:
         counts = self.roster.lane_counts(self.graph, "train")
         training = self.plan.training
         turns = round_steps(counts, training, relay=self.relay, drop_last=training.drop_last)
@@ -174,7 +163,7 @@ class _Compiler:
                 remedy="lower training.batch_size, or set drop_last to false",
                 code="E259",
             )
-        blocks: list[_Blocks] = []
+        blocks: list[Blocks] = []
         for place, turn in enumerate(turns):
             for group in turn:
                 blocks.extend(self._split(self._training_step(group.sizes), group.repeat))
@@ -184,18 +173,18 @@ class _Compiler:
         blocks.append(self._metrics())
         return [*blocks, self._checkpoint(last=True)]
 
-    def forward_only(self, mode: Mode) -> list[_Blocks]:
+    def forward_only(self, mode: Mode) -> list[Blocks]:
         counts = self.roster.lane_counts(self.graph, mode)
         if not any(counts):
             return []
         stages = _stages(self.graph, mode)
         turns = round_steps(counts, self.plan.training, relay=self.relay, drop_last=False)
-        blocks: list[_Blocks] = []
+        blocks: list[Blocks] = []
         for place, turn in enumerate(turns):
             for group in turn:
                 actions = forwards_only(self.graph, group.sizes, stages)
                 block = self._step(_label(group.sizes), group.sizes, actions, group.repeat)
-                _add_credits(block, self.plan.training.window)
+                add_credits(block, self.plan.training.window)
                 blocks.append(block)
             if self.relay and mode == "evaluate" and place + 1 < len(turns):
                 blocks.append(self._hand_on(place, place + 1))
@@ -203,22 +192,25 @@ class _Compiler:
             blocks.append(self._metrics())
         return [*blocks, self._checkpoint(last=True)]
 
-    def finish(self) -> list[_Blocks]:
+    def finish(self) -> list[Blocks]:
         lanes = range(self.graph.lanes - 1 if self.relay else 0)
-        return [*(self._hand_on(lane, lane + 1) for lane in lanes), self._checkpoint(last=True)]
+        blocks = [self._hand_on(lane, lane + 1) for lane in lanes]
+        if self.plan.assemble_at:
+            blocks.append(self._gather())
+        return [*blocks, self._checkpoint(last=True)]
 
-    def _split(self, block: _Blocks, repeat: int) -> list[_Blocks]:
+    def _split(self, block: Blocks, repeat: int) -> list[Blocks]:
         every = self.plan.training.checkpoint_every
         if not every:
-            return [_Blocks(block.name, repeat, block.per_party)]
-        blocks: list[_Blocks] = []
+            return [Blocks(block.name, repeat, block.per_party)]
+        blocks: list[Blocks] = []
         while repeat:
             part = min(every, repeat)
-            blocks += [_Blocks(block.name, part, block.per_party), self._checkpoint()]
+            blocks += [Blocks(block.name, part, block.per_party), self._checkpoint()]
             repeat -= part
         return blocks
 
-    def _training_step(self, sizes: StepSizes) -> _Blocks:
+    def _training_step(self, sizes: StepSizes) -> Blocks:
         graph, training = self.graph, self.plan.training
         block = self._step(_label(sizes), sizes, schedule(graph, sizes, training.schedule), 1)
         lanes = tuple(lane for lane, parts in enumerate(sizes) if parts)
@@ -235,7 +227,7 @@ class _Compiler:
             self._exchange(block, "global_norm", "", group, lanes=stepping, limit=_SMALL)
         for party in parties:
             block.add(party, Step(stepping))
-        _add_credits(block, training.window)
+        add_credits(block, training.window)
         return block
 
     def _stepping(self, lanes: tuple[int, ...]) -> tuple[str, ...]:
@@ -247,46 +239,57 @@ class _Compiler:
         )
         return tuple(dict.fromkeys(places))
 
-    def _step(self, name: str, sizes: StepSizes, actions: Sequence[Action], repeat: int) -> _Blocks:
-        block = _Blocks(name, repeat)
+    def _step(self, name: str, sizes: StepSizes, actions: Sequence[Action], repeat: int) -> Blocks:
+        block = Blocks(name, repeat)
         active = {action.stage for action in actions}
         for lane, parts in enumerate(sizes):
             if parts:
-                for party, names in _fields(self.graph, lane, active).items():
+                for party, names in held_fields(self.graph, lane, active).items():
                     block.add(party, Load(lane, parts, names))
-        emitter = _Emitter(self.graph, sizes, block, active)
+        emitter = Emitter(self.graph, sizes, block, active)
         for action in actions:
             emitter.emit(action)
         return block
 
-    def _hand_on(self, lane: int, following: int) -> _Blocks:
-        block = _Blocks(f"hand on from lane {lane} to {following}")
+    def _hand_on(self, lane: int, following: int) -> Blocks:
+        block = Blocks(f"hand on from lane {lane} to {following}")
         for stage in self.shared:
             group = (stage.places[lane], stage.places[following])
             self._exchange(block, "hand_on", stage.name, group, lanes=(lane, following), limit=stage.state_limit)
         return block
 
-    def _metrics(self) -> _Blocks:
-        block = _Blocks("metric sums")
+    def _gather(self) -> Blocks:
+        block = Blocks("gather the weights")
+        for stage in self.graph.stages:
+            for target in self.plan.assemble_at:
+                if not isinstance(stage, Loss) and target not in stage.places:
+                    group = (stage.places[0], target)
+                    self._exchange(block, "gather", stage.name, group, lanes=(0,), limit=stage.state_limit)
+        return block
+
+    def _metrics(self) -> Blocks:
+        block = Blocks("metric sums")
         for stage in self.replicated:
             if isinstance(stage, Loss):
                 self._exchange(block, "add_metrics", stage.name, stage.places, limit=stage.state_limit)
         return block
 
     def _exchange(
-        self, block: _Blocks, name: str, stage: str, group: tuple[str, ...], *, limit: int, lanes: tuple[int, ...] = ()
+        self, block: Blocks, name: str, stage: str, group: tuple[str, ...], *, limit: int, lanes: tuple[int, ...] = ()
     ) -> None:
-        hub = self.plan.hub_of(stage)
+        hub = self.plan.hub_of("" if stage.startswith("data.") else stage)
+        if name == "agree" and len(group) == 1:
+            hub = group[0]
         lanes = lanes or tuple(range(len(group)))
         instruction = Exchange(name, self.number, group, stage, lanes, limit, messages=len(group), hub=hub)
         self.number += 1
-        members = (*group, hub) if name in ("add_gradients", "add_metrics") else group
+        members = (*group, hub) if name in ("add_gradients", "add_metrics", "agree") else group
         for party in dict.fromkeys(members):
             block.add(party, instruction)
 
-    def _checkpoint(self, *, last: bool = False) -> _Blocks:
+    def _checkpoint(self, *, last: bool = False) -> Blocks:
         """All meet, then each saves: so whoever holds a checkpoint, every other party holds it or the one before."""
-        block, parties = _Blocks("checkpoint"), self.plan.parties
+        block, parties = Blocks("checkpoint"), self.plan.parties
         for party in parties:
             if len(parties) > 1:
                 block.add(
@@ -297,93 +300,10 @@ class _Compiler:
         return block
 
 
-class _Emitter:
-    """Puts the sends and receives around each action of one step."""
-
-    def __init__(self, graph: Graph, sizes: StepSizes, block: _Blocks, active: set[str]) -> None:
-        self.graph, self.sizes, self.block, self.active = graph, sizes, block, active
-        self.gone: set[tuple[int, int, int]] = set()
-        self.arrived: set[tuple[int, int, int]] = set()
-        self.totals = sum(sum(parts) for parts in sizes if parts)
-
-    def emit(self, action: Action) -> None:
-        if action.kind == "F":
-            self._forward(action)
-        else:
-            self._backward(action)
-
-    def _forward(self, action: Action) -> None:
-        graph, lane, micro = self.graph, action.lane, action.micro
-        size = self._size(action)
-        here = graph.place(action.stage, lane)
-        for edge in graph.inputs_of[action.stage]:
-            carrier = graph.carrier(edge, lane)
-            if graph.is_cut(edge, lane) and (carrier.index, lane, micro) not in self.arrived:
-                self.arrived.add((carrier.index, lane, micro))
-                origin = graph.origin(edge, lane)
-                if edge.source.field:
-                    self.block.add(origin, Send(carrier.index, lane, micro, size, "up", here))
-                self.block.add(here, self._recv(carrier, action, "up", origin))
-        self.block.add(here, Forward(action.stage, lane, micro, size))
-        for edge in graph.consumers_of[action.stage]:
-            number = graph.carrier(edge, lane).index
-            if edge.target in self.active and graph.is_cut(edge, lane) and (number, lane, micro) not in self.gone:
-                self.gone.add((number, lane, micro))
-                self.block.add(here, Send(number, lane, micro, size, "up", graph.place(edge.target, lane)))
-
-    def _backward(self, action: Action) -> None:
-        graph, lane, micro = self.graph, action.lane, action.micro
-        here, stage = graph.place(action.stage, lane), graph.by_name[action.stage]
-        for edge in graph.consumers_of[action.stage]:
-            if edge.trained and graph.is_cut(edge, lane):
-                self.block.add(here, self._recv(edge, action, "down", graph.place(edge.target, lane)))
-        scale = self._scale(stage, self._size(action)) if isinstance(stage, Loss) else 1.0
-        self.block.add(here, Backward(action.stage, lane, micro, scale))
-        for edge in graph.inputs_of[action.stage]:
-            if edge.trained and graph.is_cut(edge, lane):
-                origin = graph.origin(edge, lane)
-                self.block.add(here, Send(edge.index, lane, micro, self._size(action), "down", origin))
-
-    def _recv(self, edge: Edge, action: Action, direction: Direction, source: str) -> Recv:
-        spec = edge.spec
-        if spec is None:
-            raise PlanError(f"the field {edge.source.field!r} has no release", where=edge.label, code="E107")
-        return Recv(edge.index, action.lane, action.micro, self._size(action), direction, source, spec)
-
-    def _scale(self, stage: Loss, size: int) -> float:
-        return stage.weight * size / self.totals if stage.reduction == "mean" else stage.weight
-
-    def _size(self, action: Action) -> int:
-        return (self.sizes[action.lane] or ())[action.micro]
-
-
 def _stages(graph: Graph, mode: str) -> set[str]:
     """Return the stages that run in a mode: a prediction ends before the losses."""
     return graph.ancestors(graph.outputs if mode == "predict" else tuple(graph.by_name))
 
 
-def _fields(graph: Graph, lane: int, stages: set[str]) -> dict[str, tuple[str, ...]]:
-    """Return, for each party that loads data for these stages in `lane`, the fields it loads, in plan order."""
-    found: dict[str, dict[str, None]] = {}
-    for edge in graph.edges:
-        if edge.source.field and edge.target in stages:
-            found.setdefault(graph.origin(edge, lane), {})[edge.source.field] = None
-    return {party: tuple(fields) for party, fields in found.items()}
-
-
 def _label(sizes: StepSizes) -> str:
     return ", ".join(f"lane {lane}: {sum(parts)} samples" for lane, parts in enumerate(sizes) if parts)
-
-
-def _add_credits(block: _Blocks, window: int) -> None:
-    """Bound the memory of pairs in which one side only receives: see `Credit`."""
-    ways = {
-        (party, instruction.to)
-        for party, instructions in block.per_party.items()
-        for instruction in instructions
-        if isinstance(instruction, Send)
-    }
-    for sender, receiver in sorted(ways):
-        if (receiver, sender) not in ways:
-            block.per_party[sender].insert(0, Credit(receiver, window, give=False))
-            block.add(receiver, Credit(sender, window, give=True))

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cutlayer.core.graph import Edge, Graph
-from cutlayer.core.parts import Loss, Stage
+from cutlayer.core.parts import Loss, Shared, Stage
 
 if TYPE_CHECKING:
     from cutlayer.core.plan import Plan
 
-__all__ = ["describe"]
+__all__ = ["describe", "keeps"]
 
 _Pick = Callable[[str, str], bool]
 _Flows = dict[tuple[str, str], dict[int, list[str]]]  # (what, size) -> lane -> peers
@@ -39,17 +39,27 @@ def describe(plan: Plan) -> str:
 
 def _party(plan: Plan, graph: Graph, party: str) -> list[str]:
     runs = [_stage(stage) for stage in plan.stages if party in stage.places]
-    fields = sorted({name for lane in range(graph.lanes) for name in graph.data_fields(lane).get(party, ())})
-    leaving = [edge for lane in range(graph.lanes) for edge in _values(graph, party, lane)]
-    kept = [f"data.{name}" for name in fields if name not in {edge.source.field for edge in leaving}]
-    if not _shares_state(plan, party):
-        kept.append("its weights")
+    fields = _fields(graph, party)
+    kept = keeps(plan, party)
     lines = [f"  runs    {', '.join(runs)}"]
     if fields:
         lines.append(f"  data    {', '.join(f'data.{name}' for name in fields)}")
     lines += [f"  sends   {text}" for text in _sends(plan, graph, party)] or ["  sends   nothing"]
     lines += [f"  gets    {text}" for text in _gets(plan, graph, party)]
     return [*lines, f"  keeps   {', '.join(kept) or 'nothing that the above does not name'}"]
+
+
+def keeps(plan: Plan, party: str) -> list[str]:
+    """Return what never leaves a party: "data.FIELD" for fields of its data, and "its weights"."""
+    graph = plan.graph
+    leaving = [edge for lane in range(graph.lanes) for edge in _values(graph, party, lane)]
+    released = {edge.source.field for edge in leaving}
+    kept = [f"data.{name}" for name in _fields(graph, party) if name not in released]
+    return kept if _shares_state(plan, party) or _gives_weights(plan, party) else [*kept, "its weights"]
+
+
+def _fields(graph: Graph, party: str) -> list[str]:
+    return sorted({name for lane in range(graph.lanes) for name in graph.data_fields(lane).get(party, ())})
 
 
 def _stage(stage: Stage | Loss) -> str:
@@ -76,7 +86,12 @@ def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
         and plan.hub_of(stage.name) == party
         and (isinstance(stage, Loss) or plan.training.order == "parallel")
     ]
-    return [_line(what, "from", peers) for what, peers in cuts.items()] + added
+    agreed = [
+        f"{_told(shared)} from each of {', '.join(plan.graph.holders(shared.at))}, to put together"
+        for shared in plan.preprocessing
+        if plan.hub == party and plan.graph.holders(shared.at) != (party,)
+    ]
+    return [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed
 
 
 def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
@@ -139,11 +154,31 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
                 f"weight gradients of {stage.name}, and once its state, by way of {hub} to {others}: "
                 f"at most {stage.state_limit:,} bytes a step"
             )
+    for shared in plan.preprocessing:
+        if party in plan.graph.holders(shared.at):
+            texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {', '.join(plan.graph.holders(shared.at))}")
+    whole = [name for name in plan.assemble_at if name != party]
+    for stage in plan.stages if whole else ():
+        if not isinstance(stage, Loss) and stage.places[0] == party and set(whole) - set(stage.places):
+            to = ", ".join(name for name in whole if name not in stage.places)
+            texts.append(f"its weights of {stage.name} to {to}, at the end (it may put the whole model together)")
     if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
         texts.append(f"one number a step, the squared norm of its gradients, by way of {plan.hub} (declared release)")
     if len(plan.parties) > 1 and any(party in plan.graph.data_fields(lane) for lane in range(plan.lanes)):
         texts.append("its number of samples, once, to all parties")
     return texts
+
+
+def _gives_weights(plan: Plan, party: str) -> bool:
+    own = [s for s in plan.stages if not isinstance(s, Loss) and s.places[0] == party]
+    return any(target not in stage.places for stage in own for target in plan.assemble_at)
+
+
+def _told(shared: Shared) -> str:
+    if shared.kind == "scale":
+        return f"counts, means and deviations of data.{shared.field}"
+    rare = f", each in at least {shared.least} of its samples" if shared.least > 1 else ""
+    return f"the list of values of data.{shared.field} (at most {shared.limit:,}{rare})"
 
 
 def _shares_state(plan: Plan, party: str) -> bool:

@@ -95,6 +95,10 @@ class Graph:
         """Return the edges of `lane` that cross between parties, in plan order."""
         return tuple(edge for edge in self.edges if self.is_cut(edge, lane))
 
+    def holders(self, name: str) -> tuple[str, ...]:
+        """Return the parties that a data owner's name stands for: itself, or those of the stage of that name."""
+        return tuple(dict.fromkeys(self.by_name[name].places)) if name in self.by_name else (name,)
+
     def data_fields(self, lane: int) -> dict[str, tuple[str, ...]]:
         """Return, for each party that loads data in `lane`, the fields it loads, in plan order."""
         found: dict[str, dict[str, None]] = {}
@@ -157,6 +161,7 @@ def _check_inputs(graph: Graph) -> None:
                 raise PlanError(
                     f"stage {stage.name!r} takes {source.stage!r}, which the plan does not have",
                     expected=f"one of {', '.join(sorted(graph.by_name))}, or data.{source.stage}",
+                    remedy="correct the name, or add the stage",
                     code="E102",
                 )
             if source.stage and isinstance(graph.by_name[source.stage], Loss):

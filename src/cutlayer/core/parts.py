@@ -10,7 +10,7 @@ from typing import ClassVar
 from cutlayer.core.spec import TensorSpec
 from cutlayer.errors import PlanError
 
-__all__ = ["Loss", "Release", "Source", "Stage", "Training", "check_name"]
+__all__ = ["Loss", "Release", "Shared", "Source", "Stage", "Training", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -43,6 +43,7 @@ class Source:
         raise PlanError(
             f"cannot read the input {text!r}",
             expected="'STAGE', 'STAGE.PORT', 'data.FIELD' or 'data.FIELD@OWNER'",
+            remedy="correct it",
             code="E102",
         )
 
@@ -180,6 +181,30 @@ class Release:
         keep(self, "spec", TensorSpec.parse(spec) if isinstance(spec, str) else spec)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Preprocessing of one field that its holders agree on before round 0, and then apply to what they load.
+
+    They tell the hub sums over their training samples and get the totals; no sample's value leaves, except for lists:
+    these hold the values themselves.
+
+    Args:
+        field: Name of the data field.
+        at: The party that holds it, or the stage at whose parties it is held.
+        kind: "scale": to mean 0 and deviation 1, each column of (batch, columns) or channel of (batch, channels, ...);
+            a missing value (NaN) does not count and becomes 0. "categories": texts or whole numbers become 1, 2, ... in
+            sorted order, all others 0. "classes": they become 0, 1, ...; an unknown one is an error.
+        limit: Most columns, or entries of the list.
+        least: A party tells an entry of a list only if so many of its samples have it.
+    """
+
+    field: str
+    at: str
+    kind: str = "scale"
+    limit: int = 1024
+    least: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How a plan is trained.
@@ -243,6 +268,7 @@ def _ports(name: str, output: Mapping[str, TensorSpec | str]) -> tuple[tuple[str
             f"the outputs of {name!r} have no usable names",
             expected="a letter or _, then up to 63 letters, digits or _",
             got=", ".join(repr(port) for port in wrong) or "none",
+            remedy="rename the outputs",
             code="E102",
         )
     return tuple((port, _spec(spec)) for port, spec in output.items())
@@ -254,5 +280,6 @@ def check_name(name: str, what: str) -> None:
         raise PlanError(
             f"{name!r} cannot be the name of a {what}",
             expected="1 to 63 of a-z 0-9 - _, starting and ending with a letter or digit, and not 'data'",
+            remedy="choose such a name",
             code="E104",
         )

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from cutlayer.core.describe import describe
 from cutlayer.core.graph import Graph
-from cutlayer.core.parts import Loss, Release, Stage, Training
-from cutlayer.core.validate import check
+from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
+from cutlayer.core.validate import check, check_assembly, check_shared
 from cutlayer.errors import PlanError
 
 __all__ = ["Plan"]
@@ -20,9 +20,10 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages and losses at parties, releases of raw data, and the training. Checked when made.
+    """Stages and losses at parties, releases of raw data, shared preprocessing, and the training. Checked when made.
 
-    `print(plan)` is the privacy review: who holds what, who sees what, and how many bytes.
+    `assemble_at` names the parties that get all weights at the end, to put the whole model together; nobody unless
+    said. `print(plan)` is the privacy review: who holds what, who sees what, and how many bytes.
 
     Raises:
         PlanError: the plan cannot be run; the message names the stage and the remedy.
@@ -31,6 +32,8 @@ class Plan:
     stages: tuple[Stage | Loss, ...]
     training: Training = field(default_factory=Training)
     releases: tuple[Release, ...] = ()
+    preprocessing: tuple[Shared, ...] = ()
+    assemble_at: tuple[str, ...] = ()
     name: str = "plan"
 
     def __init__(
@@ -39,6 +42,8 @@ class Plan:
         *,
         training: Training | None = None,
         releases: Sequence[Release] = (),
+        preprocessing: Sequence[Shared] = (),
+        assemble_at: Sequence[str] = (),
         name: str = "plan",
     ) -> None:
         """Accept lists; check the whole plan."""
@@ -46,8 +51,12 @@ class Plan:
         keep(self, "stages", tuple(stages))
         keep(self, "training", training or Training())
         keep(self, "releases", tuple(releases))
+        keep(self, "preprocessing", tuple(preprocessing))
+        keep(self, "assemble_at", tuple(assemble_at))
         keep(self, "name", name)
         check(self.graph, self.training)
+        check_shared(self.graph, self.preprocessing)
+        check_assembly(self.graph, assemble_at)
 
     @property
     def graph(self) -> Graph:
@@ -81,7 +90,9 @@ class Plan:
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise PlanError(f"the plan has no stage {name!r}", got=name, code="E103")
+        raise PlanError(
+            f"the plan has no stage {name!r}", got=name, remedy="take a name from the printed plan", code="E103"
+        )
 
     def with_training(self, **changes: object) -> Plan:
         """Return the same plan with some training settings changed."""
@@ -89,6 +100,8 @@ class Plan:
             self.stages,
             training=replace(self.training, **changes),  # type: ignore[arg-type]
             releases=self.releases,
+            preprocessing=self.preprocessing,
+            assemble_at=self.assemble_at,
             name=self.name,
         )
 
@@ -100,6 +113,8 @@ class Plan:
             "training": asdict(self.training),
             "stages": [_row(stage) for stage in self.stages],
             "releases": [{**_plain(release), "spec": str(release.spec)} for release in self.releases],
+            "assemble_at": list(self.assemble_at),
+            "preprocessing": [_plain(shared) for shared in self.preprocessing],
         }
 
     def digest(self) -> str:
@@ -112,7 +127,7 @@ class Plan:
         return describe(self)
 
 
-def _plain(value: Stage | Loss | Release) -> dict[str, object]:
+def _plain(value: Stage | Loss | Release | Shared) -> dict[str, object]:
     return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(value).items()}
 
 

@@ -11,6 +11,8 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import msgspec
+
 from cutlayer.core.spec import TensorSpec
 
 __all__ = [
@@ -36,8 +38,7 @@ Direction = Literal["up", "down", "exchange", "credit"]
 DIRECTIONS: tuple[Direction, ...] = ("up", "down", "exchange", "credit")
 
 
-@dataclass(frozen=True)
-class Tag:
+class Tag(msgspec.Struct, frozen=True):
     """The address of a frame within a run: no two frames between two parties have the same.
 
     Attributes:
@@ -135,8 +136,8 @@ class Step:
 class Exchange:
     """Run the exchange `name` among `group` (a party per place). `number` is its address on the wire.
 
-    `stage` is the stage whose state or gradient it is about (empty: none), `lanes` the replicas that take part,
-    `limit` the most bytes a message may have, `messages` the most messages that a member may send another.
+    `stage` is the stage whose state or gradient it is about, or "data.FIELD" (empty: none), `lanes` the replicas that
+    take part, `limit` the most bytes a message may have, `messages` the most messages that a member may send another.
     """
 
     name: str

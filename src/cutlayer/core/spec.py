@@ -24,7 +24,7 @@ DTYPES: dict[str, int] = {
     "bool": 1,
 }
 _FLOATING = frozenset({"float32", "float64", "float16", "bfloat16"})
-_FREE = re.compile(r"([a-z][a-z0-9_]{0,31})\s*<=\s*([0-9]+)")
+_FREE = re.compile(r"([a-z][a-z0-9_]{0,31})\s*<=\s*([0-9]+|batch)")
 _TEXT = re.compile(r"^\s*([a-z]+[0-9]*)\s*\[([^\]]*)\]\s*$")
 _MAX_DIM = 2**31 - 1
 
@@ -34,8 +34,9 @@ class TensorSpec:
     """dtype and shape of a tensor, such as `float32[batch, 64, 16, 16]` or `int64[batch, time<=512]`.
 
     `shape` holds positive ints, the text "batch" at most once and in first place, and texts such as "time<=512": a
-    dimension that may have any length up to the bound, another one in each batch. A shape without "batch" is that of
-    a value that does not grow with the batch, such as the scalar of a loss.
+    dimension that may have any length up to the bound, another one in each batch. "rows<=batch" in first place: only
+    some of the batch's samples have a row. A shape without the batch is that of a value that does not grow with it,
+    such as the scalar of a loss.
     """
 
     dtype: str
@@ -49,12 +50,17 @@ class TensorSpec:
             raise PlanError(
                 f"cannot read the tensor spec {text!r}",
                 expected="a text such as 'float32[batch, 64]' or 'int64[batch, time<=512]'",
+                remedy="correct it",
                 code="E101",
             )
         dtype, inner = match.groups()
         if dtype not in DTYPES:
             raise PlanError(
-                f"unknown dtype in {text!r}", expected=f"one of {', '.join(DTYPES)}", got=dtype, code="E101"
+                f"unknown dtype in {text!r}",
+                expected=f"one of {', '.join(DTYPES)}",
+                got=dtype,
+                remedy="choose one of these; let the stage convert its output to it",
+                code="E101",
             )
         dims = [part.strip() for part in inner.split(",")] if inner.strip() else []
         return cls(dtype, tuple(_dim(dim, place, text) for place, dim in enumerate(dims)))
@@ -71,7 +77,7 @@ class TensorSpec:
     @property
     def per_sample(self) -> bool:
         """Whether the first dimension is the batch."""
-        return bool(self.shape) and self.shape[0] == "batch"
+        return bool(self.shape) and str(self.shape[0]).endswith("batch")
 
     @property
     def free(self) -> frozenset[int]:
@@ -80,7 +86,7 @@ class TensorSpec:
 
     def concrete(self, batch: int) -> tuple[int, ...]:
         """Return the shape for `batch` samples, free dimensions at their bounds."""
-        return tuple(batch if dim == "batch" else _bound(dim) for dim in self.shape)
+        return tuple(_bound(dim, batch) for dim in self.shape)
 
     def nbytes(self, batch: int) -> int:
         """Return the size in bytes for `batch` samples; the largest, if a dimension is free."""
@@ -103,22 +109,25 @@ def within(shape: tuple[int, ...], largest: tuple[int, ...], free: frozenset[int
     )
 
 
-def _bound(dim: int | str) -> int:
-    return dim if isinstance(dim, int) else int(dim.partition("<=")[2])
+def _bound(dim: int | str, batch: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    return batch if dim.endswith("batch") else int(dim.partition("<=")[2])
 
 
 def _dim(text: str, place: int, whole: str) -> int | str:
-    if text == "batch":
+    free = _FREE.fullmatch(text)
+    if text == "batch" or (free and free[2] == "batch"):
         if place:
             raise PlanError(f"'batch' is not the first dimension of {whole!r}", remedy="move it first", code="E101")
-        return text
-    free = _FREE.fullmatch(text)
+        return f"{free[1]}<=batch" if free else text
     if free and free[1] != "batch" and 0 < int(free[2]) <= _MAX_DIM:
         return f"{free[1]}<={int(free[2])}"
     if not text.isdecimal() or not 0 < int(text) <= _MAX_DIM:
         raise PlanError(
             f"bad dimension {text!r} in {whole!r}",
             expected=f"'batch', an integer in 1..{_MAX_DIM}, or 'name<=integer'",
+            remedy="correct the dimension",
             code="E101",
         )
     return int(text)

@@ -41,12 +41,26 @@ def u_shaped(client: Party, server: str, *, cut: str, back: str, output: str, **
     return Plan(stages, training=_training(training), name="u-shaped")
 
 
-def vertical(clients: Mapping[str, str], server: str, *, output: str, **training: object) -> Plan:
-    """Several clients (party -> spec of its cut), each with a modality of the same people; the server holds labels."""
-    heads = [Stage(f"head-{p}", at=p, inputs=["data.x"], output=spec) for p, spec in clients.items()]
-    body = Stage("body", at=server, inputs=[head.name for head in heads], output=output)
+def vertical(
+    clients: Mapping[str, str], server: str, *, output: str, optional: Sequence[str] = (), **training: object
+) -> Plan:
+    """Several clients (party -> spec of its cut), each with a modality of the same people; the server holds labels.
+
+    Those in `optional` miss some people: their data has a bool field "present", and their heads give the rows of those
+    who are present, and who they are (see `cutlayer.models.Present`). The body takes both, in this order.
+    """
+    heads = [_head(party, spec, missing=party in optional) for party, spec in clients.items()]
+    inputs = [f"{head.name}.{port}" if port else head.name for head in heads for port in head.ports]
+    body = Stage("body", at=server, inputs=inputs, output=output)
     loss = Loss("loss", at=server, inputs=["body", "data.y"])
     return Plan([*heads, body, loss], training=_training(training), name="vertical")
+
+
+def _head(party: str, spec: str, *, missing: bool) -> Stage:
+    if not missing:
+        return Stage(f"head-{party}", at=party, inputs=["data.x"], output=spec)
+    output = {"rows": spec.replace("[batch", "[rows<=batch", 1), "present": "bool[batch]"}
+    return Stage(f"head-{party}", at=party, inputs=["data.x", "data.present"], output=output)
 
 
 def extended_vanilla(

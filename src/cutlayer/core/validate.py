@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 
 from cutlayer.core.graph import Edge, Graph
-from cutlayer.core.parts import Loss, Stage, Training, check_name
+from cutlayer.core.parts import Loss, Shared, Stage, Training, check_name
 from cutlayer.errors import PlanError
 
-__all__ = ["check"]
+__all__ = ["check", "check_assembly", "check_shared"]
 
 SCHEDULES = ("1f1b", "gpipe", "sequential")
 ORDERS = ("parallel", "relay")
 CLIPS = ("global", "party")
 REDUCTIONS = ("mean", "sum")
+KINDS = ("categories", "classes", "scale")
 
 
 def check(graph: Graph, training: Training) -> None:
@@ -24,6 +26,46 @@ def check(graph: Graph, training: Training) -> None:
     _check_ends(graph)
     _check_training(graph, training)
     _check_clip(graph, training)
+
+
+def check_shared(graph: Graph, preprocessing: Sequence[Shared]) -> None:
+    """Raise `PlanError` for preprocessing that cannot be agreed on."""
+    seen: set[tuple[str, str]] = set()
+    for shared in preprocessing:
+        holders = {party for stage in graph.stages for party in stage.places} | set(graph.by_name)
+        if shared.at not in holders:
+            raise _choice(f"holder of {shared.field!r}", shared.at, tuple(sorted(holders)))
+        if shared.kind not in KINDS:
+            raise _choice(f"preprocessing of {shared.field!r}", shared.kind, KINDS)
+        for name in ("limit", "least"):
+            value = getattr(shared, name)
+            if type(value) is not int or not 1 <= value <= 2**20:
+                raise PlanError(
+                    f"{name} of the preprocessing of {shared.field!r} is {value!r}",
+                    expected="an integer in 1..1048576",
+                    remedy="correct it",
+                    code="E110",
+                )
+        for party in graph.holders(shared.at):
+            fields = {name for lane in range(graph.lanes) for name in graph.data_fields(lane).get(party, ())}
+            if shared.field not in fields or (party, shared.field) in seen:
+                raise PlanError(
+                    f"{party!r} cannot preprocess the field {shared.field!r}",
+                    expected=f"one of its fields {', '.join(sorted(fields)) or '(none)'}, each once",
+                    remedy="name the party, or the stage at whose parties the field is held",
+                    code="E112",
+                )
+            seen.add((party, shared.field))
+
+
+def check_assembly(graph: Graph, parties: Sequence[str]) -> None:
+    """Raise `PlanError` unless the parties that may put the whole model together are parties of the plan."""
+    own = {party for stage in graph.stages for party in stage.places}
+    if isinstance(parties, str):
+        raise PlanError("assemble_at is one text", expected="a list", remedy=f"write [{parties!r}]", code="E102")
+    for party in parties:
+        if party not in own or len(set(parties)) != len(parties):
+            raise _choice("party in assemble_at", party, tuple(sorted(own)))
 
 
 def _check_places(graph: Graph) -> None:
@@ -41,7 +83,10 @@ def _check_places(graph: Graph) -> None:
                 )
         if type(stage.state_limit) is not int or stage.state_limit < 1:
             raise PlanError(
-                f"state_limit of {stage.name!r} is {stage.state_limit!r}", expected="a number of bytes", code="E110"
+                f"state_limit of {stage.name!r} is {stage.state_limit!r}",
+                expected="a number of bytes",
+                remedy="give a whole number of at least 1",
+                code="E110",
             )
         if stage.replicated and len(stage.places) != graph.lanes:
             raise PlanError(
@@ -60,12 +105,14 @@ def _check_releases(graph: Graph) -> None:
                 raise PlanError(
                     f"the release of {release.field!r} names {name!r}, which is no party or stage of the plan",
                     expected=f"one of {', '.join(sorted(holders))}",
+                    remedy="correct the name",
                     code="E107",
                 )
         if not release.spec.per_sample:
             raise PlanError(
                 f"the release of {release.field!r} is {release.spec}, which does not begin with the batch",
                 expected="a shape such as int64[batch]: batches are cut into microbatches along it",
+                remedy="begin the shape with 'batch'",
                 code="E109",
             )
     for edge in graph.edges:
@@ -78,6 +125,7 @@ def _check_edge(graph: Graph, edge: Edge, holders: set[str]) -> None:
         raise PlanError(
             f"stage {target.name!r} takes data of {owner!r}, which is no party or stage of the plan",
             expected=f"one of {', '.join(sorted(holders))}",
+            remedy="correct the owner after @",
             code="E102",
         )
     crossing = [lane for lane in range(graph.lanes) if graph.is_cut(edge, lane)]
@@ -122,7 +170,12 @@ def _check_ends(graph: Graph) -> None:
             if stage.reduction not in REDUCTIONS:
                 raise _choice(f"reduction of {stage.name!r}", stage.reduction, REDUCTIONS)
             if not isfinite(stage.weight):
-                raise PlanError(f"weight of {stage.name!r} is {stage.weight}", expected="a finite number", code="E110")
+                raise PlanError(
+                    f"weight of {stage.name!r} is {stage.weight}",
+                    expected="a finite number",
+                    remedy="give such a number",
+                    code="E110",
+                )
             continue
         _check_outputs(graph, stage)
         if graph.trained[stage.name] and not any(edge.trained for edge in graph.consumers_of[stage.name]):
@@ -140,6 +193,7 @@ def _check_outputs(graph: Graph, stage: Stage) -> None:
                 f"stage {stage.name!r} gives {spec}, which does not begin with the batch",
                 where=f"port {port}" if port else "",
                 expected="a shape such as float32[batch, 64]: batches are cut into microbatches along it",
+                remedy="begin the shape with 'batch'",
                 code="E109",
             )
     unknown = [port for port in stage.detached if port not in stage.ports]
@@ -173,15 +227,26 @@ def _check_training(graph: Graph, training: Training) -> None:
     for name, least in limits.items():
         value = getattr(training, name)
         if type(value) is not int or value < least:
-            raise PlanError(f"training.{name} is {value!r}", expected=f"an integer of at least {least}", code="E110")
+            raise PlanError(
+                f"training.{name} is {value!r}",
+                expected=f"an integer of at least {least}",
+                remedy="correct it",
+                code="E110",
+            )
     if training.microbatches > min(training.batch_size, 65_535):
         raise PlanError(
             f"{training.microbatches} microbatches of a batch of {training.batch_size}",
             expected="at most one microbatch a sample",
+            remedy="lower training.microbatches, or raise training.batch_size",
             code="E110",
         )
     if training.clip_norm is not None and not (isfinite(training.clip_norm) and training.clip_norm > 0):
-        raise PlanError(f"training.clip_norm is {training.clip_norm}", expected="a positive number", code="E110")
+        raise PlanError(
+            f"training.clip_norm is {training.clip_norm}",
+            expected="a positive number",
+            remedy="give such a number, or leave it out",
+            code="E110",
+        )
     parties = {party for stage in graph.stages for party in stage.places}
     if training.hub and training.hub not in parties:
         raise _choice("hub", training.hub, tuple(sorted(parties)))
@@ -204,4 +269,6 @@ def _check_clip(graph: Graph, training: Training) -> None:
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> PlanError:
-    return PlanError(f"unknown {name}: {value!r}", expected=f"one of {', '.join(choices)}", code="E110")
+    return PlanError(
+        f"unknown {name}: {value!r}", expected=f"one of {', '.join(choices)}", remedy="choose one of these", code="E110"
+    )

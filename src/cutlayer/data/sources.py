@@ -151,6 +151,9 @@ class OrderedBatches:
                 remedy="wrap the data set in torch.utils.data.Subset, and leave the sampler out",
                 code="E256",
             )
+        self._whole = isinstance(self._dataset, BatchDataset)
+        self._plain = self._loader is None and isinstance(self._dataset, TensorTable)
+        self.count = order.count
         self._random = _Random()
         self._at: tuple[int, int, int] | None = None
         self._indices: list[int] = []
@@ -161,14 +164,17 @@ class OrderedBatches:
         if self._at != (lane, epoch, index):
             self._restart(lane, epoch, index)
         self._at = (lane, epoch, index + 1)
+        place = batch_slice(index, len(self._indices), self.order.training.batch_size)
+        if self._plain:
+            return self._rows(place)  # draws nothing, and swapping generators costs more than the rows
         with self._random:
             if self._iterator is not None:
                 return _named(next(self._iterator), self.order.fields)
-            return self._rows(batch_slice(index, len(self._indices), self.order.training.batch_size))
+            return self._rows(place)
 
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
-        if isinstance(self._dataset, BatchDataset):
+        if self._whole:
             return self._dataset.batch(rows)
         return _named(default_collate([self._dataset[row] for row in rows]), self.order.fields)
 
@@ -183,7 +189,7 @@ class OrderedBatches:
                 self._iterator = iter(self._ordered(self._loader))
                 for _ in range(index):
                     next(self._iterator)
-            elif not isinstance(self._dataset, TensorTable):
+            elif not self._plain:
                 for earlier in range(index):  # draws what was drawn before, so that the rest is the same
                     self._rows(batch_slice(earlier, count, training.batch_size))
 
@@ -217,7 +223,7 @@ class LoaderBatches:
                 remedy="make the loader with the plan's numbers, or change the plan",
                 code="E256",
             )
-        self.loader, self.order = loader, order
+        self.loader, self.order, self.count = loader, order, order.count
         self._random = _Random()
         self._at: tuple[int, int] | None = None
         self._iterator: Iterator[Any] | None = None

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cutlayer.core.program import Exchange
+from cutlayer.engine.preprocess import Preprocess
 from cutlayer.engine.tensors import pack, unpack
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError
@@ -43,6 +44,12 @@ Talk = Generator[Say | Hear, Buffer, None]
 
 class Local(Protocol):
     """What an exchange may do at its own party."""
+
+    preprocess: Preprocess
+    gathered: dict[str, dict[str, Tensor]]  # stage -> weights of another party
+
+    def weights(self, stage: str, lane: int) -> dict[str, Tensor]:
+        """Return a replica's parameters and persistent buffers, by name."""
 
     def state(self, stage: str, lane: int) -> dict[str, Tensor]:
         """Return all state of a replica."""
@@ -163,6 +170,33 @@ def add_metrics(job: Exchange, me: str, local: Local) -> Talk:
             local.set_metric_sums(job.stage, lane, total, _where(job, job.hub))
 
 
+def agree(job: Exchange, me: str, local: Local) -> Talk:
+    """Shared preprocessing: the holders of a field tell the hub sums over their samples, and get the total."""
+    others = [party for party in dict.fromkeys(job.group) if party != job.hub]
+    if me == job.hub:
+        told: list[tuple[str, Buffer]] = []
+        for party in dict.fromkeys(job.group):
+            own = local.preprocess.summary(job.stage) if party == me else bytes((yield Hear(party)))
+            told.append((party, own))
+        total = local.preprocess.merge(job.stage, told)
+        for party in others:
+            yield Say(party, total)
+    else:
+        yield Say(job.hub, local.preprocess.summary(job.stage))
+        total = bytes((yield Hear(job.hub)))
+    if me in job.group:
+        local.preprocess.take(job.stage, total, job.hub)
+
+
+def gather(job: Exchange, me: str, local: Local) -> Talk:
+    """Give a stage's weights to a party that may put the whole model together: parameters and buffers, no more."""
+    source, target = job.group
+    if me == source:
+        yield Say(target, pack(local.weights(job.stage, job.lanes[0])))
+    elif me == target:
+        local.gathered[job.stage] = unpack((yield Hear(source)), source)
+
+
 def barrier(job: Exchange, me: str, _local: Local) -> Talk:
     """Wait until all members are here. Messages are empty."""
     for party in job.group:
@@ -179,8 +213,10 @@ def barrier(job: Exchange, me: str, _local: Local) -> Talk:
 EXCHANGES: Mapping[str, Callable[[Exchange, str, Local], Talk]] = {
     "add_gradients": add_gradients,
     "add_metrics": add_metrics,
+    "agree": agree,
     "barrier": barrier,
     "broadcast": broadcast,
+    "gather": gather,
     "global_norm": global_norm,
     "hand_on": hand_on,
 }
@@ -195,17 +231,33 @@ def _add(total: dict[str, Tensor], given: Mapping[str, Tensor], where: str) -> N
         if name not in total:
             total[name] = tensor.clone()
         elif total[name].shape != tensor.shape or total[name].dtype != tensor.dtype:
-            raise ContractError("replicas send tensors of different shapes", where=f"{where}, {name}", code="E524")
+            raise ContractError(
+                "replicas send tensors of different shapes",
+                where=f"{where}, {name}",
+                remedy="use the same module at all replicas of the stage",
+                code="E524",
+            )
         else:
             total[name] += tensor.to(total[name].device)
 
 
 def _number(payload: Buffer, source: str) -> float:
     if memoryview(payload).nbytes != _NUMBER.size:
-        raise ContractError("a number was expected", where=f"from {source}", expected="8 bytes", code="E523")
+        raise ContractError(
+            "a number was expected",
+            where=f"from {source}",
+            expected="8 bytes",
+            remedy="install the same release of cutlayer at all parties",
+            code="E523",
+        )
     value: float = _NUMBER.unpack(payload)[0]
     if not 0.0 <= value < float("inf"):
-        raise ContractError("a squared norm is no finite number", where=f"from {source}", code="E523")
+        raise ContractError(
+            "a squared norm is no finite number",
+            where=f"from {source}",
+            remedy="look at the sender's terminal: its gradients are NaN or infinite",
+            code="E523",
+        )
     return value
 
 

@@ -20,10 +20,10 @@ class Row:
     framing: int = 0
     messages: int = 0
 
-    def add(self, frame: Frame) -> None:
-        """Count one frame."""
-        self.payload += frame.nbytes
-        self.framing += frame.framing
+    def add(self, payload: int, framing: int) -> None:
+        """Count one frame of these sizes."""
+        self.payload += payload
+        self.framing += framing
         self.messages += 1
 
 
@@ -31,15 +31,17 @@ class Row:
 class Ledger:
     """Counts of one party.
 
-    `flows` is keyed by (way, peer, mode, direction, edge); `seconds` and `flops` by (kind, stage). `step` holds the
-    same for the current step only; a driver that wants a log per step takes it with `close_step`.
+    `flows` is keyed by (way, peer, mode, direction, edge); `seconds` and `flops` by (kind, stage). The "edge" of an
+    exchange is its number; `exchanges` says what it is: its name and stage. `step` lists what the current step has
+    added, as (part, name, amount); a driver takes it with `close_step`, or clears it.
     """
 
     party: str
     flows: dict[tuple[str, str, str, str, int], Row] = field(default_factory=dict)
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
     flops: dict[tuple[str, str], int] = field(default_factory=dict)
-    step: dict[str, dict[str, float]] = field(default_factory=dict)
+    exchanges: dict[int, tuple[str, str]] = field(default_factory=dict)
+    step: list[tuple[str, tuple[str | int, ...], float]] = field(default_factory=list)
 
     def sent(self, to: str, frame: Frame) -> None:
         """Count a frame that leaves."""
@@ -51,21 +53,26 @@ class Ledger:
 
     def spend(self, kind: str, stage: str, seconds: float) -> None:
         """Add seconds of computing (kind "forward", "backward", "step", "load"...) or waiting ("wait")."""
-        self.seconds[kind, stage] = self.seconds.get((kind, stage), 0.0) + seconds
-        self._note("seconds", f"{kind} {stage}".rstrip(), seconds)
+        key = (kind, stage)
+        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+        self.step.append(("seconds", key, seconds))
 
     def compute(self, kind: str, stage: str, flops: int) -> None:
         """Add floating-point operations, two per multiply-add."""
-        self.flops[kind, stage] = self.flops.get((kind, stage), 0) + flops
-        self._note("flops", f"{kind} {stage}", flops)
+        key = (kind, stage)
+        self.flops[key] = self.flops.get(key, 0) + flops
+        self.step.append(("flops", key, flops))
 
     def close_step(self) -> dict[str, dict[str, float]]:
         """Return the step that ends, and begin the next.
 
         "bytes" and "messages" by "way direction edge"; "seconds" and "flops" by "kind stage".
         """
-        row = {part: self.step.get(part, {}) for part in ("bytes", "messages", "seconds", "flops")}
-        self.step = {}
+        row: dict[str, dict[str, float]] = {"bytes": {}, "messages": {}, "seconds": {}, "flops": {}}
+        for part, names, amount in self.step:
+            name = " ".join(map(str, names)).rstrip()
+            row[part][name] = row[part].get(name, 0) + amount
+        self.step.clear()
         return row
 
     def total(self, way: str, part: str = "payload") -> int:
@@ -91,6 +98,7 @@ class Ledger:
             ],
             "seconds": [{"kind": k, "stage": s, "seconds": v} for (k, s), v in sorted(self.seconds.items())],
             "flops": [{"kind": k, "stage": s, "flops": v} for (k, s), v in sorted(self.flops.items())],
+            "exchanges": [{"number": n, "name": k, "stage": s} for n, (k, s) in sorted(self.exchanges.items())],
         }
 
     def restore(self, document: Mapping[str, Any]) -> None:
@@ -101,15 +109,16 @@ class Ledger:
         }
         self.seconds = {(r["kind"], r["stage"]): r["seconds"] for r in document["seconds"]}
         self.flops = {(r["kind"], r["stage"]): r["flops"] for r in document["flops"]}
+        self.exchanges = {r["number"]: (r["name"], r["stage"]) for r in document.get("exchanges", ())}
         self.step.clear()
 
     def _count(self, way: str, peer: str, frame: Frame) -> None:
         tag: Tag = frame.tag
-        self.flows.setdefault((way, peer, tag.mode, tag.direction, tag.edge), Row()).add(frame)
-        key = f"{way} {tag.direction} {tag.edge}"
-        self._note("bytes", key, frame.nbytes)
-        self._note("messages", key, 1)
-
-    def _note(self, part: str, key: str, amount: float) -> None:
-        noted = self.step.setdefault(part, {})
-        noted[key] = noted.get(key, 0) + amount
+        key = (way, peer, tag.mode, tag.direction, tag.edge)
+        row = self.flows.get(key)
+        if row is None:
+            row = self.flows[key] = Row()
+        size, name = frame.nbytes, (way, tag.direction, tag.edge)
+        row.add(size, frame.framing)
+        self.step.append(("bytes", name, size))
+        self.step.append(("messages", name, 1))

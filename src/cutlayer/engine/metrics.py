@@ -32,8 +32,7 @@ class MetricBook:
         """Make the metrics; refuse those that would need samples to leave."""
         self.stage = stage
         self.metrics: dict[str, Metric] = dict(make()) if make else {}
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
-        self.samples = torch.zeros((), dtype=torch.int64)
+        self.loss_sum, self.samples = 0.0, 0
         if shared:
             for name, metric in self.metrics.items():
                 _check_sums(stage, name, metric)
@@ -41,23 +40,22 @@ class MetricBook:
     def update(self, loss: Tensor, inputs: list[Tensor], batch: int, reduction: str) -> None:
         """Add one microbatch: its loss (a scalar), its inputs (prediction first, label last), its size."""
         factor = batch if reduction == "mean" else 1
-        self.loss_sum += loss.detach().double().cpu().reshape(()) * factor
+        self.loss_sum += loss.item() * factor
         self.samples += batch
         for metric in self.metrics.values():
             metric.update(inputs[0].detach().cpu(), inputs[-1].detach().cpu())
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
-        self.loss_sum.zero_()
-        self.samples.zero_()
+        self.loss_sum, self.samples = 0.0, 0
         for metric in self.metrics.values():
             metric.reset()
 
     def values(self) -> dict[str, float | list[float]]:
         """Return "loss" and each metric's value; nothing if there were no samples."""
-        if not int(self.samples):
+        if not self.samples:
             return {}
-        found: dict[str, float | list[float]] = {"loss": float(self.loss_sum / self.samples)}
+        found: dict[str, float | list[float]] = {"loss": self.loss_sum / self.samples}
         for name, metric in self.metrics.items():
             value = metric.compute()
             found[name] = value.tolist() if isinstance(value, Tensor) else float(value)
@@ -90,7 +88,7 @@ class MetricBook:
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums behind the values."""
-        found = {"loss": self.loss_sum.clone(), "samples": self.samples.clone()}
+        found = {"loss": torch.tensor(self.loss_sum, dtype=torch.float64), "samples": torch.tensor(self.samples)}
         for name, metric in self.metrics.items():
             for key, value in metric.metric_state.items():
                 if isinstance(value, Tensor):
@@ -109,7 +107,7 @@ class MetricBook:
                 remedy="use the same metrics at all replicas of the loss",
                 code="E524",
             )
-        self.loss_sum, self.samples = sums["loss"].clone(), sums["samples"].clone()
+        self.loss_sum, self.samples = float(sums["loss"]), int(sums["samples"])
         for name, metric in self.metrics.items():
             for key in metric.metric_state:
                 if f"{name}.{key}" in sums:

@@ -127,9 +127,19 @@ def load_stage_state(stage: ModuleStage, bundle: Bundle, state: Mapping[str, Ten
     numbers = _numbers(state, where)
     generator = state.get("g.cpu")
     if generator is None or generator.dtype != torch.uint8 or generator.shape != stage.generator.shape:
-        raise ContractError("a stage's state has no generator that fits", where=where, code="E524")
+        raise ContractError(
+            "a stage's state has no generator that fits",
+            where=where,
+            remedy="use the same releases of cutlayer and torch, and the same kind of device, at all replicas",
+            code="E524",
+        )
     if bundle.optimizer is not None and len(numbers.groups) != len(bundle.optimizer.param_groups):
-        raise ContractError("a stage's state has other parameter groups", where=where, code="E524")
+        raise ContractError(
+            "a stage's state has other parameter groups",
+            where=where,
+            remedy="use the same optimizer at all replicas of the stage",
+            code="E524",
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -203,11 +213,21 @@ def _optimizer_slots(
 def _numbers(state: Mapping[str, Tensor], where: str) -> _Numbers:
     packed = state.get("m")
     if packed is None or packed.dtype != torch.uint8 or packed.numel() > _META_MAX:
-        raise ContractError("a stage's state has no numbers, or too many", where=where, code="E524")
+        raise ContractError(
+            "a stage's state has no numbers, or too many",
+            where=where,
+            remedy="use the same optimizer and module at all replicas of the stage",
+            code="E524",
+        )
     try:
         return msgspec.msgpack.decode(packed.numpy().tobytes(), type=_Numbers)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise ContractError("the numbers of a stage's state cannot be read", where=where, code="E524") from None
+        raise ContractError(
+            "the numbers of a stage's state cannot be read",
+            where=where,
+            remedy="use the same optimizer and module at all replicas of the stage",
+            code="E524",
+        ) from None
 
 
 def _number(stage: ModuleStage, optimizer: Optimizer, key: str, value: Any) -> Any:  # noqa: ANN401 - plain values

@@ -6,14 +6,17 @@ for), and knows no transport, clock, file or device. Whoever drives it fulfils t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
+
+import msgspec
 
 from cutlayer.core.program import (
     Backward,
+    Block,
     Checkpoint,
     Credit,
+    Direction,
     Exchange,
     Forward,
     Instruction,
@@ -29,11 +32,14 @@ from cutlayer.engine.wire import BYTES, Buffer, Frame
 from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.errors import ContractError
 
+_OWN = (Forward, Backward, Step)  # what a party does without any other
+_TIMED: tuple[type, ...] = (Load, Forward, Backward, Send, Recv, Step, Checkpoint)
+_KINDS = {kind: kind.__name__.lower() for kind in _TIMED}
+
 __all__ = ["Cursor", "Do", "Effect", "Post", "Take", "fulfil", "interpret"]
 
 
-@dataclass(frozen=True)
-class Do:
+class Do(msgspec.Struct, frozen=True):
     """Let the worker fulfil an instruction. `index` numbers the batches of a `Load`; `parcel` is what came in."""
 
     instruction: Instruction
@@ -41,24 +47,21 @@ class Do:
     parcel: Parcel | None = None
 
 
-@dataclass(frozen=True)
-class Post:
+class Post(msgspec.Struct, frozen=True):
     """Send a frame to a party; answered with None as soon as it is on its way."""
 
     to: str
     frame: Frame
 
 
-@dataclass(frozen=True)
-class Take:
+class Take(msgspec.Struct, frozen=True):
     """Wait for the frame with this tag from a party; answered with it."""
 
     source: str
     tag: Tag
 
 
-@dataclass(frozen=True)
-class EndStep:
+class EndStep(msgspec.Struct, frozen=True):
     """A step is over: values may be forgotten, the step be noted."""
 
     step: int
@@ -69,8 +72,7 @@ Effect = Do | Post | Take | EndStep
 Talk = Generator[Effect, Any, None]
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(msgspec.Struct, frozen=True):
     """A place in a run: `session` of the link, `round` of the mode, and the checkpoint after which to go on.
 
     `checkpoint` -1 means the beginning of the round.
@@ -83,74 +85,101 @@ class Cursor:
 
 def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
     """Run one round of a program, from the cursor on."""
-    step, loads = 0, dict[int, int]()
-    skipping = cursor.checkpoint >= 0
-    owed: dict[str, list[int]] = {}
-    for block in program.blocks:
-        if skipping:
-            step += block.repeat
-            for instruction in block.instructions:
-                if isinstance(instruction, Load):
-                    loads[instruction.lane] = loads.get(instruction.lane, 0) + block.repeat
-                if isinstance(instruction, Checkpoint) and instruction.number == cursor.checkpoint:
-                    skipping = False
-            continue
+    party = _Interpreter(program, cursor, worker)
+    for block in party.rest():
         for _ in range(block.repeat):
-            runner = _Runner(program, cursor, worker, step, owed)
-            for instruction in block.instructions:
-                index = 0
-                if isinstance(instruction, Load):
-                    index = loads.get(instruction.lane, 0)
-                    loads[instruction.lane] = index + 1
-                yield from runner.run(instruction, index)
-            yield EndStep(step, block.name)
-            step += 1
+            for job in block.instructions:
+                if isinstance(job, _OWN):
+                    yield Do(job)
+                elif isinstance(job, Send):
+                    parcel: Parcel = yield Do(job)
+                    yield party.post(job.to, party.tag(job), parcel)
+                elif isinstance(job, Recv):
+                    frame = yield Take(job.source, party.tag(job))
+                    yield Do(job, 0, party.taken(job.source, frame))
+                elif isinstance(job, Load):
+                    yield Do(job, party.batch(job.lane))
+                else:
+                    yield from party.talk(job)
+            yield EndStep(party.step, block.name)
+            party.step += 1
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """Runs the instructions of one step. `owed`: by peer, the steps since the last checkpoint not yet credited."""
+class _Interpreter:
+    """What a party remembers while it runs a program.
 
-    program: Program
-    cursor: Cursor
-    worker: Worker
-    step: int
-    owed: dict[str, list[int]]
+    `step` counts through the round; `owed`: by peer, the steps since the last checkpoint not yet credited.
+    """
 
-    def run(self, instruction: Instruction, index: int) -> Talk:
-        if isinstance(instruction, Send):
-            parcel: Parcel = yield Do(instruction)
-            yield from self._post(instruction.to, self._tag(instruction), parcel)
-        elif isinstance(instruction, Recv):
-            parcel = yield from self._take(instruction.source, self._tag(instruction))
-            yield Do(instruction, parcel=parcel)
-        elif isinstance(instruction, Credit):
-            yield from self._credit(instruction)
-        elif isinstance(instruction, Exchange):
-            yield from self._exchange(instruction)
-        elif isinstance(instruction, Checkpoint):
-            yield from self._settle()
-            yield Do(instruction)
+    def __init__(self, program: Program, cursor: Cursor, worker: Worker) -> None:
+        self.program, self.cursor, self.worker, self.ledger = program, cursor, worker, worker.ledger
+        self.step = 0
+        self.owed: dict[str, list[int]] = {}
+        self._loads: dict[int, int] = {}
+
+    def rest(self) -> Iterator[Block]:
+        """Give the blocks after the cursor's checkpoint, and count the steps and batches of those before."""
+        skipping = self.cursor.checkpoint >= 0
+        for block in self.program.blocks:
+            if not skipping:
+                yield block
+                continue
+            self.step += block.repeat
+            for job in block.instructions:
+                if isinstance(job, Load):
+                    self._loads[job.lane] = self._loads.get(job.lane, 0) + block.repeat
+                if isinstance(job, Checkpoint) and job.number == self.cursor.checkpoint:
+                    skipping = False
+
+    def batch(self, lane: int) -> int:
+        """Number the batches of a lane."""
+        index = self._loads.get(lane, 0)
+        self._loads[lane] = index + 1
+        return index
+
+    def talk(self, job: Credit | Exchange | Checkpoint) -> Talk:
+        """Run what is about other parties and not about a tensor at a cut."""
+        if isinstance(job, Credit):
+            yield from self._credit(job)
+        elif isinstance(job, Exchange):
+            yield from self._exchange(job)
         else:
-            yield Do(instruction, index)
+            yield from self._settle()
+            yield Do(job)
+
+    def tag(self, job: Send | Recv) -> Tag:
+        """Address a value or gradient."""
+        return self._at(self.step, job.edge, job.lane, job.micro, job.direction)
+
+    def post(self, to: str, tag: Tag, parcel: Parcel) -> Post:
+        """Make a frame, and count it."""
+        frame = Frame(tag, parcel.dtype, parcel.shape, parcel.payload)
+        self.ledger.sent(to, frame)
+        return Post(to, frame)
+
+    def taken(self, source: str, frame: Frame) -> Parcel:
+        """Count a frame that came."""
+        self.ledger.received(source, frame)
+        return Parcel(frame.dtype, frame.shape, frame.payload)
 
     def _credit(self, credit: Credit) -> Talk:
         if credit.give:
-            yield from self._post(credit.peer, self._credit_tag(self.step), Parcel(BYTES, (0,), b""))
+            yield self.post(credit.peer, self._credit_tag(self.step), Parcel(BYTES, (0,), b""))
             return
         steps = self.owed.setdefault(credit.peer, [])
         if len(steps) == credit.lag:
-            yield from self._take(credit.peer, self._credit_tag(steps.pop(0)))
+            self.taken(credit.peer, (yield Take(credit.peer, self._credit_tag(steps.pop(0)))))
         steps.append(self.step)
 
     def _settle(self) -> Talk:
         """Wait for all credits that are still owed: at a checkpoint nothing is in flight."""
         for peer, steps in self.owed.items():
             while steps:
-                yield from self._take(peer, self._credit_tag(steps.pop(0)))
+                self.taken(peer, (yield Take(peer, self._credit_tag(steps.pop(0)))))
 
     def _exchange(self, job: Exchange) -> Talk:
         me, counts = self.program.party, dict[tuple[str, str], int]()
+        self.ledger.exchanges[job.number] = (job.name, job.stage)
         talk = EXCHANGES[job.name](job, me, self.worker.site)
         answer: Buffer | None = None
         while True:
@@ -162,32 +191,20 @@ class _Runner:
             way = "say" if isinstance(word, Say) else "hear"
             number = counts.get((way, peer), 0)
             counts[way, peer] = number + 1
-            tag = self._at(self.step, edge=job.number, lane=0, micro=number, direction="exchange")
+            tag = self._at(self.step, job.number, 0, number, "exchange")
             if isinstance(word, Hear):
-                answer = (yield from self._take(peer, tag)).payload
+                answer = self.taken(peer, (yield Take(peer, tag))).payload
             else:
                 _check_budget(job, me, number, len(word.payload))
                 answer = None
-                yield from self._post(peer, tag, Parcel(BYTES, (len(word.payload),), word.payload))
-
-    def _post(self, to: str, tag: Tag, parcel: Parcel) -> Talk:
-        frame = Frame(tag, parcel.dtype, parcel.shape, parcel.payload)
-        self.worker.ledger.sent(to, frame)
-        yield Post(to, frame)
-
-    def _take(self, source: str, tag: Tag) -> Generator[Effect, Any, Parcel]:
-        frame: Frame = yield Take(source, tag)
-        self.worker.ledger.received(source, frame)
-        return Parcel(frame.dtype, frame.shape, frame.payload)
-
-    def _tag(self, job: Send | Recv) -> Tag:
-        return self._at(self.step, edge=job.edge, lane=job.lane, micro=job.micro, direction=job.direction)
+                yield self.post(peer, tag, Parcel(BYTES, (len(word.payload),), word.payload))
 
     def _credit_tag(self, step: int) -> Tag:
-        return self._at(step, edge=0, lane=0, micro=0, direction="credit")
+        return self._at(step, 0, 0, 0, "credit")
 
-    def _at(self, step: int, **rest: Any) -> Tag:  # noqa: ANN401 - the fields of a Tag
-        return Tag(session=self.cursor.session, mode=self.program.mode, round=self.cursor.round, step=step, **rest)
+    def _at(self, step: int, edge: int, lane: int, micro: int, direction: Direction) -> Tag:
+        cursor = self.cursor
+        return Tag(cursor.session, self.program.mode, cursor.round, step, edge, lane, micro, direction)
 
 
 def _check_budget(job: Exchange, me: str, number: int, size: int) -> None:
@@ -198,7 +215,7 @@ def _check_budget(job: Exchange, me: str, number: int, size: int) -> None:
             expected=f"at most {job.messages} messages of {job.limit} bytes",
             got=f"message {number + 1} of {size} bytes",
             remedy="raise state_limit of the stage in the plan, at all parties",
-            code="E525",
+            code="E531",
         )
 
 
@@ -206,9 +223,7 @@ def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | N
     """Let the worker fulfil one instruction, and note the seconds it took. `clock` gives seconds."""
     job, begin = effect.instruction, clock()
     result: Parcel | None = None
-    if isinstance(job, Load):
-        worker.load(job, effect.index)
-    elif isinstance(job, Forward):
+    if isinstance(job, Forward):
         worker.forward(job)
     elif isinstance(job, Backward):
         worker.backward(job)
@@ -218,7 +233,9 @@ def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | N
         worker.deliver(job, effect.parcel)
     elif isinstance(job, Step):
         worker.step(job)
+    elif isinstance(job, Load):
+        worker.load(job, effect.index)
     elif isinstance(job, Checkpoint) and job.last:
         worker.end_round()
-    worker.ledger.spend(type(job).__name__.lower(), getattr(job, "stage", ""), clock() - begin)
+    worker.ledger.spend(_KINDS[type(job)], getattr(job, "stage", ""), clock() - begin)
     return result

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
+from cutlayer.engine.agree import Agreed
 from cutlayer.engine.metrics import MetricBook, MetricFactory
 from cutlayer.engine.optim import (
     Bundle,
@@ -23,19 +24,13 @@ from cutlayer.engine.optim import (
     squared_norm,
     stage_state,
 )
+from cutlayer.engine.preprocess import Batches, Preprocess
 from cutlayer.engine.stage import ModuleStage
 from cutlayer.errors import ConfigError, ContractError
 
 __all__ = ["Batches", "Parts", "Place", "Site", "stage_seed"]
 
 Place = tuple[str, int]  # stage, lane; lane 0 for a stage without replicas
-
-
-class Batches(Protocol):
-    """A party's data for one mode, in the order that the plan fixes."""
-
-    def load(self, *, lane: int, epoch: int, index: int, size: int) -> Mapping[str, Tensor]:
-        """Return the `index`-th batch of an epoch, of `size` samples: field -> tensor of shape (size, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +48,7 @@ class Parts:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     finite: bool = True
     autocast: str = ""
+    agreed: Mapping[str, Agreed] = field(default_factory=dict)
 
 
 def stage_seed(seed: int, stage: str, lane: int) -> int:
@@ -77,6 +73,8 @@ class Site:
         self.stages = _stages(self.graph, parts)
         self._rank = {stage.name: place for place, stage in enumerate(self.graph.stages)}
         self.bundles = _bundles(self.graph, parts, self.stages)
+        self.preprocess = Preprocess(plan, parts.party, parts.batches.get("train"), parts.agreed)
+        self.gathered: dict[str, dict[str, Tensor]] = {}
         self.books = {
             place: MetricBook(place[0], parts.metrics.get(place[0]), shared=self.graph.by_name[place[0]].replicated)
             for place in self.stages
@@ -101,6 +99,11 @@ class Site:
         place = self.place(stage, lane)
         load_stage_state(self.stages[place], self._bundle(place), state, where)
 
+    def weights(self, stage: str, lane: int) -> dict[str, Tensor]:
+        """Return a replica's parameters and persistent buffers, as copies, by the names of its `state_dict`."""
+        state = self.stages[self.place(stage, lane)].module.state_dict()
+        return {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if isinstance(t, Tensor)}
+
     def gradients(self, stage: str, lane: int) -> dict[str, Tensor]:
         """Return the gradients of a replica's parameters, by parameter name.
 
@@ -122,7 +125,12 @@ class Site:
         for name, gradient in gradients.items():
             own = parameters.get(name)
             if own is None or own.shape != gradient.shape or own.dtype != gradient.dtype:
-                raise ContractError("a gradient received does not fit", where=f"{where}, {name}", code="E524")
+                raise ContractError(
+                    "a gradient received does not fit",
+                    where=f"{where}, {name}",
+                    remedy="use the same module at all replicas of the stage",
+                    code="E524",
+                )
             own.grad = gradient.to(own.device).clone()
 
     def squared_norm(self, lanes: tuple[int, ...]) -> float:

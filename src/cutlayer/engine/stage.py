@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.core.spec import TensorSpec
@@ -18,11 +20,11 @@ __all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
 
 Key = tuple[int, int]  # lane, micro
 Gradients = Sequence[Tensor | None] | float  # one per port; a number for the scalar of a loss
+_Shapes = tuple[tuple[int, ...], ...]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
+class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What a stage must know of a forward.
 
     Attributes:
@@ -73,6 +75,14 @@ class _Enter(torch.autograd.Function):
         return None, None, None, None
 
 
+def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
+    """Do what `torch.autograd.backward` does, but for its checks of the gradients, which ModuleStage has made.
+
+    They take 15 us a call: a fifth of the time of a small stage.
+    """
+    _engine_run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 def _enter(handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
     entered: Tensor = _Enter.apply(handle, value, sink, place)  # type: ignore[no-untyped-call]
     return entered
@@ -86,7 +96,7 @@ class _Kept:
     inputs: list[Tensor]
     wanted: tuple[bool, ...]
     sink: list[Tensor | None]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: _Shapes
 
 
 class ModuleStage:
@@ -117,6 +127,7 @@ class ModuleStage:
     ) -> None:
         """Move the module to its device and give it a generator of its own."""
         self.name, self.ports, self.device = name, ports, device
+        self._ports = tuple(ports) if ports is not None else ("",)
         self.autocast = torch_dtype(autocast) if autocast else None
         self.module = module.to(device)
         self.generator = torch.Generator().manual_seed(seed).get_state()
@@ -124,7 +135,7 @@ class ModuleStage:
         if device.type == "cuda":
             self.cuda_generator = torch.Generator(device).manual_seed(seed).get_state()
         self.spent = 0
-        self._flops: dict[tuple[str, tuple[tuple[int, ...], ...]], int] = {}
+        self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
         self._handle = torch.zeros((), requires_grad=True)
 
@@ -140,7 +151,7 @@ class ModuleStage:
         if self.module.training != context.training:
             self.module.train(context.training)
         inputs = [value.to(self.device) for value in inputs]
-        shapes = tuple(tuple(value.shape) for value in inputs)
+        shapes: _Shapes = tuple([value.shape for value in inputs])
         sink: list[Tensor | None] = [None] * len(inputs)
         with torch.set_grad_enabled(context.training):
             entered = [
@@ -148,11 +159,11 @@ class ModuleStage:
                 for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True))
             ]
             mode = "forward" if context.training else "evaluate"
-            given = self._guarded(mode, shapes, lambda: self._with_generator(entered, context.training))
+            given = self._guarded(mode, shapes, self._with_generator, entered, context.training)
         outputs = self._named(given, context.batch, shapes)
         if context.training:
             self._kept[context.key] = _Kept(outputs, inputs, context.wanted, sink, shapes)
-        return tuple(output.detach() for output in outputs)
+        return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
         """Run backwards from `gradients` (shapes and dtypes of the outputs; a number for a scalar output).
@@ -169,7 +180,7 @@ class ModuleStage:
             )
         roots, seeds = self._roots(kept, gradients)
         if roots:
-            self._guarded("backward", kept.shapes, lambda: torch.autograd.backward(roots, seeds))
+            self._guarded("backward", kept.shapes, _go_back, tuple(roots), tuple(seeds))
         return [
             torch.zeros_like(value) if wanted and gradient is None else gradient  # an input that the module did not use
             for value, wanted, gradient in zip(kept.inputs, kept.wanted, kept.sink, strict=True)
@@ -203,19 +214,20 @@ class ModuleStage:
 
     def _with_generator(self, inputs: list[Tensor], advance: bool) -> object:
         """Run the module with this stage's generator in place of torch's; evaluation does not advance it."""
-        outer = torch.get_rng_state()
+        dice = torch.default_generator
+        outer = dice.get_state()
         outer_cuda = torch.cuda.get_rng_state(self.device) if self.cuda_generator is not None else None
-        torch.set_rng_state(self.generator)
+        dice.set_state(self.generator)
         if self.cuda_generator is not None:
             torch.cuda.set_rng_state(self.cuda_generator, self.device)
         try:
             output = self._call(inputs)
             if advance:
-                self.generator = torch.get_rng_state()
+                self.generator = dice.get_state()
                 if self.cuda_generator is not None:
                     self.cuda_generator = torch.cuda.get_rng_state(self.device)
         finally:
-            torch.set_rng_state(outer)
+            dice.set_state(outer)
             if outer_cuda is not None:
                 torch.cuda.set_rng_state(outer_cuda, self.device)
         return output
@@ -226,16 +238,17 @@ class ModuleStage:
         with torch.autocast(self.device.type, dtype=self.autocast):
             return self.module(*inputs)
 
-    def _guarded(self, kind: str, shapes: tuple[tuple[int, ...], ...], work: Callable[[], _T]) -> _T:
+    def _guarded(self, kind: str, shapes: _Shapes, work: Callable[..., _T], *given: Any) -> _T:  # noqa: ANN401
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
         try:
-            if (kind, shapes) not in self._flops:
+            flops = self._flops.get((kind, shapes))
+            if flops is None:
                 with FlopCounterMode(display=False) as counter:
-                    result = work()
+                    result = work(*given)
                 self.spent = self._flops[kind, shapes] = counter.get_total_flops()
                 return result
-            self.spent = self._flops[kind, shapes]
-            return work()
+            self.spent = flops
+            return work(*given)
         except CutlayerError:
             raise
         except Exception as error:
@@ -248,14 +261,16 @@ class ModuleStage:
                 code="E304",
             ) from error
 
-    def _named(self, given: object, batch: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    def _named(self, given: object, batch: int, shapes: _Shapes) -> tuple[Tensor, ...]:
         """Return what the module gave in the order of the ports, checked against their specs."""
-        ports = tuple(self.ports) if self.ports is not None else ("",)
-        if isinstance(given, Mapping):
+        ports = self._ports
+        if isinstance(given, Tensor):
+            values: tuple[object, ...] = (given,)
+        elif isinstance(given, Mapping):
             values = tuple(given.get(port) for port in ports) if set(given) == set(ports) else ()
         else:
             values = tuple(given) if isinstance(given, list | tuple) else (given,)
-        outputs = tuple(value for value in values if isinstance(value, Tensor))
+        outputs = tuple([value for value in values if isinstance(value, Tensor)])
         if len(outputs) != len(ports):
             kinds = ", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given)
             raise StageError(
@@ -270,17 +285,18 @@ class ModuleStage:
             self._check(port, output, batch, shapes)
         return outputs
 
-    def _check(self, port: str, output: Tensor, batch: int, shapes: tuple[tuple[int, ...], ...]) -> None:
-        if self.ports is not None:
-            wrong, expected = check_spec(output, self.ports[port], batch), str(self.ports[port])
+    def _check(self, port: str, output: Tensor, batch: int, shapes: _Shapes) -> None:
+        spec = self.ports[port] if self.ports is not None else None
+        if spec is not None:
+            wrong = check_spec(output, spec, batch)
         else:
-            wrong, expected = ("" if output.numel() == 1 else f"shape {list(output.shape)}"), "a scalar"
+            wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
         if wrong:
             raise StageError(
                 f"stage {self.name!r} gives another tensor than the plan says",
                 where=f"stage {self.name}{f', port {port}' if port else ''}, "
                 f"inputs of shapes {[list(shape) for shape in shapes]}",
-                expected=f"{expected} for {batch} samples",
+                expected=f"{spec or 'a scalar'} for {batch} samples",
                 got=wrong,
                 remedy="correct the stage's output in the plan, or the module",
                 code="E301",

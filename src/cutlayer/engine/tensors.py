@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
 from math import isfinite
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -18,11 +18,13 @@ from cutlayer.errors import ContractError, NonFiniteError
 __all__ = ["dtype_name", "from_payload", "pack", "to_payload", "torch_dtype", "unpack"]
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a torch dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def torch_dtype(name: str) -> torch.dtype:
     """Return the torch dtype of a name of `core.spec.DTYPES`."""
     dtype = getattr(torch, name)
@@ -39,24 +41,23 @@ def to_payload(value: Tensor) -> memoryview:
 
 def from_payload(payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the tensor of these bytes. Shares memory with a writable payload where `device` is the CPU."""
-    kind = torch_dtype(dtype)
-    if not memoryview(payload).nbytes:
+    kind, view = torch_dtype(dtype), memoryview(payload)
+    if not view.nbytes:
         return torch.empty(shape, dtype=kind, device=device)
-    if memoryview(payload).readonly:
-        payload = bytearray(payload)
-    flat = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8))
-    return flat.view(kind).reshape(shape).to(device)
+    if view.readonly:
+        view = memoryview(bytearray(view))
+    return torch.frombuffer(view, dtype=kind).reshape(shape).to(device)
 
 
-def check_finite(value: Tensor, where: str) -> None:
+def check_finite(value: Tensor, where: Callable[[], str]) -> None:
     """Raise `NonFiniteError` if a floating tensor holds a NaN or an infinity. Says where, never a value."""
     if not value.is_floating_point() or not value.numel():
         return
     low, high = torch.aminmax(value)
-    if not (isfinite(float(low)) and isfinite(float(high))):
+    if not (isfinite(low.item()) and isfinite(high.item())):
         raise NonFiniteError(
             "a tensor at a cut holds a NaN or an infinity",
-            where=where,
+            where=where(),
             expected="finite numbers",
             remedy="lower the learning rate, clip gradients (training.clip_norm), or look for bad samples",
             code="E351",
@@ -65,7 +66,12 @@ def check_finite(value: Tensor, where: str) -> None:
 
 def check_spec(value: Tensor, spec: TensorSpec, batch: int) -> str:
     """Return how a tensor differs from its spec, or an empty text."""
-    return spec.mismatch(dtype_name(value.dtype), tuple(value.shape), batch)
+    return _mismatch(spec, value.dtype, value.shape, batch)
+
+
+@lru_cache(maxsize=4096)  # a run has few shapes, and checks each tensor that crosses
+def _mismatch(spec: TensorSpec, dtype: torch.dtype, shape: torch.Size, batch: int) -> str:
+    return spec.mismatch(dtype_name(dtype), tuple(shape), batch)
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
@@ -79,5 +85,9 @@ def unpack(payload: Buffer, source: str) -> dict[str, Tensor]:
         return safetensors.torch.load(bytes(payload))
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise ContractError(
-            "a message of an exchange cannot be read", where=f"from {source}", got=type(error).__name__, code="E523"
+            "a message of an exchange cannot be read",
+            where=f"from {source}",
+            got=type(error).__name__,
+            remedy="install the same release of cutlayer at all parties",
+            code="E523",
         ) from None

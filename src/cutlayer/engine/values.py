@@ -22,15 +22,18 @@ class Values:
         """Begin empty."""
         self.graph, self.party = graph, party
         self._values: dict[tuple[str, int, int], Tensor] = {}
-        self._ports = {stage.name: tuple(stage.ports) for stage in graph.stages}
+        self._outputs = {stage.name: tuple(_output(stage.name, port) for port in stage.ports) for stage in graph.stages}
         self._trained = {
-            stage: {
-                port: [e.index for e in edges if e.trained and e.source.port == port] for port in self._ports[stage]
-            }
-            for stage, edges in graph.consumers_of.items()
+            stage.name: [
+                [e.index for e in graph.consumers_of[stage.name] if e.trained and e.source.port == port]
+                for port in stage.ports
+            ]
+            for stage in graph.stages
         }
         self._gradients: dict[tuple[int, int, int], Tensor] = {}
         self._shared: dict[tuple[int, int], bool] = {}
+        self._keys: dict[tuple[int, int], str] = {}
+        self._inputs: dict[tuple[str, int], list[str]] = {}
 
     def put_field(self, name: str, lane: int, micro: int, value: Tensor) -> None:
         """Keep a field of this party's own data, shape (microbatch, ...)."""
@@ -38,13 +41,13 @@ class Values:
 
     def put_outputs(self, stage: str, lane: int, micro: int, values: Sequence[Tensor]) -> None:
         """Keep a stage's outputs, given in the order of its ports."""
-        for port, value in zip(self._ports[stage], values, strict=True):
-            self._values[_output(stage, port), lane, micro] = value
+        for name, value in zip(self._outputs[stage], values, strict=True):
+            self._values[name, lane, micro] = value
 
     def drop_outputs(self, stage: str, lane: int, micro: int) -> None:
         """Forget a stage's outputs: its backward is next, so all its consumers have run."""
-        for port in self._ports[stage]:
-            self._values.pop((_output(stage, port), lane, micro), None)
+        for name in self._outputs[stage]:
+            self._values.pop((name, lane, micro), None)
 
     def put(self, edge: Edge, lane: int, micro: int, value: Tensor) -> None:
         """Keep a value that came over a cut."""
@@ -53,6 +56,13 @@ class Values:
     def get(self, edge: Edge, lane: int, micro: int) -> Tensor:
         """Return the value of an edge."""
         return self._values[self._key(edge, lane), lane, micro]
+
+    def inputs(self, stage: str, lane: int, micro: int) -> list[Tensor]:
+        """Return a stage's inputs, in the order of its arguments."""
+        keys = self._inputs.get((stage, lane))
+        if keys is None:
+            keys = self._inputs[stage, lane] = [self._key(edge, lane) for edge in self.graph.inputs_of[stage]]
+        return [self._values[key, lane, micro] for key in keys]
 
     def put_gradient(self, edge: int, lane: int, micro: int, value: Tensor) -> None:
         """Keep the gradient at an edge."""
@@ -64,14 +74,14 @@ class Values:
 
     def added(self, stage: str, lane: int, micro: int, device: torch.device) -> list[Tensor | None]:
         """Return, for each port of a stage, the sum of its consumers' gradients, added in plan order; None: no one."""
-        return [self._sum(edges, lane, micro, device) for edges in self._trained[stage].values()]
-
-    def _sum(self, edges: Sequence[int], lane: int, micro: int, device: torch.device) -> Tensor | None:
-        total: Tensor | None = None
-        for edge in edges:
-            value = self.take_gradient(edge, lane, micro).to(device)
-            total = value if total is None else total + value
-        return total
+        sums = list[Tensor | None]()
+        for edges in self._trained[stage]:
+            total: Tensor | None = None
+            for edge in edges:
+                value = self._gradients.pop((edge, lane, micro)).to(device)
+                total = value if total is None else total + value
+            sums.append(total)
+        return sums
 
     def used_here(self, edge: Edge, lane: int) -> bool:
         """Whether a stage of this party takes the same value as `edge`."""
@@ -88,10 +98,12 @@ class Values:
         self._gradients.clear()
 
     def _key(self, edge: Edge, lane: int) -> str:
-        source = edge.source
-        if source.stage:
-            return _output(source.stage, source.port)
-        return f"data.{source.field}@{self.graph.origin(edge, lane)}"
+        key = self._keys.get((edge.index, lane))
+        if key is None:
+            source = edge.source
+            field = f"data.{source.field}@{self.graph.origin(edge, lane)}"
+            key = self._keys[edge.index, lane] = _output(source.stage, source.port) if source.stage else field
+        return key
 
 
 def _output(stage: str, port: str) -> str:

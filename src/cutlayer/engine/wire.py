@@ -80,8 +80,7 @@ class Header:
         )
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, dict=True):
     """A value on its way: where it belongs, what it looks like, and its bytes (C order, little-endian).
 
     `dtype` is a name of `core.spec.DTYPES`, or "bytes" with shape (length,).
@@ -97,20 +96,9 @@ class Frame:
         """Return the encoded control part."""
         tag = self.tag
         code = _BYTES_CODE if self.dtype == BYTES else _NAMES.index(self.dtype)
-        return _ENCODE(
-            _Control(
-                tag.session,
-                MODES.index(tag.mode),
-                tag.round,
-                tag.step,
-                tag.edge,
-                tag.lane,
-                tag.micro,
-                DIRECTIONS.index(tag.direction),
-                code,
-                list(self.shape),
-            )
-        )
+        mode, direction = MODES.index(tag.mode), DIRECTIONS.index(tag.direction)
+        fields = (tag.session, mode, tag.round, tag.step, tag.edge, tag.lane, tag.micro, direction, code, self.shape)
+        return _ENCODE(fields)  # an array, as `_Control` reads it
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +110,12 @@ class Frame:
         """Return the bytes of header and control part."""
         return HEADER.size + len(self.control)
 
+    def copied(self) -> Frame:
+        """Return the same frame with bytes of its own, which may be written to."""
+        copy = Frame(self.tag, self.dtype, self.shape, bytearray(self.payload))
+        vars(copy)["control"] = self.control
+        return copy
+
     def head(self, sequence: int, run: int) -> bytes:
         """Return header and control part, ready for a link."""
         return Header(KIND_DATA, len(self.control), self.nbytes, sequence, run).pack() + self.control
@@ -130,10 +124,22 @@ class Frame:
 def parse_header(data: Buffer) -> Header:
     """Read the first 36 bytes of a frame. Raises `WireError`; allocates nothing."""
     if len(data) < HEADER.size:
-        raise WireError("a frame is cut short", expected=f"{HEADER.size} header bytes", got=str(len(data)), code="E501")
+        raise WireError(
+            "a frame is cut short",
+            expected=f"{HEADER.size} header bytes",
+            got=str(len(data)),
+            remedy="find out who sends to this port; install the same release of cutlayer at all parties",
+            code="E501",
+        )
     magic, version, kind, flags, control, payload, sequence, run = HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise WireError("these bytes are no cutlayer frame", expected=repr(MAGIC), got=repr(magic), code="E502")
+        raise WireError(
+            "these bytes are no cutlayer frame",
+            expected=repr(MAGIC),
+            got=repr(magic),
+            remedy="find out who sends to this port, and compare the addresses in the contract",
+            code="E502",
+        )
     if version != VERSION:
         raise WireError(
             "the frame has another protocol version",
@@ -143,12 +149,19 @@ def parse_header(data: Buffer) -> Header:
             code="E503",
         )
     if flags:
-        raise WireError("unknown flags in a frame", expected="0", got=str(flags), code="E504")
+        raise WireError(
+            "unknown flags in a frame",
+            expected="0",
+            got=str(flags),
+            remedy="install the same release of cutlayer at all parties",
+            code="E504",
+        )
     if control > CONTROL_MAX or payload > PAYLOAD_MAX:
         raise WireError(
             "a frame announces too much",
             expected=f"at most {CONTROL_MAX} control and {PAYLOAD_MAX} payload bytes",
             got=f"{control} and {payload}",
+            remedy="install the same release of cutlayer at all parties",
             code="E505",
         )
     return Header(kind, control, payload, sequence, run)
@@ -163,14 +176,33 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
     try:
         control = _DECODE(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError("the control part of a frame cannot be read", got=str(error)[:200], code="E506") from None
+        raise WireError(
+            "the control part of a frame cannot be read",
+            got=str(error)[:200],
+            remedy="install the same release of cutlayer at all parties",
+            code="E506",
+        ) from None
     numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro)
     if not all(0 <= number <= _UINT for number in (*numbers, *control.shape)) or len(control.shape) > _DIMS_MAX:
-        raise WireError("a number in the control part is out of range", expected="0 to 2^63 - 1", code="E507")
+        raise WireError(
+            "a number in the control part is out of range",
+            expected="0 to 2^63 - 1",
+            remedy="install the same release of cutlayer at all parties",
+            code="E507",
+        )
     if not (0 <= control.mode < len(MODES) and 0 <= control.direction < len(DIRECTIONS)):
-        raise WireError("unknown mode or direction in a frame", code="E507")
+        raise WireError(
+            "unknown mode or direction in a frame",
+            remedy="install the same release of cutlayer at all parties",
+            code="E507",
+        )
     if control.dtype != _BYTES_CODE and not 0 <= control.dtype < len(_NAMES):
-        raise WireError("unknown dtype code in a frame", got=str(control.dtype), code="E507")
+        raise WireError(
+            "unknown dtype code in a frame",
+            got=str(control.dtype),
+            remedy="install the same release of cutlayer at all parties",
+            code="E507",
+        )
     dtype = BYTES if control.dtype == _BYTES_CODE else _NAMES[control.dtype]
     shape = tuple(control.shape)
     size = prod(shape) * (1 if dtype == BYTES else DTYPES[dtype])
@@ -179,6 +211,7 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
             "dtype and shape do not give the announced size",
             expected=f"{payload_length} bytes",
             got=f"{dtype}{list(shape)}",
+            remedy="install the same release of cutlayer at all parties",
             code="E508",
         )
     tag = Tag(

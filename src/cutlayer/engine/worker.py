@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
+from cutlayer.core.graph import Edge
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
 from cutlayer.engine.ledger import Ledger
+from cutlayer.engine.metrics import MetricBook
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
-from cutlayer.engine.stage import Context, Gradients
-from cutlayer.engine.tensors import check_finite, dtype_name, from_payload, to_payload
+from cutlayer.engine.stage import Context, Gradients, ModuleStage
+from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, DataError
@@ -23,13 +26,23 @@ from cutlayer.errors import ContractError, DataError
 __all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
 
 
-@dataclass(frozen=True)
-class Parcel:
+class Parcel(msgspec.Struct, frozen=True):
     """A tensor's dtype, shape and bytes, on its way in or out."""
 
     dtype: str
     shape: tuple[int, ...]
     payload: Buffer
+
+
+@dataclass(frozen=True)
+class _Role:
+    """What calls of a stage need, found once. `book` and `reduction`: of a loss."""
+
+    stage: ModuleStage
+    edges: tuple[Edge, ...]
+    wanted: tuple[bool, ...]
+    book: MetricBook | None
+    reduction: str
 
 
 class Worker:
@@ -54,6 +67,7 @@ class Worker:
         self.mode: Mode = "start"
         self.round = 0
         self._values = Values(self.graph, self.party)
+        self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
         """Begin a round of a mode: metrics start at zero."""
@@ -75,46 +89,40 @@ class Worker:
             )
         epoch = self.round if self.mode == "train" else 0
         batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+        batch = self.site.preprocess.prepare(batch, where)
         for name in job.fields:
             value = _field(batch, name, sum(job.sizes), where)
-            for micro, part in enumerate(torch.split(value, list(job.sizes))):
+            parts = torch.split(value, list(job.sizes)) if len(job.sizes) > 1 else (value,)
+            for micro, part in enumerate(parts):
                 self._values.put_field(name, job.lane, micro, part)
 
     def forward(self, job: Forward) -> None:
         """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
-        place = self.site.place(job.stage, job.lane)
-        edges = self.graph.inputs_of[job.stage]
-        inputs = [self._values.get(edge, job.lane, job.micro) for edge in edges]
-        context = Context(
-            key=(job.lane, job.micro),
-            batch=job.size,
-            training=self.mode == "train",
-            wanted=tuple(edge.trained for edge in edges),
-        )
-        stage = self.site.stages[place]
-        outputs = stage.forward(inputs, context)
-        self.ledger.compute("forward", job.stage, stage.spent)
-        part = self.graph.by_name[job.stage]
-        if isinstance(part, Loss):
-            self.site.books[place].update(outputs[0], inputs, job.size, part.reduction)
+        role = self._role(job.stage, job.lane)
+        inputs = self._values.inputs(job.stage, job.lane, job.micro)
+        context = Context(key=(job.lane, job.micro), batch=job.size, training=self.mode == "train", wanted=role.wanted)
+        outputs = role.stage.forward(inputs, context)
+        self.ledger.compute("forward", job.stage, role.stage.spent)
+        if role.book is not None:
+            role.book.update(outputs[0], inputs, job.size, role.reduction)
             return
         self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
-            for port, output in zip(part.ports, outputs, strict=True):
+            for port, output in zip(self.graph.by_name[job.stage].ports, outputs, strict=True):
                 if port in self.graph.output_ports[job.stage]:
                     name = f"{job.stage}.{port}" if port else job.stage
                     self.predictions.setdefault((name, job.lane), []).append(output.cpu())
 
     def backward(self, job: Backward) -> None:
         """BACKWARD: add the consumers' gradients in plan order, run the stage backwards, keep its inputs' gradients."""
-        stage = self.site.stages[self.site.place(job.stage, job.lane)]
+        role = self._role(job.stage, job.lane)
         gradients: Gradients = job.scale
-        if not isinstance(self.graph.by_name[job.stage], Loss):
+        if role.book is None:
             self._values.drop_outputs(job.stage, job.lane, job.micro)
-            gradients = self._values.added(job.stage, job.lane, job.micro, stage.device)
-        found = stage.backward(gradients, (job.lane, job.micro))
-        self.ledger.compute("backward", job.stage, stage.spent)
-        for edge, value in zip(self.graph.inputs_of[job.stage], found, strict=True):
+            gradients = self._values.added(job.stage, job.lane, job.micro, role.stage.device)
+        found = role.stage.backward(gradients, (job.lane, job.micro))
+        self.ledger.compute("backward", job.stage, role.stage.spent)
+        for edge, value in zip(role.edges, found, strict=True):
             if edge.trained and value is not None:
                 self._values.put_gradient(edge.index, job.lane, job.micro, value)
 
@@ -138,7 +146,7 @@ class Worker:
         """RECV: take in the value or gradient of an edge. Raises `NonFiniteError` if it holds a NaN or an infinity."""
         value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device)
         if self.parts.finite:
-            check_finite(value, f"party {self.party}, from {job.source} at {self.graph.edges[job.edge].label}")
+            check_finite(value, lambda: f"party {self.party}, from {job.source} at {self.graph.edges[job.edge].label}")
         if job.direction == "down":
             self._values.put_gradient(job.edge, job.lane, job.micro, value)
         else:
@@ -176,14 +184,30 @@ class Worker:
         self._values.clear()
         self.site.clear()
 
+    def _role(self, stage: str, lane: int) -> _Role:
+        role = self._roles.get((stage, lane))
+        if role is None:
+            place, edges, part = self.site.place(stage, lane), self.graph.inputs_of[stage], self.graph.by_name[stage]
+            role = self._roles[stage, lane] = _Role(
+                stage=self.site.stages[place],
+                edges=tuple(edges),
+                wanted=tuple(edge.trained for edge in edges),
+                book=self.site.books.get(place),
+                reduction=part.reduction if isinstance(part, Loss) else "",
+            )
+        return role
+
     def _check_leaving(self, job: Send, value: Tensor) -> None:
         edge = self.graph.edges[job.edge]
-        where = f"party {self.party}, cut {edge.label}, {self.mode} round {self.round}, microbatch {job.micro}"
-        wrong = edge.spec.mismatch(dtype_name(value.dtype), tuple(value.shape), job.size) if edge.spec else "no spec"
+
+        def where() -> str:
+            return f"party {self.party}, cut {edge.label}, {self.mode} round {self.round}, microbatch {job.micro}"
+
+        wrong = check_spec(value, edge.spec, job.size) if edge.spec else "no spec"
         if wrong:
             raise ContractError(
                 "a tensor about to leave is not what the plan says",
-                where=where,
+                where=where(),
                 expected=str(edge.spec),
                 got=wrong,
                 remedy="correct the spec in the plan, or the data",

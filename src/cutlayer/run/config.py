@@ -19,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage, Training, check_name
+from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Shared, Stage, Training, check_name
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.tables import parse_table, read_text, write_table
@@ -58,6 +58,7 @@ class DeadlineTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class _ContractTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: str
     coordinator: str
+    assemble_at: tuple[str, ...] = ()
 
 
 class _StageTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +86,14 @@ class _ReleaseTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     spec: str
 
 
+class _SharedTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    field: str
+    at: str
+    kind: str = "scale"
+    limit: int = 1024
+    least: int = 1
+
+
 class _TrainingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The fields of `cutlayer.Training`; a test holds both side by side."""
 
@@ -109,6 +118,7 @@ class _ContractFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     stage: tuple[_StageTable, ...]
     loss: tuple[_LossTable, ...]
     release: tuple[_ReleaseTable, ...] = ()
+    preprocessing: tuple[_SharedTable, ...] = ()
     training: _TrainingTable = _TrainingTable()
     addresses: dict[str, str] = {}
     deadlines: DeadlineTable = DeadlineTable()
@@ -185,6 +195,8 @@ def parse_contract(text: str, *, where: str = "contract") -> Contract:
         [*stages, *losses],
         training=Training(**_fields(file.training)),  # type: ignore[arg-type]
         releases=[Release(**_fields(row)) for row in file.release],  # type: ignore[arg-type]
+        preprocessing=[Shared(**_fields(row)) for row in file.preprocessing],  # type: ignore[arg-type]
+        assemble_at=file.contract.assemble_at,
         name=file.contract.name,
     )
     return Contract(
@@ -196,7 +208,7 @@ def dump_contract(contract: Contract) -> str:
     """Return the contract as TOML text, every key written out. `parse_contract` gives an equal contract back."""
     plan = contract.plan
     file = _ContractFile(
-        contract=_ContractTable(name=plan.name, coordinator=contract.coordinator),
+        contract=_ContractTable(name=plan.name, coordinator=contract.coordinator, assemble_at=plan.assemble_at),
         stage=tuple(_stage_table(s) for s in plan.stages if isinstance(s, Stage)),
         loss=tuple(
             _LossTable(name=s.name, at=s.at, inputs=s.inputs, weight=s.weight, reduction=s.reduction)
@@ -204,6 +216,7 @@ def dump_contract(contract: Contract) -> str:
             if isinstance(s, Loss)
         ),
         release=tuple(_ReleaseTable(field=r.field, at=r.at, to=r.to, spec=str(r.spec)) for r in plan.releases),
+        preprocessing=tuple(_SharedTable(**asdict(shared)) for shared in plan.preprocessing),
         training=_TrainingTable(**asdict(plan.training)),
         addresses=dict(contract.addresses),
         deadlines=contract.deadlines,

@@ -120,6 +120,7 @@ def network_settings(contract: Contract, file: PartyFile) -> NetworkSettings:
         digest=contract.digest(),
         listen=file.listen,
         credentials=load_credentials(file.credentials, file.name) if file.credentials else None,
+        proxy=file.proxy,
         deadlines=contract.deadlines.settings(),
         limit=max([*sizes, *(stage.state_limit for stage in plan.stages)]),
     )

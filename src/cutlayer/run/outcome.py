@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode
+from cutlayer.engine.agree import Agreed
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.worker import Worker
 
@@ -27,6 +28,7 @@ class Result:
         workers: Party -> its worker, with the trained stages (in one process only).
         predictions: Stage -> tensor of shape (samples, ...), after a prediction.
         seconds: Wall-clock time.
+        samples: Mode -> party -> number of samples.
     """
 
     plan: Plan
@@ -35,6 +37,12 @@ class Result:
     workers: Mapping[str, Worker] = field(default_factory=dict)
     predictions: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    samples: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def agreed(self) -> dict[str, dict[str, Agreed]]:
+        """Return party -> field -> what it agreed on about preprocessing: `Party(agreed=...)` of a prediction."""
+        return {name: dict(w.site.preprocess.agreed) for name, w in self.workers.items() if w.site.preprocess.agreed}
 
     def metrics(self, mode: Mode = "evaluate") -> dict[str, Any]:
         """Return the metrics of the last round of a mode, by loss; of a replicated loss, those over all replicas."""

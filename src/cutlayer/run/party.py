@@ -18,6 +18,7 @@ from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import Order, batches, sample_count
+from cutlayer.engine.agree import Agreed
 from cutlayer.engine.worker import Batches, Parts, Worker
 from cutlayer.errors import ConfigError
 
@@ -50,6 +51,7 @@ class Party:
         threads: Threads that torch may use in a process of this party's own; more than one pays for large stages on a
             machine that runs nothing else, and changes the last bits.
         finite: Check that nothing which leaves holds a NaN or an infinity.
+        agreed: Field -> what a training run agreed on about its preprocessing (`Result.agreed`), for a prediction.
         autocast: "bfloat16" or "float16": run forwards under `torch.autocast`, as in `with torch.autocast(...)`; what
             crosses then has the dtypes that the modules give, and the plan's specs say so.
     """
@@ -70,6 +72,7 @@ class Party:
     threads: int = 1
     finite: bool = True
     autocast: str = ""
+    agreed: Mapping[str, Agreed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for what would fail later, or be overlooked."""
@@ -80,15 +83,24 @@ class Party:
                     f"the {name} of party {self.name!r} is no function",
                     expected="a function that makes it, such as lambda params: torch.optim.Adam(params, lr=1e-3)",
                     got=type(value).__name__,
+                    remedy="give the function itself: it is called once the parameters exist",
                     code="E227",
                 )
         if self.scheduler_every not in ("epoch", "step"):
             raise ConfigError(
-                "unknown scheduler_every", expected="epoch or step", got=self.scheduler_every, code="E227"
+                "unknown scheduler_every",
+                expected="epoch or step",
+                got=self.scheduler_every,
+                remedy="choose one of the two",
+                code="E227",
             )
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ConfigError(
-                "unknown autocast", expected="bfloat16, float16 or nothing", got=self.autocast, code="E227"
+                "unknown autocast",
+                expected="bfloat16, float16 or nothing",
+                got=self.autocast,
+                remedy="choose one of these",
+                code="E227",
             )
 
 
@@ -135,6 +147,7 @@ def build(plan: Plan, party: Party, roster: Roster) -> Worker:
         device=torch.device(party.device),
         finite=party.finite,
         autocast=party.autocast,
+        agreed=party.agreed,
     )
     return Worker(plan, parts)
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,6 +24,7 @@ import msgspec
 
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.run.tables import parse_table, read_text, write_table
+from cutlayer.transport.proxy import NO_PROXY, check_proxy
 
 if TYPE_CHECKING:
     from cutlayer.run.party import Party
@@ -44,6 +45,7 @@ class _NetworkTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     listen: str = ""
     credentials: str = ""
     insecure: bool = False
+    proxy: str = ""
 
 
 class _RunTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,11 +53,17 @@ class _RunTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     accept: str = ASK
 
 
+class _LoggingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    tensorboard: bool = False
+    mlflow: str = ""
+
+
 class _PartyTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     party: str
     code: _CodeTable
     network: _NetworkTable = _NetworkTable()
     run: _RunTable = _RunTable()
+    logging: _LoggingTable = _LoggingTable()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +77,11 @@ class PartyFile:
         listen: "host:port" to listen at, or empty: this party only dials.
         credentials: Folder of its certificate, key and authority, or None.
         insecure: Plaintext instead of TLS; between processes of one machine only.
+        proxy: "http://host:port" to dial through, "none", or empty: what this machine is set to. May hold a password.
         folder: Where results go, each run in a folder of its own.
         accept: "ask", or the digest of the contract that this site has accepted.
+        tensorboard: Write the run's events as TensorBoard files, into its folder.
+        mlflow: Address of an MLflow server or store that gets the run's events, or empty: none.
     """
 
     path: Path
@@ -81,6 +92,9 @@ class PartyFile:
     insecure: bool
     folder: Path
     accept: str
+    proxy: str = field(default="", repr=False)
+    tensorboard: bool = False
+    mlflow: str = field(default="", repr=False)  # may hold a password
 
     def party(self) -> Party:
         """Call the builder and return what it gives.
@@ -118,12 +132,16 @@ def load_party_file(path: Path) -> PartyFile:
     """Read a party file; its code is not loaded yet.
 
     Raises:
-        ConfigError: E201 to E203 for the file, E204 for the builder, E206 for keys that contradict each other.
+        ConfigError: E201 to E203 for the file, E204 for the builder, E206 for keys that contradict each other,
+            E214 for the proxy.
     """
     table = parse_table(read_text(path), _PartyTable, where=str(path))
     network, home = table.network, path.absolute().parent
     if network.insecure and network.credentials:
         raise _contradiction(path, "both insecure = true and credentials are given", "one of the two")
+    check_proxy(network.proxy)
+    if network.insecure and network.proxy not in ("", NO_PROXY):
+        raise _contradiction(path, "both insecure = true and a proxy are given", "one of the two")
     if table.run.accept != ASK and not _DIGEST.match(table.run.accept):
         raise ConfigError(
             "the value of 'run.accept' is wrong",
@@ -142,6 +160,9 @@ def load_party_file(path: Path) -> PartyFile:
         insecure=network.insecure,
         folder=home / table.run.folder,
         accept=table.run.accept,
+        proxy=network.proxy,
+        tensorboard=table.logging.tensorboard,
+        mlflow=_store(table.logging.mlflow, home),
     )
 
 
@@ -156,10 +177,18 @@ def write_party_file(file: PartyFile) -> str:
         _PartyTable(
             party=file.name,
             code=_CodeTable(builder=builder),
-            network=_NetworkTable(listen=file.listen, credentials=credentials, insecure=file.insecure),
+            network=_NetworkTable(
+                listen=file.listen, credentials=credentials, insecure=file.insecure, proxy=file.proxy
+            ),
             run=_RunTable(folder=str(file.folder), accept=file.accept),
+            logging=_LoggingTable(tensorboard=file.tensorboard, mlflow=file.mlflow),
         )
     )
+
+
+def _store(text: str, home: Path) -> str:
+    """Return the address of an MLflow store; a path is that of a SQLite file."""
+    return f"sqlite:///{home / text}" if text and "://" not in text else text
 
 
 def _function(source: Path | str, function: str, where: str) -> Callable[[str], object]:

@@ -82,7 +82,10 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     """
     if party.name not in plan.parties:
         raise ConfigError(
-            f"{party.name!r} is no party of the plan", expected=f"one of {', '.join(plan.parties)}", code="E205"
+            f"{party.name!r} is no party of the plan",
+            expected=f"one of {', '.join(plan.parties)}",
+            remedy="correct `party` in the party file, or take the contract of this run",
+            code="E205",
         )
     holds = any(party.name in plan.graph.data_fields(lane) for lane in range(plan.lanes))
     if holds and not roster.samples.get("train", {}).get(party.name):
@@ -94,6 +97,7 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
         )
     programs = compile_plan(plan, roster)[party.name]
     worker = build(plan, party, roster)
+    worker.site.preprocess.alone()
     made_up = torch.Generator().manual_seed(0)
     modes: tuple[Mode, ...] = ("train", "evaluate")
     for mode in modes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,18 +15,27 @@ from typing import IO, Any
 import msgspec
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Site
 from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.export import write_joined
 from cutlayer.run.outcome import Result
 
-__all__ = ["EventLog", "new_run_folder", "summary_document", "weights", "write_results"]
+__all__ = [
+    "SUMMARY_VERSION",
+    "EventLog",
+    "new_run_folder",
+    "site_modules",
+    "summary_document",
+    "weights",
+    "write_results",
+]
 
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2
 
 
 def new_run_folder(base: Path, name: str) -> Path:
@@ -67,13 +77,40 @@ class EventLog:
 def weights(site: Site) -> dict[str, Tensor]:
     """Return a party's parameters and buffers: "stage.name" (or "stage@lane.name") -> tensor."""
     found: dict[str, Tensor] = {}
-    several = {stage for stage, lane in site.stages if sum(name == stage for name, _ in site.stages) > 1}
-    for (stage, lane), part in site.stages.items():
-        prefix = f"{stage}@{lane}" if stage in several else stage
-        for name, tensor in part.module.state_dict().items():
+    for prefix, module in site_modules(site):
+        for name, tensor in module.state_dict().items():
             if isinstance(tensor, Tensor):
                 found[f"{prefix}.{name}"] = tensor.detach().cpu().contiguous().clone()
     return found
+
+
+def site_modules(site: Site) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a party's modules by name: "stage", or "stage@lane" where it has several replicas."""
+    names = [stage for stage, _ in site.stages]
+    for (stage, lane), part in site.stages.items():
+        yield f"{stage}@{lane}" if names.count(stage) > 1 else stage, part.module
+
+
+def parameter_counts(site: Site) -> dict[str, Any]:
+    """Return a party's numbers of parameters: by "stages", and in "total", where a tied one counts once."""
+    modules = dict(site_modules(site))
+    sizes = {name: {id(p): p.numel() for p in module.parameters()} for name, module in modules.items()}
+    once = {key: size for of_stage in sizes.values() for key, size in of_stage.items()}
+    return {"stages": {name: sum(of_stage.values()) for name, of_stage in sizes.items()}, "total": sum(once.values())}
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held: all of it, Python and libraries included.
+
+    Linux passes getrusage's figure on from the process that started this one, so there the kernel's own is read.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_results(
@@ -84,6 +121,9 @@ def write_results(
     for party, worker in result.workers.items():
         data = safetensors.torch.save(weights(worker.site))
         write_atomic(folder / f"{party}.safetensors", data)
+        if worker.site.preprocess.agreed:
+            write_atomic(folder / f"{party}.preprocessing.json", worker.site.preprocess.document())
+        write_joined(folder, result.plan, worker.site)
         hashes[party] = hashlib.sha256(data).hexdigest()
     if contract_text is not None:
         write_atomic(folder / "contract.toml", contract_text.encode())
@@ -92,20 +132,28 @@ def write_results(
     return document
 
 
-def summary_document(result: Result, hashes: Mapping[str, str], digest: str = "") -> dict[str, Any]:
-    """Return the summary as plain values: metrics, ledger totals by cut and party, digests, versions.
+def summary_document(
+    result: Result, hashes: Mapping[str, str], digest: str = "", *, parts: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return the summary as plain values: the plan, metrics, ledgers, cost, digests, versions.
 
-    `digest` is that of the accepted contract, if there was one.
+    `digest` is that of the accepted contract, if there was one. `parts` are the summaries of the processes that ran
+    the parties; without any, this process ran them.
     """
+    parts = parts or [_part(result)]
     return {
         "version": SUMMARY_VERSION,
-        "plan": {"name": result.plan.name, "digest": result.plan.digest()},
+        "plan": {"name": result.plan.name, "digest": result.plan.digest(), "document": result.plan.document()},
         "contract": digest,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(result.seconds, 3),
+        "samples": {mode: dict(held) for mode, held in result.samples.items()},
         "metrics": {mode: result.metrics(mode) for mode in _MODES if result.metrics(mode)},
         "history": result.history,
         "cuts": cut_totals(result.plan, result.ledgers),
         "ledgers": {party: ledger.document() for party, ledger in result.ledgers.items()},
+        "processes": [process for part in parts for process in part["processes"]],
+        "parameters": {party: counts for part in parts for party, counts in part["parameters"].items()},
         "weights_sha256": dict(hashes),
         "versions": {
             "python": platform.python_version(),
@@ -116,6 +164,13 @@ def summary_document(result: Result, hashes: Mapping[str, str], digest: str = ""
 
 
 _MODES: tuple[Mode, ...] = ("train", "evaluate")
+
+
+def _part(result: Result) -> dict[str, Any]:
+    """Return what only the process that ran the parties can say. Units: seconds, bytes, parameters."""
+    process = {"parties": list(result.ledgers), "seconds": round(result.seconds, 3), "memory": peak_memory()}
+    counts = {party: parameter_counts(worker.site) for party, worker in result.workers.items()}
+    return {"processes": [process], "parameters": counts}
 
 
 def cut_totals(plan: Plan, ledgers: Mapping[str, Ledger]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from cutlayer.errors import CheckpointError, CutlayerError, PeerError, StageErro
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
+from cutlayer.run.simulate import gathered
 from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionReset
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from cutlayer.transport.base import Transport
 
-__all__ = ["join"]
+__all__ = ["Task", "join", "take_part"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 _RESETS_MAX = 1000
@@ -54,24 +55,55 @@ def join(plan: Plan, party: Party, *, network: NetworkSettings, folder: Path, no
         PeerError, DeadlineError, LinkError: a peer failed, never came or stayed away; its code and remedy are in it.
         CutlayerError: this party failed; the others are told the code and the remedy.
     """
-    tell: Notify = notify or (lambda _event, _details: None)
     folder.mkdir(parents=True, exist_ok=True)
     party = replace(party, seed=_private_seed(folder, party))
     store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
+    return take_part(plan, party, Task(agenda, counts(party), store), network=network, notify=notify)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a party takes part in.
+
+    Attributes:
+        agenda: Gives the modes and rounds to run, from the plan and the numbers of samples.
+        counts: This party's numbers of samples by mode, which all others are told.
+        store: Keeps checkpoints; None: after a restart of any party, all begin anew.
+        prepare: Called with the worker before it runs anything.
+    """
+
+    agenda: Callable[[Plan, Roster], list[tuple[Mode, int]]]
+    counts: Mapping[str, int]
+    store: Store | None = None
+    prepare: Callable[[Worker], None] | None = None
+
+
+def take_part(
+    plan: Plan, party: Party, task: Task, *, network: NetworkSettings, notify: Notify | None = None
+) -> Result:
+    """Meet the other parties and do this party's share of a task. Raises what `join` raises."""
+    tell: Notify = notify or (lambda _event, _details: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(party.threads)
     begin = time.perf_counter()
     try:
         with Network(network, tell) as link:
             try:
-                worker = _until_done(_Run(plan, party, store, link, tell))
+                worker, roster = _until_done(_Run(plan, party, task, link, tell))
             except PeerError:
                 raise
             except CutlayerError as error:
                 link.abort(error)
                 raise
             except Exception as error:
-                link.abort(StageError(f"party {party.name!r} failed", got=type(error).__name__, code="E390"))
+                link.abort(
+                    StageError(
+                        f"party {party.name!r} failed",
+                        got=type(error).__name__,
+                        remedy="look at its terminal: the error there is its own code's",
+                        code="E390",
+                    )
+                )
                 raise
     finally:
         torch.set_num_threads(threads)
@@ -80,7 +112,9 @@ def join(plan: Plan, party: Party, *, network: NetworkSettings, folder: Path, no
         history=history_rows({party.name: worker}),
         ledgers={party.name: worker.ledger},
         workers={party.name: worker},
+        predictions=gathered({party.name: worker}),
         seconds=time.perf_counter() - begin,
+        samples=roster.samples,
     )
 
 
@@ -90,7 +124,7 @@ class _Run:
 
     plan: Plan
     party: Party
-    store: Store
+    task: Task
     link: Network
     tell: Notify
 
@@ -107,19 +141,22 @@ class _Session:
     cursor: int
 
 
-def _until_done(run: _Run) -> Worker:
-    """Run sessions until one gets to the end; each restart of a party begins a new one."""
+def _until_done(run: _Run) -> tuple[Worker, Roster]:
+    """Run sessions until one gets to the end, and return what it had; each restart of a party begins a new one."""
     worker: Worker | None = None
     known = Roster({})
     initial: dict[str, Tensor] = {}
     for _ in range(_RESETS_MAX):
         try:
-            ready = Ready(counts(run.party), tuple(run.store.identifiers()))
+            store = run.task.store
+            ready = Ready(run.task.counts, tuple(store.identifiers()) if store else ())
             start = run.link.rendezvous(ready)
             roster = Roster(start.counts)
             if worker is None or roster != known:
                 known = roster
                 worker = build(run.plan, run.party, roster)
+                if run.task.prepare:
+                    run.task.prepare(worker)
                 initial = snapshot(worker.site)
             session = _open(run, worker, roster, start.session, start.checkpoint, initial)
             _work(run, worker, session)
@@ -129,7 +166,7 @@ def _until_done(run: _Run) -> Worker:
             if worker is not None:
                 worker.clear()
             continue
-        return worker
+        return worker, known
     raise PeerError(
         "parties restarted too often",
         where=f"party {run.party.name}",
@@ -145,15 +182,17 @@ def _open(
     """Compile the programs, go back to the checkpoint (-1: the beginning), and let frames in."""
     programs = compile_plan(run.plan, roster)
     mine = programs[run.party.name]
-    phases = agenda(run.plan, roster)
+    phases, store = run.task.agenda(run.plan, roster), run.task.store
     phase, cursor = 0, -1
-    run.store.drop_after(checkpoint)
-    if checkpoint < 0:
+    if store is not None:
+        store.drop_after(checkpoint)
+    if checkpoint < 0 or store is None:
         restore(worker.site, initial, "the beginning")
         worker.ledger.restore({"flows": [], "seconds": [], "flops": []})
         worker.history.clear()
+        worker.predictions.clear()
     else:
-        loaded = run.store.load(checkpoint)
+        loaded = store.load(checkpoint)
         if loaded.document["roster"] != _plain(roster):
             raise CheckpointError(
                 "the numbers of samples changed since the checkpoint",
@@ -239,12 +278,14 @@ def _drive(talk: Generator[Effect, Any, None], observer: _Observer, link: Transp
 
 
 def _save(run: _Run, worker: Worker, session: _Session, identifier: int, position: Position) -> None:
+    if run.task.store is None:
+        return
     document = {
         "ledger": worker.ledger.document(),
         "history": worker.history,
         "roster": _plain(session.roster),
     }
-    run.store.save(identifier, position, snapshot(worker.site), document)
+    run.task.store.save(identifier, position, snapshot(worker.site), document)
 
 
 def _identifiers(session: _Session) -> dict[tuple[int, int], int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.transport.local import run_together
 
-__all__ = ["Result", "predict", "roster_of", "simulate"]
+__all__ = ["Result", "gathered", "roster_of", "run_phases", "simulate"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 
@@ -49,30 +48,28 @@ def simulate(plan: Plan, parties: Sequence[Party], *, notify: Notify | None = No
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
     roster = roster_of(parties)
-    return _run(plan, parties, roster, agenda(plan, roster), notify)
+    return run_phases(plan, parties, roster, agenda(plan, roster), notify=notify)
 
 
-def predict(plan: Plan, parties: Sequence[Party]) -> dict[str, Tensor]:
-    """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
-
-    Stage -> tensor of shape (samples, ...), lane after lane; held by the party of that stage.
-    """
-    roster = roster_of(parties)
-    if not any(roster.samples.get("predict", {}).values()):
-        raise DataError(
-            "no party has data to predict for", remedy="give the parties Party(prediction=...)", code="E252"
-        )
-    idle = [replace(party, optimizer=party.optimizer or _untrained) for party in parties]
-    result = _run(plan, idle, roster, [("predict", 0)], None)
-    return dict(result.predictions)
-
-
-def _run(
-    plan: Plan, parties: Sequence[Party], roster: Roster, phases: Sequence[tuple[Mode, int]], notify: Notify | None
+def run_phases(
+    plan: Plan,
+    parties: Sequence[Party],
+    roster: Roster,
+    phases: Sequence[tuple[Mode, int]],
+    *,
+    notify: Notify | None = None,
+    prepare: Callable[[Worker], None] | None = None,
 ) -> Result:
+    """Run modes and rounds with all parties in this process; `prepare` is called with each worker before.
+
+    Raises what `simulate` raises.
+    """
     _check_parties(plan, parties)
     programs = compile_plan(plan, roster)
     workers = {party.name: build(plan, party, roster) for party in parties}
+    if prepare is not None:
+        for worker in workers.values():
+            prepare(worker)
     begin = time.perf_counter()
     for mode, number in phases:
         for worker in workers.values():
@@ -88,8 +85,9 @@ def _run(
         history=history_rows(workers),
         ledgers={name: worker.ledger for name, worker in workers.items()},
         workers=workers,
-        predictions=_predictions(workers),
+        predictions=gathered(workers),
         seconds=time.perf_counter() - begin,
+        samples=roster.samples,
     )
 
 
@@ -100,26 +98,39 @@ def _handler(
         if isinstance(effect, Do):
             return fulfil(workers[party], effect, time.perf_counter)
         workers[party].end_step()
-        moved = workers[party].ledger.close_step()
         if notify:
+            moved = workers[party].ledger.close_step()
             notify("step", {"party": party, "mode": mode, "round": number, "step": effect.step, **moved})
+        else:
+            workers[party].ledger.step.clear()
         return None
 
     return handle
 
 
-def _predictions(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
+def gathered(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
+    """Return what a prediction gave at these parties: stage (or stage.port) -> (samples, ...), lane after lane.
+
+    Raises:
+        DataError: E260, batches gave outputs of different lengths.
+    """
     lanes: dict[tuple[str, int], list[Tensor]] = {}
     for worker in workers.values():
         lanes |= worker.predictions
     stages: dict[str, list[Tensor]] = {}
     for stage, lane in sorted(lanes):
         stages.setdefault(stage, []).extend(lanes[stage, lane])
+    for stage, parts in stages.items():
+        shapes = sorted({tuple(part.shape[1:]) for part in parts})
+        if len(shapes) > 1:
+            raise DataError(
+                f"the output {stage!r} has another shape in each batch",
+                expected="outputs of one shape a sample, so that all of them are one tensor",
+                got=", ".join(str(list(shape)) for shape in shapes[:4]),
+                remedy="pad the data to one length, or ask batch by batch with cutlayer.remote",
+                code="E260",
+            )
     return {stage: torch.cat(parts) for stage, parts in stages.items()}
-
-
-def _untrained(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.0)
 
 
 def _check_parties(plan: Plan, parties: Sequence[Party]) -> None:

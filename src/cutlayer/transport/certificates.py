@@ -31,6 +31,7 @@ __all__ = [
     "names_of",
     "parse_chain",
     "parse_key",
+    "printable",
     "readable",
     "title",
 ]
@@ -220,18 +221,19 @@ def _names(certificate: x509.Certificate) -> tuple[str, ...]:
 
 def title(name: x509.Name) -> str:
     """Return a subject or an issuer as one printable line: a peer chose its characters, a person will see them."""
-    return _printable(name.rfc4514_string())
+    return printable(name.rfc4514_string())
 
 
 def listed(names: tuple[str, ...]) -> str:
     """Return names for an error's text, as one printable line."""
-    return _printable(", ".join(names)) or "(none)"
+    return printable(", ".join(names)) or "(none)"
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, or its class's name, as one printable line."""
-    return _printable((str(error).splitlines() or [""])[0]) or type(error).__name__
+    return printable((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return the first 200 characters of a text that somebody else wrote, as one printable line."""
     return "".join(one if one.isprintable() else "?" for one in text[:_SHOWN])

@@ -120,6 +120,7 @@ class Assembler:
                 "a message does not have the announced size",
                 expected=f"{expected} bytes of payload",
                 got=f"{len(piece)}",
+                remedy="install the same release of cutlayer at all parties",
                 code="E512",
             )
         if not self._skipping and expected:
@@ -142,7 +143,12 @@ class Assembler:
             )
         start = HEADER.size + header.control_length
         if len(message) < start:
-            raise WireError("a frame's control part is cut short", got=f"{len(message)} bytes", code="E512")
+            raise WireError(
+                "a frame's control part is cut short",
+                got=f"{len(message)} bytes",
+                remedy="install the same release of cutlayer at all parties",
+                code="E512",
+            )
         _check_kind(header)
         part = bytes(message[HEADER.size : start])
         label = parse_control(part, header.payload_length) if header.kind == KIND_DATA else None
@@ -170,6 +176,7 @@ def _check_kind(header: Header) -> None:
             "a frame of a kind that may not be here",
             expected="a known kind, numbered from 1 unless it belongs to the stream",
             got=f"kind {kind}, number {header.sequence}",
+            remedy="install the same release of cutlayer at all parties",
             code="E513",
         )
     if kind != KIND_DATA and header.payload_length > limit:
@@ -177,5 +184,6 @@ def _check_kind(header: Header) -> None:
             "a message carries too much",
             expected=f"at most {limit} bytes with kind {kind}",
             got=str(header.payload_length),
+            remedy="install the same release of cutlayer at all parties",
             code="E513",
         )

@@ -7,7 +7,7 @@ from typing import Any, Final
 import grpc
 
 from cutlayer.transport.frames import MESSAGE_MAX
-from cutlayer.transport.settings import host_port, is_loopback
+from cutlayer.transport.proxy import Proxy
 from cutlayer.transport.tls import Credentials
 
 __all__ = ["METHOD", "SERVICE", "channel_to", "client_options", "server_credentials", "server_options"]
@@ -36,9 +36,9 @@ def server_options() -> _Options:
     ]
 
 
-def client_options(peer: str, host: str) -> _Options:
+def client_options(peer: str) -> _Options:
     """Return the options of a channel to `peer`, whose certificate must be in that name, whatever the address is."""
-    options = [
+    return [
         *_BOTH,
         ("grpc.min_reconnect_backoff_ms", 5_000),  # also the time that one attempt to connect may take
         ("grpc.initial_reconnect_backoff_ms", 200),
@@ -46,14 +46,21 @@ def client_options(peer: str, host: str) -> _Options:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.ssl_target_name_override", peer),
         ("grpc.default_authority", peer),
+        ("grpc.enable_http_proxy", 0),  # gRPC's own reading of the environment; `find_proxy` decides
     ]
-    return [*options, ("grpc.enable_http_proxy", 0)] if is_loopback(host) else options
 
 
-def channel_to(peer: str, address: str, credentials: Credentials | None) -> Any:  # noqa: ANN401 - grpc has no types
-    """Return a new channel to a party; nothing is dialled yet. The caller closes it."""
-    host, _ = host_port(address)
-    options = client_options(peer, host)
+def channel_to(peer: str, address: str, credentials: Credentials | None, proxy: Proxy | None = None) -> Any:  # noqa: ANN401 - grpc has no types
+    """Return a new channel to a party, through a proxy if given; nothing is dialled yet. The caller closes it.
+
+    What the proxy passes on is TLS from end to end: the certificates are the two parties', as without a proxy.
+    """
+    options = client_options(peer)
+    if proxy is not None:
+        options += [("grpc.http_connect_server", address)]
+        if proxy.authorization:
+            options += [("grpc.http_connect_headers", f"Proxy-Authorization:{proxy.authorization}")]
+        address = proxy.address
     if credentials is None:
         return grpc.insecure_channel(address, options)
     own = grpc.ssl_channel_credentials(credentials.authority, credentials.private_key, credentials.certificate)

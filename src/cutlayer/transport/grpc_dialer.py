@@ -1,7 +1,8 @@
 """The side of a link that dials: one thread a peer, which dials again until the network is closed.
 
 What passes by itself (no route, connection reset, server not up yet) is tried again, with random pauses; what does not
-(certificates, version, plan, run) fails the run. gRPC tells neither apart, so a failed dial is looked into.
+(certificates, version, plan, run, a proxy that refuses) fails the run. gRPC tells neither apart, so a failed dial is
+looked into.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any, Final
 import grpc
 
 from cutlayer.errors import CertificateError, CutlayerError, HandshakeError
+from cutlayer.transport.addresses import host_port
+from cutlayer.transport.contact import Target, diagnose_handshake
 from cutlayer.transport.control import Abort
 from cutlayer.transport.grpc_common import METHOD, SERVICE, channel_to
 from cutlayer.transport.grpc_server import Desk
 from cutlayer.transport.handshake import error_of, hello_of, read_hello, single, typed
 from cutlayer.transport.peer import Stream
-from cutlayer.transport.settings import host_port
-from cutlayer.transport.tls import diagnose_handshake
+from cutlayer.transport.reach import REFUSALS
+from cutlayer.transport.settings import proxy_to
 
 __all__ = ["Dialer"]
 
@@ -38,6 +41,8 @@ class Dialer:
         self._stop = threading.Event()
         self._call: Any = None
         self._suspicion = ""
+        host, port = host_port(desk.settings.addresses[name])
+        self._target = Target(party=name, host=host, port=port, proxy=proxy_to(desk.settings, name))
         party = desk.settings.party
         self._thread = threading.Thread(target=self._run, name=f"cutlayer-{party}-dials-{name}", daemon=True)
 
@@ -76,7 +81,7 @@ class Dialer:
     def _attempt(self) -> tuple[bool, CutlayerError | None]:
         """Dial once and talk until the stream ends. Returns whether the peer was reached, and what is final."""
         desk, settings = self._desk, self._desk.settings
-        channel = channel_to(self.name, settings.addresses[self.name], settings.credentials)
+        channel = channel_to(self.name, settings.addresses[self.name], settings.credentials, self._target.proxy)
         stream = Stream(cancel=channel.close)
         timer = desk.timers.after(settings.rhythm.hello, channel.close)
         try:
@@ -136,14 +141,13 @@ class Dialer:
                 where=f"party {settings.party}, dialling {self.name} at {settings.addresses[self.name]}",
                 got=details[:200],
                 remedy="correct the address",
-                code="E645",
+                code="E646",
             )
         if code is grpc.StatusCode.UNAVAILABLE and settings.credentials is not None and not self._stop.is_set():
-            host, port = host_port(settings.addresses[self.name])
-            found = diagnose_handshake(host, port, settings.credentials, self.name, _PROBE)
+            found = diagnose_handshake(self._target, settings.credentials, _PROBE)
         cause = f"{found.code} {found.what}" if found is not None else f"{code.name.lower()}: {details[:200]}"
-        self._desk.watch.failing(self.name, cause)
-        final = isinstance(found, CertificateError | HandshakeError)
-        sure = found is not None and final and found.code == self._suspicion
+        again = found is not None and found.code == self._suspicion
+        self._desk.watch.failing(self.name, cause, found)
         self._suspicion = found.code if found is not None else ""
-        return found if sure else None
+        final = found is not None and (isinstance(found, CertificateError | HandshakeError) or found.code in REFUSALS)
+        return found if final and again else None

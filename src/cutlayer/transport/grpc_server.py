@@ -1,4 +1,4 @@
-"""The side of a link that is dialled: a gRPC server with one method, and one thread to read each stream.
+"""The side of a link that is dialled: a gRPC server of one method and of probes, and a thread to read each stream.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -20,6 +20,8 @@ from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_common import METHOD, SERVICE, server_credentials, server_options
 from cutlayer.transport.handshake import abort_of, check_hello, hello_of, read_hello, single, typed
 from cutlayer.transport.peer import Stream, write
+from cutlayer.transport.probe import PROBE
+from cutlayer.transport.probe_service import CALLS_AT_ONCE, ProbeService
 from cutlayer.transport.reception import Reception
 from cutlayer.transport.settings import NetworkSettings
 from cutlayer.transport.steward import Steward
@@ -59,7 +61,12 @@ class Desk:
         settings, steward = self.settings, self.steward
         hello = read_hello(first)
         if isinstance(hello, Abort):
-            raise HandshakeError("a stream begins with an ABORT", got=hello.code, code="E645")
+            raise HandshakeError(
+                "a stream begins with an ABORT",
+                got=hello.code,
+                remedy="compare the addresses in the contract with where the parties run",
+                code="E645",
+            )
         check_hello(hello, settings, names)
         if expected not in ("", hello.party) or hello.party not in steward.peers:
             raise HandshakeError(
@@ -113,10 +120,14 @@ class Server:
         if not settings.port:
             return
         streams = 2 * len(settings.parties) + 2  # a reconnecting party has two for a moment
-        self._pool = ThreadPoolExecutor(streams, thread_name_prefix=f"cutlayer-{settings.party}-stream")
-        self._server = grpc.server(self._pool, options=server_options(), maximum_concurrent_rpcs=streams)
-        handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        calls = streams + CALLS_AT_ONCE
+        self._pool = ThreadPoolExecutor(calls, thread_name_prefix=f"cutlayer-{settings.party}-stream")
+        self._server = grpc.server(self._pool, options=server_options(), maximum_concurrent_rpcs=calls)
+        methods = {METHOD: grpc.stream_stream_rpc_method_handler(self._serve)}
+        if settings.credentials is not None:
+            probes = ProbeService(settings.party, settings.digest, _only_name)
+            methods[PROBE] = grpc.stream_stream_rpc_method_handler(probes.answer)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if settings.credentials is None:
                 port = self._server.add_insecure_port(settings.port)
@@ -193,6 +204,11 @@ class Server:
         final = waits and error.code in ("E641", "E642", "E643")
         if final or error.code == "E511":  # E511: what the link has lost cannot be had back
             steward.fail(error)
+
+
+def _only_name(context: Any) -> str:  # noqa: ANN401 - grpc has no types
+    names = _names(context)
+    return names[0] if len(names) == 1 else ""
 
 
 def _names(context: Any) -> tuple[str, ...]:  # noqa: ANN401 - grpc has no types

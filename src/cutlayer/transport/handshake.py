@@ -75,9 +75,16 @@ def read_hello(data: bytes) -> LinkHello | Abort:
     if isinstance(message, Abort):
         return message
     if not isinstance(message, LinkHello):
-        raise WireError("a stream must begin with a hello", got=type(message).__name__, code="E513")
+        raise WireError(
+            "a stream must begin with a hello",
+            got=type(message).__name__,
+            remedy="install the same release of cutlayer at all parties",
+            code="E513",
+        )
     if header.run != run_number(message.run):
-        raise WireError("a hello's frame is of another run than the hello", code="E514")
+        raise WireError(
+            "a hello's frame is of another run than the hello", remedy="give all parties the same contract", code="E514"
+        )
     return message
 
 
@@ -198,7 +205,12 @@ def parse_hello_header(data: bytes) -> Header:
     header = parse_header(data)
     sizes = header.control_length == len(data) - HEADER.size and header.payload_length == 0
     if header.kind not in (control.LINK_HELLO, control.ABORT) or header.sequence or not sizes:
-        raise WireError("a stream must begin with a hello", got=f"kind {header.kind}", code="E513")
+        raise WireError(
+            "a stream must begin with a hello",
+            got=f"kind {header.kind}",
+            remedy="install the same release of cutlayer at all parties",
+            code="E513",
+        )
     return header
 
 

@@ -17,6 +17,7 @@ __all__ = ["run_together"]
 
 Talk = Generator[Effect, Any, None]
 Handler = Callable[[str, Do | EndStep], object]
+_WORK = (Do, EndStep)
 
 
 class _Member:
@@ -85,24 +86,28 @@ def _advance(party: str, member: _Member, mail: dict[tuple[str, str, Tag], Frame
             member.done = True
             return
         answer = None
-        if isinstance(effect, Post):
+        if isinstance(effect, _WORK):
+            answer = handle(party, effect)
+        elif isinstance(effect, Post):
             _put(party, effect, mail)
-        elif isinstance(effect, Take):
+        else:
             answer = mail.pop((effect.source, party, effect.tag), None)
             if answer is None:
                 member.waits = effect
                 return
-        else:
-            answer = handle(party, effect)
 
 
 def _put(party: str, post: Post, mail: dict[tuple[str, str, Tag], Frame]) -> None:
     key = (party, post.to, post.frame.tag)
     if key in mail:
-        raise ContractError(f"{party!r} sent {post.to!r} one frame twice", where=str(post.frame.tag), code="E403")
-    frame = post.frame
-    # The receiver may write into what it gets; the sender's graph may still need its tensor: so, a copy.
-    mail[key] = Frame(frame.tag, frame.dtype, frame.shape, bytearray(frame.payload))
+        raise ContractError(
+            f"{party!r} sent {post.to!r} one frame twice",
+            where=str(post.frame.tag),
+            remedy="report this plan",
+            code="E403",
+        )
+    # The receiver may write into what it gets; the sender's graph may still need its tensor.
+    mail[key] = post.frame.copied()
 
 
 def _deadlock(members: Mapping[str, _Member]) -> ProgramError:

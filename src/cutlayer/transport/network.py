@@ -167,6 +167,7 @@ class Network:
                 f"there is no party {to!r} to send to",
                 where=f"party {self._settings.party}",
                 expected=f"one of {', '.join(self._settings.others)}",
+                remedy="correct the name",
                 code="E432",
             )
 
@@ -226,4 +227,10 @@ class Network:
 
 
 def _stopped(error: BaseException, party: str) -> ProgramError:
-    return ProgramError("this party has stopped", where=f"party {party}", got=type(error).__name__, code="E431")
+    return ProgramError(
+        "this party has stopped",
+        where=f"party {party}",
+        got=type(error).__name__,
+        remedy="look for that error above",
+        code="E431",
+    )

@@ -7,7 +7,7 @@ and acted upon, even while an old stream's reader ends. Nothing is called back w
 | --- | --- | --- |
 | E622 | DeadlineError | no room in the outbox in time |
 | E644 | HandshakeError | another process runs as this party, and was met later |
-| E645 | HandshakeError | a new process asks for what was sent to an earlier one |
+| E647 | HandshakeError | a new process asks for what was sent to an earlier one |
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Peer:
 
         Raises:
             WireError: E511, the peer wants a frame that cannot be had.
-            HandshakeError: E644, this process of it was replaced; E645, it is new, and wants what an earlier one did.
+            HandshakeError: E644, this process of it was replaced; E647, it is new, and wants what an earlier one did.
         """
         with self.changed:
             old, previous = self.stream, self.link.remote
@@ -293,7 +293,7 @@ def _presumptuous(peer: Peer, wanted: int) -> HandshakeError:
         expected="number 1",
         got=f"number {wanted}",
         remedy="install the same release of cutlayer at all parties",
-        code="E645",
+        code="E647",
     )
 
 

@@ -70,7 +70,11 @@ class Reception:
         """Say whether a frame is wanted, before memory is taken for it."""
         header = head.header
         if header.kind == control.LINK_HELLO:
-            raise WireError("a second hello on one stream", code="E513")
+            raise WireError(
+                "a second hello on one stream",
+                remedy="install the same release of cutlayer at all parties",
+                code="E513",
+            )
         if not peer.carries(stream):
             return False
         if header.sequence and not peer.judge(header.sequence):
@@ -120,7 +124,12 @@ class Reception:
             with _busy(peer), contextlib.suppress(SessionReset):
                 self._relays.take(message, arrival)
         else:
-            raise WireError("only the coordinator relays", got=f"a relayed frame from {peer.name}", code="E513")
+            raise WireError(
+                "only the coordinator relays",
+                got=f"a relayed frame from {peer.name}",
+                remedy="install the same release of cutlayer at all parties",
+                code="E513",
+            )
 
 
 @contextlib.contextmanager

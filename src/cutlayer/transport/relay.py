@@ -190,7 +190,11 @@ class Relays:
     def _admit(self, name: str, head: Arrival) -> bool:
         if head.label is None:
             raise WireError(
-                "only tensors are relayed", where=f"from {name}", got=f"kind {head.header.kind}", code="E513"
+                "only tensors are relayed",
+                where=f"from {name}",
+                got=f"kind {head.header.kind}",
+                remedy="install the same release of cutlayer at all parties",
+                code="E513",
             )
         return self._steward.admit(name, head.label, None)
 

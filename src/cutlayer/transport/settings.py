@@ -1,26 +1,29 @@
-"""What a party must know to join a run's network, and who dials whom. Pure.
+"""What a party must know to join a run's network, and who dials whom.
+
+Pure, but for the machine's proxy settings, which are looked at where nothing else is set.
 
 | code | error | meaning |
 | --- | --- | --- |
 | E211 | ConfigError | no certificates, and not all addresses are this machine's own |
 | E212 | ConfigError | an address is wrong or missing |
 | E213 | ConfigError | party, coordinator or certificate do not fit the list of parties |
+| E214 | ConfigError | the address of the proxy cannot be used |
 """
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from cutlayer.errors import ConfigError
+from cutlayer.transport.addresses import host_port, is_loopback
 from cutlayer.transport.link import Limits
+from cutlayer.transport.proxy import Proxy, find_proxy
 from cutlayer.transport.tls import Credentials
 
-__all__ = ["Deadlines", "NetworkSettings", "check_settings", "host_port", "is_loopback", "route"]
+__all__ = ["Deadlines", "NetworkSettings", "check_settings", "host_port", "is_loopback", "proxy_to", "route"]
 
-_PORT_MAX: Final = 65535
 _TEXT_MAX: Final = 255  # characters
 
 
@@ -73,6 +76,7 @@ class NetworkSettings:
         addresses: Party -> host:port that others dial. A party without one dials out.
         listen: host:port to listen at, if not this party's own address.
         credentials: This party's certificate; None: plaintext, on this machine only.
+        proxy: "http://host:port" through which others are dialled, "none", or empty: what the machine is set to.
         run, digest: The run's name and the plan's digest, which must be the same everywhere.
         limit: The most bytes of payload that this party relays for others in one piece.
         deadlines, rhythm, limits: Times and bounds.
@@ -86,6 +90,7 @@ class NetworkSettings:
     digest: str
     listen: str = ""
     credentials: Credentials | None = field(default=None, repr=False)
+    proxy: str = field(default="", repr=False)  # it may hold a password
     deadlines: Deadlines = Deadlines()
     limit: int = 2**30
     rhythm: Rhythm = Rhythm()
@@ -123,7 +128,7 @@ def route(settings: NetworkSettings, other: str) -> Route:
 
 
 def check_settings(settings: NetworkSettings) -> None:
-    """Raise `ConfigError` E211 to E213 for settings that cannot work."""
+    """Raise `ConfigError` E211 to E214 for settings that cannot work."""
     where = f"party {settings.party}"
     parties = settings.parties
     strangers = [name for name in (settings.party, settings.coordinator, *settings.addresses) if name not in parties]
@@ -137,6 +142,9 @@ def check_settings(settings: NetworkSettings) -> None:
             code="E213",
         )
     _check_texts(settings, where)
+    for name in settings.others:
+        if route(settings, name) == "dial":
+            proxy_to(settings, name)
     if settings.coordinator not in settings.addresses:
         raise ConfigError(
             "the coordinator has no address",
@@ -158,6 +166,22 @@ def check_settings(settings: NetworkSettings) -> None:
             )
 
 
+def proxy_to(settings: NetworkSettings, other: str) -> Proxy | None:
+    """Return the proxy through which this party dials another, or None. Raises `ConfigError` E211, E212 or E214."""
+    host, port = host_port(settings.addresses[other])
+    proxy = find_proxy(settings.proxy, host, port)
+    if proxy is not None and settings.credentials is None:
+        raise ConfigError(
+            "without certificates, parties talk on one machine only",
+            where=f"party {settings.party}, dialling {other}",
+            expected="no proxy",
+            got=f"the proxy {proxy}",
+            remedy="make certificates with `cutlayer pki`, and give each party its own",
+            code="E211",
+        )
+    return proxy
+
+
 def _check_texts(settings: NetworkSettings, where: str) -> None:
     if settings.credentials is not None and settings.credentials.party != settings.party:
         raise ConfigError(
@@ -176,26 +200,3 @@ def _check_texts(settings: NetworkSettings, where: str) -> None:
             remedy="choose a shorter name",
             code="E213",
         )
-
-
-def host_port(address: str) -> tuple[str, int]:
-    """Split host:port or [IPv6]:port. Raises `ConfigError` E212."""
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (host and port.isascii() and port.isdigit() and 0 < int(port) <= _PORT_MAX):
-        raise ConfigError(
-            "an address is not host:port",
-            expected="such as hospital.example:7001",
-            got=repr(address),
-            remedy="correct it in the contract",
-            code="E212",
-        )
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether this is an address of the machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -16,9 +16,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cutlayer.errors import PeerError
+from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.transport.control import Notice
 from cutlayer.transport.peer import Peer, parcel_of
+from cutlayer.transport.reach import OF_PROXIES
 from cutlayer.transport.settings import NetworkSettings
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timer, Timers
@@ -36,6 +37,8 @@ class _View:
     incarnation: int = 0
     patience: Timer | None = None
     cause: str = ""
+    blocked: CutlayerError | None = None  # by this party's own proxy
+    told: str = ""  # the code of what people were told of that
 
 
 class Watch:
@@ -99,13 +102,23 @@ class Watch:
                 if party != self._settings.party and party in self._settings.parties:
                     self._mark(party, "coordinator", gone=message.event == "lost")
 
-    def failing(self, name: str, cause: str) -> None:
-        """Note why a link does not come up, for the error to come."""
-        with self._steward.changed:
-            self._views[name].cause = cause
+    def failing(self, name: str, cause: str, found: CutlayerError | None = None) -> None:
+        """Note why a link does not come up, for the error to come.
 
-    def absent(self) -> PeerError:
-        """Return the error for a rendezvous to which somebody did not come."""
+        If this party's own proxy is why, its people are told when that is found again: only they can help.
+        """
+        with self._steward.changed:
+            view = self._views[name]
+            before, view.cause = view.blocked, cause
+            view.blocked = found if found is not None and found.code in OF_PROXIES else None
+            if view.blocked is None or before is None or before.code != view.blocked.code or view.told == before.code:
+                return
+            view.told = before.code
+            what = {"party": name, "code": before.code, "what": before.what, "got": before.got}
+            self._steward.event("blocked", {**what, "remedy": before.remedy})
+
+    def absent(self) -> CutlayerError:
+        """Return the error for a rendezvous to which somebody did not come: E702, or that of our own proxy."""
         steward, settings = self._steward, self._settings
         with steward.changed:
             coordinator = self._views.get(settings.coordinator)
@@ -118,7 +131,10 @@ class Watch:
             missing = missing or (settings.coordinator,)
             names, cause = ", ".join(missing), ""
             if len(missing) == 1 and missing[0] in self._views:
-                cause = self._views[missing[0]].cause
+                view = self._views[missing[0]]
+                if view.blocked is not None:
+                    return view.blocked
+                cause = view.cause
             lost = [party for party in missing if party in self._gone]
             there = all(party in self._views and self._views[party].connected for party in missing)
             again = steward.member.session > 0
@@ -158,6 +174,7 @@ class Watch:
                 steward.event("waiting", {"parties": conductor.missing})
 
     def _up(self, name: str, view: _View) -> None:
+        view.blocked, view.told = None, ""
         if view.patience is not None:
             view.patience.cancel()
             view.patience = None
@@ -202,7 +219,7 @@ class Watch:
             needed = steward.member.session > 0 if central else steward.opened > steward.member.ended
             if view.connected or steward.closing or steward.member.done or not needed:
                 return
-            steward.fail(_lost(name, settings.deadlines.patience, view.cause))
+            steward.fail(view.blocked or _lost(name, settings.deadlines.patience, view.cause))
 
 
 def busy(watch: Watch) -> bool:

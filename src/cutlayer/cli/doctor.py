@@ -1,0 +1,162 @@
+"""`cutlayer doctor`: look at machine, files and network before a run; `--serve` lets others look at this server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cutlayer.cli.completion import complete_contract, complete_party_file
+from cutlayer.cli.console import JsonOption, Output, QuietOption, VerboseOption, reporting
+from cutlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cutlayer.run.doctor_rows import Row
+    from cutlayer.transport.probe_listener import Visit
+
+__all__ = ["doctor"]
+
+_WIDTH = 24  # of a row's name
+_AGAIN = 30.0  # seconds in which the same visit is told once
+_MOST = 10_000  # visits that are kept for --json
+
+
+def doctor(
+    contract: Annotated[
+        Path | None, typer.Argument(help="The contract.", show_default=False, autocompletion=complete_contract)
+    ] = None,
+    party: Annotated[
+        Path | None,
+        typer.Option("--party", help="This party's own file.", show_default=False, autocompletion=complete_party_file),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Listen as this party, answer the doctors of others, and say who came.")
+    ] = False,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01, max=1440, help="How long, with --serve.")] = 30.0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Look at this machine, this site's files and the way to the other parties, and say what to do.
+
+    Versions, memory, disk, certificates, modules, one batch of data, names, proxy, connection, whether the server
+    accepts our certificate, speed, clocks. Changes nothing and sends nothing of a run.
+    """
+    output = Output(json, quiet, verbose)
+    with reporting(output):
+        if serve:
+            _serve(contract, party, minutes, output)
+        else:
+            _examine(contract, party, output)
+
+
+def _examine(contract: Path | None, party: Path | None, output: Output) -> None:
+    from cutlayer.run.doctor import examine
+
+    rows: list[Row] = []
+    for row in examine(contract, party):
+        rows.append(row)
+        _show(row, output)
+    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "warning", "problem", "skipped")}
+    fields = ("name", "status", "seen", "do", "code")
+    output.document(
+        {"ok": not counts["problem"], **counts, "rows": [{name: getattr(row, name) for name in fields} for row in rows]}
+    )
+    found = [_plural(counts[status], status) for status in ("problem", "warning") if counts[status]]
+    missing = f"; {counts['skipped']} not looked at" if counts["skipped"] else ""
+    output.last(f"{', '.join(found) or 'all is well'}{missing}")
+    if counts["problem"]:
+        raise typer.Exit(1)
+
+
+def _show(row: Row, output: Output) -> None:
+    lines = [f"{row.status:<8} {row.name:<{_WIDTH}} {row.code + ' ' if row.code else ''}{row.seen}"]
+    lines += [f"{'':<8} do: {row.do}"] if row.do else []
+    for line in lines:
+        output.say(line)
+        if output.quiet and row.status == "problem":
+            typer.echo(line, err=True)
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _serve(contract_path: Path | None, party_path: Path | None, minutes: float, output: Output) -> None:
+    """Listen where the run would, until time is up or a person stops it."""
+    from cutlayer.run.config import load_contract
+    from cutlayer.run.launch import network_settings
+    from cutlayer.run.partyfile import load_party_file
+    from cutlayer.transport.probe_listener import ProbeListener
+    from cutlayer.transport.tls import check_credentials
+
+    if contract_path is None or party_path is None:
+        raise _unable("the contract and --party FILE", "one of them only")
+    contract, file = load_contract(contract_path), load_party_file(party_path)
+    settings = network_settings(contract, file)
+    if settings.credentials is None or not settings.port:
+        raise _unable("a party with certificates and an address in the contract", f"{file.name}, which has not both")
+    check_credentials(settings.credentials, now=datetime.now(UTC))
+    visits = _Visits(output)
+    listener = ProbeListener(
+        settings.port, settings.credentials, digest=settings.digest, parties=settings.parties, visited=visits.add
+    )
+    with listener:
+        output.note(f"listening at {settings.port} as {file.name} for {minutes:g} minutes; Ctrl-C ends it")
+        output.note("the others run: cutlayer doctor CONTRACT --party THEIR_FILE")
+        try:
+            threading.Event().wait(minutes * 60)
+        except KeyboardInterrupt:
+            output.note("stopped")
+    output.document(visits.document())
+    output.last(visits.summary())
+
+
+class _Visits:
+    """Tells each visit as it comes, and all in the end. Called from several threads."""
+
+    def __init__(self, output: Output) -> None:
+        self._output, self._lock = output, threading.Lock()
+        self._rows: list[dict[str, str]] = []
+        self._told: dict[tuple[str, ...], float] = {}
+
+    def add(self, visit: Visit) -> None:
+        """Take a visit; the same one within half a minute is told once."""
+        host = visit.address.rpartition(":")[0]
+        key, now = (host, visit.name, visit.result, visit.text), time.monotonic()
+        with self._lock:
+            again = now - self._told.get(key, -_AGAIN) < _AGAIN
+            if again or len(self._rows) >= _MOST:
+                return
+            self._told[key] = now
+            at = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            self._rows.append({"at": at, "address": visit.address, "name": visit.name, "result": visit.result})
+            self._rows[-1]["text"] = visit.text
+            self._output.say(f"{at}  {visit.result:<8} {visit.name or 'unknown'} from {host}: {visit.text}")
+
+    def document(self) -> dict[str, Any]:
+        """Return all visits as plain values."""
+        with self._lock:
+            return {"visits": list(self._rows)}
+
+    def summary(self) -> str:
+        """Return who was accepted, and how many were refused."""
+        with self._lock:
+            names = sorted({row["name"] for row in self._rows if row["result"] == "accepted"})
+            refused = sum(row["result"] == "refused" for row in self._rows)
+        return f"accepted: {', '.join(names) or 'nobody'}; refused: {refused}"
+
+
+def _unable(expected: str, got: str) -> ConfigError:
+    return ConfigError(
+        "this party cannot listen for the doctors of others",
+        where="doctor --serve",
+        expected=expected,
+        got=got,
+        remedy="run it at the coordinator: cutlayer doctor CONTRACT --party FILE --serve",
+        code="E215",
+    )

@@ -1,0 +1,170 @@
+"""`cutlayer predict`: the outputs of a trained plan for new samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cutlayer.cli.console import Output, shown_path
+from cutlayer.cli.processes import in_processes
+from cutlayer.cli.progress import RunProgress
+from cutlayer.cli.running import both, check_names, consent
+from cutlayer.core.inference import describe_prediction, prediction_bytes
+from cutlayer.errors import ConfigError
+from cutlayer.run.config import Contract, load_contract
+from cutlayer.run.launch import network_settings
+from cutlayer.run.partyfile import PartyFile, load_party_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cutlayer.run.outcome import Result
+
+__all__ = ["How", "predict_command"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """Where the parties are: by default all in this process.
+
+    Attributes:
+        processes: All here, each in a process of its own.
+        join: One here, the others predict from where they are.
+        accept: The digest of the contract that this site has accepted; for `join`.
+    """
+
+    processes: bool = False
+    join: bool = False
+    accept: str = ""
+
+
+def predict_command(
+    path: Path, party_files: Sequence[Path], weights: Path | None, folder: Path | None, output: Output, how: How
+) -> None:
+    """Predict, write the outputs that this side holds, and say where they are."""
+    contract = load_contract(path)
+    files = [load_party_file(file) for file in party_files]
+    if (how.processes and how.join) or (how.join and len(files) != 1):
+        raise ConfigError(
+            "these options do not go together",
+            where="cutlayer predict",
+            expected="one of --processes and --join; the latter with one party file",
+            got=f"{len(files)} party files",
+            remedy="choose where the parties are: all here, or one here and the others elsewhere",
+            code="E210",
+        )
+    if how.join:
+        _join(contract, files[0], weights, folder, output, how.accept)
+    else:
+        check_names(contract, files)
+        _all_here(contract, files, weights, folder, output, processes=how.processes)
+
+
+def _all_here(
+    contract: Contract,
+    files: Sequence[PartyFile],
+    weights: Path | None,
+    folder: Path | None,
+    output: Output,
+    *,
+    processes: bool,
+) -> None:
+    folder = new_folder(folder, Path("runs"), contract)
+    output.note(f"folder: {shown_path(folder)}")
+    if processes:
+        _, homes, seconds = in_processes(contract, files, folder, output, ["predict", "--join", *_given(weights)])
+        finish(contract, gather(contract, homes), seconds, folder, output)
+        return
+    from cutlayer.run.prediction import predict_here
+    from cutlayer.run.results import EventLog
+
+    parties = [file.party() for file in files]
+    progress = RunProgress(output, epochs=contract.plan.training.epochs)
+    with progress, EventLog(folder / "metrics.jsonl") as log:
+        result = predict_here(contract.plan, parties, weights=weights, notify=both(progress, log))
+    finish(contract, result.predictions, result.seconds, folder, output, moved(result))
+
+
+def _join(
+    contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, accepted: str
+) -> None:
+    from cutlayer.run.party import counts
+    from cutlayer.run.prediction import predict_with_others
+    from cutlayer.run.results import EventLog
+
+    network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    party = file.party()
+    samples = counts(party).get("predict", 0)
+    text = describe_prediction(contract.plan, file.name)
+    if samples:
+        most = prediction_bytes(contract.plan, file.name, samples)
+        text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
+    consent(contract, file, output, accepted, f"{text}\nprediction of {contract.plan.name}")
+    folder = new_folder(folder, file.folder, contract)
+    output.note(f"folder: {shown_path(folder)}")
+    progress = RunProgress(output, epochs=contract.plan.training.epochs)
+    with progress, EventLog(folder / "metrics.jsonl") as log:
+        result = predict_with_others(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
+    finish(contract, result.predictions, result.seconds, folder, output, moved(result))
+
+
+def new_folder(folder: Path | None, base: Path, contract: Contract) -> Path:
+    """Return the folder for a prediction's outputs; one that was named is made if it is missing."""
+    from cutlayer.run.results import new_run_folder
+
+    if folder is None:
+        return new_run_folder(base, f"{contract.plan.name}-prediction")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def moved(result: Result) -> dict[str, dict[str, int]]:
+    """Return party -> bytes that it sent and received."""
+    return {party: {way: ledger.total(way) for way in ("sent", "received")} for party, ledger in result.ledgers.items()}
+
+
+def gather(contract: Contract, homes: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Return the outputs that the parties have written, replica after replica."""
+    import safetensors.torch
+    import torch
+
+    held = {
+        party: safetensors.torch.load_file(home / "predictions.safetensors")
+        for party, home in homes.items()
+        if (home / "predictions.safetensors").exists()
+    }
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for outputs in held.values() for name in outputs):
+        places = dict.fromkeys(contract.plan.stage(name.partition(".")[0]).places)
+        found[name] = torch.cat([held[party][name] for party in places if name in held.get(party, {})])
+    return found
+
+
+def finish(
+    contract: Contract,
+    predictions: Mapping[str, Tensor],
+    seconds: float,
+    folder: Path,
+    output: Output,
+    flows: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
+    """Write the outputs, and say where they are in the last line."""
+    from cutlayer.run.prediction import write_predictions
+
+    outputs = write_predictions(folder, predictions)
+    output.say(f"{contract.plan.name}: prediction in {seconds:.1f} s")
+    for name, shape in outputs.items():
+        output.say(f"  {name}: {shape['dtype']}{shape['shape']}")
+    if not outputs:
+        output.say("  this party holds no outputs")
+    for party, ways in (flows or {}).items():
+        output.say(f"  {party}: sent {ways['sent']:,} B, received {ways['received']:,} B")
+    document: dict[str, Any] = {"outputs": outputs, "seconds": round(seconds, 3), "bytes": flows or {}}
+    output.document({**document, "results": str(folder.absolute())})
+    output.last(f"results: {shown_path(folder)}")
+
+
+def _given(weights: Path | None) -> list[str]:
+    return ["--weights", str(weights.absolute())] if weights is not None else []

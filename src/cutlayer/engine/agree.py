@@ -1,0 +1,227 @@
+"""Shared preprocessing: what the holders of a field tell each other of it, how that is put together, and its use.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E261 | DataError | a field cannot be preprocessed as the plan says, or has a value that was not agreed on |
+| E526 | ContractError | what a party tells of a field cannot be put together with the rest |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+
+from cutlayer.core.parts import Shared
+from cutlayer.engine.wire import Buffer
+from cutlayer.errors import ContractError, DataError
+
+__all__ = ["Agreed", "apply", "merge", "read", "summarise"]
+
+Entry = int | str
+_TEXT_MAX = 200  # bytes of an entry of a list
+
+
+class Agreed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of a field: first of one party's samples, then of all.
+
+    For "scale": `count`, `mean` and `squares` (the sum of squared differences from the mean), one number a column. For
+    lists: `values`, sorted.
+    """
+
+    kind: str
+    count: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+    values: tuple[Entry, ...] = ()
+
+    @property
+    def deviation(self) -> tuple[float, ...]:
+        """Return the standard deviation of the population, one number a column; 1 where all values are equal."""
+        found = (s / n if n else 0.0 for s, n in zip(self.squares, self.count, strict=True))
+        return tuple(v**0.5 if v > 0.0 else 1.0 for v in found)
+
+
+def summarise(shared: Shared, batches: Iterable[object], where: str) -> bytes:
+    """Return what a party tells of a field: an `Agreed` of its own samples, as msgpack.
+
+    `batches` are the field's values: tensors of shape (batch, ...), or lists of texts.
+
+    Raises:
+        DataError: E261, they are not what `shared` is for, or too many.
+    """
+    own = _moments(batches, where) if shared.kind == "scale" else _listed(shared, batches, where)
+    size = max(len(own.mean), len(own.values))
+    if size > shared.limit:
+        what = "columns" if shared.kind == "scale" else "values"
+        raise _unfit(shared, where, f"at most {shared.limit} {what}", f"{size}", "raise `limit` in the plan")
+    return msgspec.msgpack.encode(own)
+
+
+def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
+    """Put together what the parties told, in the order given: (party, message). Returns the total as msgpack.
+
+    Means and squares by Chan, Golub and LeVeque 1979 ("Updating formulae and a pairwise algorithm for computing sample
+    variances", eq. 2.1); lists by union.
+
+    Raises:
+        ContractError: E526, a message cannot be read, or the parties' fields differ.
+    """
+    total: Agreed | None = None
+    for party, message in told:
+        own = read(shared, message, party)
+        total = own if total is None else _together(shared, total, own, party)
+    if total is None:
+        raise ContractError("nobody holds the field", where=f"data.{shared.field}", code="E526")
+    if len(total.values) > shared.limit:
+        raise ContractError(
+            f"the field {shared.field!r} has more values than the plan allows",
+            expected=f"at most {shared.limit}",
+            got=str(len(total.values)),
+            remedy="raise `limit` of its preprocessing in the plan, at all parties",
+            code="E526",
+        )
+    return msgspec.msgpack.encode(total)
+
+
+def read(shared: Shared, message: Buffer, party: str) -> Agreed:
+    """Read a message of `party`. Raises `ContractError` E526 if it is no `Agreed` of this kind, within bounds."""
+    try:
+        own = msgspec.msgpack.decode(message, type=Agreed)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        own = Agreed("unreadable")
+    columns = {len(own.count), len(own.mean), len(own.squares)}
+    numbers = all(c >= 0 for c in own.count) and all(abs(m) < float("inf") for m in own.mean)
+    numbers = numbers and all(0.0 <= s < float("inf") for s in own.squares)
+    texts = all(isinstance(v, int) or len(v.encode()) <= _TEXT_MAX for v in own.values)
+    if own.kind != shared.kind or len(columns) != 1 or not numbers or not texts:
+        raise ContractError(
+            f"what {party!r} tells of the field {shared.field!r} cannot be used",
+            expected=f"the summary of a field to {shared.kind}",
+            remedy="install the same release of cutlayer, and use the same contract, at all parties",
+            code="E526",
+        )
+    return own
+
+
+def apply(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
+    """Return a field's values after preprocessing: same shape; "scale" keeps the dtype, lists give int64.
+
+    Raises:
+        DataError: E261, another number of columns, or a class that is not in the list.
+    """
+    if shared.kind == "scale":
+        return _scaled(shared, agreed, value, where)
+    places = {entry: place for place, entry in enumerate(agreed.values)}
+    entries, shape = _entries(shared, value, where)
+    if shared.kind == "categories":
+        return torch.tensor([places.get(entry, -1) + 1 for entry in entries]).reshape(shape)
+    unknown = sum(entry not in places for entry in entries)
+    if unknown:
+        raise _unfit(
+            shared, where, f"one of {len(places)} classes", f"{unknown} others in a batch", "remove these samples"
+        )
+    return torch.tensor([places[entry] for entry in entries], dtype=torch.int64).reshape(shape)
+
+
+def _scaled(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise _unfit(shared, where, "a floating tensor", type(value).__name__, "convert it in the data set")
+    columns = value.shape[1] if value.ndim > 1 else 1
+    if columns != len(agreed.mean):
+        raise _unfit(shared, where, f"{len(agreed.mean)} columns", f"{columns}", "give all parties the same columns")
+    shape = (1, columns, *[1] * (value.ndim - 2)) if value.ndim > 1 else (1,)
+    mean = torch.tensor(agreed.mean, dtype=torch.float64).reshape(shape)
+    deviation = torch.tensor(agreed.deviation, dtype=torch.float64).reshape(shape)
+    scaled = (value.double() - mean) / deviation
+    return torch.where(value.isnan(), 0.0, scaled).to(value.dtype)
+
+
+def _moments(batches: Iterable[object], where: str) -> Agreed:
+    total: Agreed | None = None
+    shared = Shared("", at="", kind="scale")
+    for value in batches:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise _unfit(shared, where, "a floating tensor", type(value).__name__, "convert it in the data set")
+        rows = value.double().movedim(1, -1).reshape(-1, value.shape[1]) if value.ndim > 1 else value.double()[:, None]
+        here = ~rows.isnan()
+        count = here.sum(0)
+        mean = rows.nansum(0) / count.clamp(min=1)
+        squares = torch.where(here, rows - mean, 0.0).square().sum(0)
+        if not bool(torch.isfinite(mean).all()):
+            raise _unfit(shared, where, "finite numbers, or NaN where a value is missing", "an infinity", "remove it")
+        own = Agreed("scale", tuple(count.tolist()), tuple(mean.tolist()), tuple(squares.tolist()))
+        total = own if total is None else _together(shared, total, own, where)
+    return total or Agreed("scale")
+
+
+def _together(shared: Shared, one: Agreed, other: Agreed, party: str) -> Agreed:
+    if shared.kind != "scale":
+        kinds = {type(value) for value in (*one.values, *other.values)}
+        if len(kinds) > 1:
+            raise _differ(shared, party, "whole numbers at all parties, or texts at all", "both")
+        return Agreed(shared.kind, values=_sorted({*one.values, *other.values}))
+    if len(one.count) != len(other.count):
+        raise _differ(shared, party, f"{len(one.count)} columns", f"{len(other.count)}")
+    rows = zip(one.count, one.mean, one.squares, other.count, other.mean, other.squares, strict=True)
+    joined = [_joined(*row) for row in rows]
+    return Agreed("scale", tuple(c for c, _, _ in joined), tuple(m for _, m, _ in joined), tuple(s for *_, s in joined))
+
+
+def _joined(n: int, mean: float, squares: float, m: int, other: float, more: float) -> tuple[int, float, float]:
+    count, gap = n + m, other - mean
+    if not count:
+        return 0, 0.0, 0.0
+    return count, mean + gap * m / count, squares + more + gap * gap * n * m / count
+
+
+def _listed(shared: Shared, batches: Iterable[object], where: str) -> Agreed:
+    seen: Counter[Entry] = Counter()
+    for value in batches:
+        seen.update(_entries(shared, value, where)[0])
+    kept = [entry for entry, times in seen.items() if times >= shared.least]
+    if len({type(entry) for entry in kept}) > 1:
+        raise _unfit(shared, where, "texts, or whole numbers", "both", "give one kind of values")
+    long = [entry for entry in kept if isinstance(entry, str) and len(entry.encode()) > _TEXT_MAX]
+    if long:
+        raise _unfit(shared, where, f"texts of at most {_TEXT_MAX} bytes", "longer ones", "shorten them")
+    return Agreed(shared.kind, values=_sorted(kept))
+
+
+def _sorted(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(sorted(entries, key=lambda entry: (isinstance(entry, str), entry)))
+
+
+def _entries(shared: Shared, value: object, where: str) -> tuple[list[Entry], tuple[int, ...]]:
+    """Return the values as a flat list, and their shape."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return [int(entry) for entry in value.flatten().tolist()], tuple(value.shape)
+    if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
+        return list(value), (len(value),)
+    got = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+    raise _unfit(shared, where, "whole numbers or texts", got, "convert it in the data set")
+
+
+def _unfit(shared: Shared, where: str, expected: str, got: str, remedy: str) -> DataError:
+    name = f"the field {shared.field!r}" if shared.field else "a field"
+    return DataError(
+        f"{name} cannot be preprocessed ({shared.kind})",
+        where=where,
+        expected=expected,
+        got=got,
+        remedy=remedy,
+        code="E261",
+    )
+
+
+def _differ(shared: Shared, party: str, expected: str, got: str) -> ContractError:
+    return ContractError(
+        f"the field {shared.field!r} is another one at {party!r}",
+        expected=expected,
+        got=got,
+        remedy="give all parties the same field, in the same form",
+        code="E526",
+    )

@@ -1,0 +1,201 @@
+"""Five lines: a user's model, cut, and trained across data holders in one process, by the same programs as anywhere.
+
+```python
+split = cl.split(model, at="layer2", example=images, labels="client")
+run = cl.fit(split, [loader_a, loader_b, loader_c], loss=nn.CrossEntropyLoss(), epochs=3)
+print(run.summary())
+run.report("report.html")
+run.save("joined.safetensors")
+```
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from cutlayer.core.parts import Training
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.tensors import dtype_name
+from cutlayer.errors import ConfigError, DataError
+from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.export import assemble
+from cutlayer.run.outcome import Result
+from cutlayer.run.party import Party
+from cutlayer.run.results import write_results
+from cutlayer.run.simulate import simulate
+
+if TYPE_CHECKING:
+    from cutlayer.models.split import Split
+
+__all__ = ["Run", "adam", "fit"]
+
+Data = Dataset[Any] | DataLoader[Any]
+LABEL = "label"
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return Adam with its usual settings: what `fit` trains with unless told otherwise."""
+    return torch.optim.Adam(parameters)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `fit` gives.
+
+    Attributes:
+        split: The model and its pieces.
+        result: Metrics, ledgers and trained stages; see `Result`.
+    """
+
+    split: Split
+    result: Result
+
+    def summary(self) -> str:
+        """Return the end of the run in a few lines."""
+        return self.result.summary()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trained weights of the uncut model, for its `load_state_dict(strict=True)`."""
+        return assemble(self.result)
+
+    def save(self, path: str | Path) -> None:
+        """Write the trained weights of the uncut model as safetensors."""
+        write_atomic(Path(path), safetensors.torch.save(self.state_dict()))
+
+    def report(self, path: str | Path = "report.html") -> Path:
+        """Write the report, one file that loads nothing; return its path."""
+        from cutlayer.report.write import write_report
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_results(Path(folder), self.result)
+            shutil.copyfile(write_report(folder, png=False).page, path)
+        return Path(path)
+
+
+def fit(
+    split: Split,
+    data: Data | Sequence[Data],
+    *,
+    loss: nn.Module | Callable[..., Tensor],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = adam,
+    evaluation: Data | Sequence[Data] | None = None,
+    party: Mapping[str, Any] | None = None,
+    **training: Any,  # noqa: ANN401 - fields of Training
+) -> Run:
+    """Train a split model with all parties in this process.
+
+    The model is trained in place: afterwards it holds the weights of the first data holder and of the server.
+
+    Args:
+        split: What `cutlayer.split` gave.
+        data: A loader or map-style data set, or one for each data holder. Items are tuples (inputs in the order of the
+            model's forward, then the label), or dictionaries of the model's arguments and "label".
+        loss: Called with (prediction, label); gives a scalar.
+        optimizer: Makes each party's optimizer from its parameters.
+        evaluation: The same as `data`, for evaluation.
+        party: More arguments of every `Party`: metrics, scheduler, autocast, device, seed...
+        training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... The batch size is that of
+            the loaders, unless given.
+
+    Raises:
+        ConfigError: E236, an argument that neither `Training` nor `Party` has, or unequal loaders.
+        DataError: E253, the data does not give the model's inputs and a label.
+        StageError, NonFiniteError: a module failed, or a value is not finite.
+    """
+    held = _listed(data)
+    names = ["client"] if len(held) == 1 else [f"client-{place + 1}" for place in range(len(held))]
+    sample = _sample(held[0], split)
+    _check_names(training, dict(party or {}))
+    plan = split.plan(
+        names[0] if len(names) == 1 else names,
+        label=LABEL,
+        label_spec=TensorSpec(dtype_name(sample.dtype), ("batch", *sample.shape[1:])),
+        training=Training(**{**_of_loaders(held), **training}),
+    )
+    tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
+    if len(tried) != len(held):
+        raise _odd("as many data sets for evaluation as for training", f"{len(tried)} and {len(held)}")
+    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, LABEL], **(party or {})}
+    server = {**given, "metrics": {}} if split.labels == "client" else given
+    client = given if split.labels == "client" else {**given, "metrics": {}}
+    parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]
+    for place, (name, mine, other) in enumerate(zip(names, held, tried, strict=True)):
+        modules = _modules(split, "client", loss, copied=place > 0)
+        parties.append(Party(name, modules=modules, data=mine, evaluation=other, **client))
+    return Run(split, simulate(plan, parties))
+
+
+def _modules(
+    split: Split, place: str, loss: nn.Module | Callable[..., Tensor], *, copied: bool
+) -> dict[str, nn.Module | Callable[..., Tensor]]:
+    found: dict[str, nn.Module | Callable[..., Tensor]] = dict(split.modules(place, copied=copied))
+    return {**found, "loss": loss} if split.labels == place else found
+
+
+def _listed(data: Data | Sequence[Data]) -> list[Data]:
+    return list(data) if isinstance(data, list | tuple) else [data]  # type: ignore[list-item]
+
+
+def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
+    """Return the batch size and drop_last of the loaders, which must be alike."""
+    loaders = [one for one in held if isinstance(one, DataLoader)]
+    found = {(one.batch_size, one.drop_last) for one in loaders if one.batch_size is not None}
+    if len(found) > 1:
+        raise _odd("loaders with one batch_size and drop_last", ", ".join(str(pair) for pair in sorted(found)))
+    return {"batch_size": next(iter(found))[0], "drop_last": next(iter(found))[1]} if found else {}
+
+
+def _sample(data: Data, split: Split) -> Tensor:
+    """Return the labels of two samples, after a look at what the data gives."""
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    collate = data.collate_fn if isinstance(data, DataLoader) else default_collate
+    batch = collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+    wanted = [*split.cut.inputs, LABEL]
+    if isinstance(batch, Mapping):
+        label = batch.get(LABEL)
+        fits = all(name in batch for name in wanted)
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [batch]
+        fits, label = len(values) == len(wanted), values[-1]
+    if not fits or not isinstance(label, Tensor):
+        raise DataError(
+            "the data does not give the model's inputs and a label",
+            where="the first items of the data",
+            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these",
+            got=f"fields {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(values)} values",
+            remedy="let the data set give these; the names are those of the model's forward",
+            code="E253",
+        )
+    return label
+
+
+def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(Training)}
+    own = {field.name for field in fields(Party)} - {"name", "modules", "data", "evaluation", "optimizer", "_"}
+    for given, allowed, what in ((training, known, "fit"), (party, own, "party")):
+        stray = sorted(given.keys() - allowed)
+        if stray:
+            hint = "give it in party={...}" if stray[0] in own else "correct its name"
+            raise ConfigError(
+                f"{what} has no setting {stray[0]!r}",
+                expected=f"one of {', '.join(sorted(allowed))}",
+                got=", ".join(stray),
+                remedy=hint,
+                code="E236",
+            )
+
+
+def _odd(expected: str, got: str) -> ConfigError:
+    return ConfigError(
+        "the loaders do not fit each other", expected=expected, got=got, remedy="make them alike", code="E236"
+    )

@@ -1,0 +1,1 @@
+"""Models: cutting a user's module into pieces, and assembling it back."""

@@ -1,0 +1,79 @@
+"""Comparing the pieces with the model, on the example, in train mode and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.errors import StageError
+from cutlayer.models.example import Arguments, undisturbed
+from cutlayer.models.pieces import Piece
+
+__all__ = ["check", "run_pieces"]
+
+
+def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """Run the pieces one after another; return the outputs of each.
+
+    Args:
+        pieces: The pieces in order.
+        inputs: The model's inputs by argument name, each of shape (batch, ...).
+    """
+    outputs: list[tuple[Tensor, ...]] = []
+    known: dict[str, Tensor] = {f"data.{name}": value for name, value in inputs.items()}
+    for index, piece in enumerate(pieces):
+        found = piece.module(*(known[source] for source in piece.inputs))
+        outputs.append(found if isinstance(found, tuple) else (found,))
+        known |= {f"{index}.{port}": value for port, value in zip(piece.outputs, outputs[-1], strict=True)}
+    return outputs
+
+
+def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick: Callable[[Any], Any]) -> None:
+    """Run model and pieces from the same random state and compare, bit for bit on the CPU.
+
+    Raises:
+        StageError: the outputs differ (E321).
+    """
+    inputs = arguments.resized(3).tensors
+    modules = [piece.module for piece in pieces]
+    for mode in (False, True):
+        with undisturbed(model, *modules), torch.no_grad():
+            model.train(mode)
+            whole = pick(model(**{**arguments.constants, **_copies(inputs)}))
+        with undisturbed(model, *modules), torch.no_grad():
+            for module in modules:
+                module.train(mode)
+            got = run_pieces(pieces, _copies(inputs))[-1][0]
+        if not isinstance(got, Tensor) or not _same(whole, got):
+            raise StageError(
+                "the pieces do not give what the model gives",
+                where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
+                expected="the same output for the example",
+                got=_difference(whole, got),
+                remedy="the model's forward does something that tracing does not see (global state, hooks, isinstance "
+                "checks of tensors); cut elsewhere, or hand in the stages by hand",
+                code="E321",
+            )
+
+
+def _copies(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in inputs.items() if value is not None}
+
+
+def _same(whole: Tensor, got: Tensor) -> bool:
+    if whole.shape != got.shape or whole.dtype != got.dtype:
+        return False
+    if got.device.type == "cpu":
+        return torch.allclose(whole, got, rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(whole, got, rtol=1e-3, atol=1e-5, equal_nan=True)  # kernels there may add in any order
+
+
+def _difference(whole: Any, got: Any) -> str:  # noqa: ANN401
+    if not isinstance(got, Tensor):
+        return f"a {type(got).__name__}"
+    if whole.shape != got.shape:
+        return f"shape {list(got.shape)} instead of {list(whole.shape)}"
+    return f"outputs that differ by up to {(whole.double() - got.double()).abs().max().item():.3g}"

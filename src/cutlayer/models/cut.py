@@ -1,0 +1,153 @@
+"""Cutting a user's model into pieces.
+
+| code | when |
+|---|---|
+| E310 | no submodule of that name, or several |
+| E311 | the submodule is never called, is inside a block, or its stack is called twice |
+| E312 | nothing is computed on one side of a cut point |
+| E313 | the model's forward cannot be followed |
+| E314 | control flow depends on the values of data, or on the batch size |
+| E315 | a value that would cross is not a tensor, or a size is not known after the cut |
+| E316 | a write in place whose effect the cut would lose |
+| E317 | the model's output is not one tensor |
+| E318 | the model has no parameter to train |
+| E320 | train mode and evaluation send different values across the cut |
+| E321 | the pieces do not give what the model gives |
+| E322 | a piece meets another size than the model was cut for |
+| E325 | the example does not fit the model's forward |
+| E326 | an example is needed |
+| E327 | an argument of `cut` is wrong |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cutlayer.errors import StageError
+from cutlayer.models.check import check, run_pieces
+from cutlayer.models.example import Arguments, Example, arguments_of
+from cutlayer.models.names import Point, resolve
+from cutlayer.models.output import Key, picker
+from cutlayer.models.pieces import Piece, Pieces, sliced, traced
+from cutlayer.models.sequential import sliceable
+
+__all__ = ["Cut", "Piece", "compose", "cut"]
+
+METHODS = ("auto", "sequential", "fx")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A model cut into pieces.
+
+    Attributes:
+        pieces: The pieces in the order in which they run: one more than there are cut points.
+        points: Qualified names of the submodules after which it is cut, in the order in which they run.
+        ties: What several pieces share: (name, piece, name, piece). These are parameters (the same object in both
+            pieces, under these names), and buffers that training changes. Pieces at one party may share; pieces at
+            different parties may not, and it is for the caller to refuse them.
+        inputs: The model's inputs: names of the arguments of its forward that are tensors.
+        method: "sequential" (sliced) or "fx" (traced).
+        checked: Whether the pieces were compared with the model on an example.
+    """
+
+    pieces: tuple[Piece, ...]
+    points: tuple[str, ...]
+    ties: tuple[tuple[str, int, str, int], ...]
+    inputs: tuple[str, ...]
+    method: str
+    checked: bool
+
+
+def cut(
+    model: nn.Module,
+    at: Point | Sequence[Point],
+    *,
+    example: Example | None = None,
+    method: str = "auto",
+    output: Key = None,
+) -> Cut:
+    """Cut a model after the named submodules.
+
+    Everything that the model computes up to and including the last step of a named submodule lies before the cut. All
+    values that are made before a cut and used after it cross: skip connections too, and directly from the piece that
+    makes them to each that uses them. Sizes, constants and buffers do not cross; each piece computes its own. A
+    submodule that is called several times is cut after its last call.
+
+    Args:
+        model: The user's model; it is not changed, and the pieces use its own parameters.
+        at: One cut point or several, in any order. Each is the qualified name of a submodule ("layer2.0.conv1"), the
+            end of one if that is unique, or an index: of a child of an `nn.Sequential`, or of a block if the model has
+            one list of blocks. The cut is *after* it: k points give k + 1 pieces.
+        example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
+            argument name; tensors of shape (batch, ...), any batch. With it, decisions by size are followed, writes in
+            place are found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the
+            CPU), so give it where you can. Three samples are used; nothing leaves the process.
+        method: "sequential" slices, "fx" traces, "auto" slices where that is possible.
+        output: Which field or index of the model's output to take, if it is not one tensor; `logits` is taken by
+            itself.
+
+    Returns:
+        The pieces, and what they share.
+
+    Raises:
+        StageError: the model cannot be cut there; the text names the operation and what to do (codes above).
+    """
+    pieces, arguments, chosen = cut_unchecked(model, at, example=example, method=method, output=output)
+    if arguments.batch:
+        check(model, pieces.pieces, arguments, picker(model, output))
+    return Cut(pieces.pieces, pieces.points, pieces.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
+
+
+def cut_unchecked(
+    model: nn.Module, at: Point | Sequence[Point], *, example: Example | None, method: str, output: Key
+) -> tuple[Pieces, Arguments, str]:
+    """Cut without comparing; return the pieces, what forward is called with, and the method."""
+    if method not in METHODS:
+        raise StageError(
+            f"unknown method {method!r}", expected=f"one of {', '.join(METHODS)}", remedy="leave it out", code="E327"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise StageError(
+            "the model has no parameter to train",
+            where=type(model).__name__,
+            expected="at least one parameter with requires_grad",
+            remedy="build the model before it is cut (lazy modules: run it once), or unfreeze a part of it",
+            code="E318",
+        )
+    arguments = arguments_of(model, example)
+    names = [resolve(model, point) for point in ([at] if isinstance(at, str | int) else at)]
+    if not names:
+        raise StageError("no cut point", expected="at least one submodule", remedy="name one in at=", code="E327")
+    can_slice = sliceable(model, names) and output is None
+    if method == "sequential" and not can_slice:
+        raise StageError(
+            "only an nn.Sequential can be sliced",
+            where=f"at={', '.join(map(repr, names))} in {type(model).__name__}",
+            expected="children of nn.Sequentials nested in each other, from the model itself downwards",
+            remedy="leave method out",
+            code="E313",
+        )
+    if can_slice and method != "fx":
+        return sliced(model, names, arguments), arguments, "sequential"
+    return traced(model, names, arguments, picker(model, output)), arguments, "fx"
+
+
+def compose(cut: Cut, inputs: Example) -> Tensor:
+    """Run the pieces by hand, one after another, as the uncut model would run.
+
+    Args:
+        cut: The cut model.
+        inputs: As `example` of `cut`.
+
+    Returns:
+        The model's output tensor; gradients flow through all pieces.
+    """
+    if isinstance(inputs, Tensor):
+        named = {cut.inputs[0]: inputs}
+    else:
+        named = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(cut.inputs, inputs, strict=False))
+    return run_pieces(cut.pieces, named)[-1][0]

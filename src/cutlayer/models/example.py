@@ -1,0 +1,148 @@
+"""Example inputs of a model, and running a model on them without a trace left in it."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer.errors import StageError
+from cutlayer.models.steps import every_module
+
+__all__ = ["Arguments", "Example", "arguments_of", "undisturbed"]
+
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model's `forward` is called with, by name.
+
+    Attributes:
+        tensors: The inputs: tensors that have a batch, by the name of the argument of `forward`, in its order. None
+            stands for a tensor that is not known (no example was given).
+        constants: All other arguments that are given.
+        batch: Samples in the tensors; 0 where they are not known.
+    """
+
+    tensors: dict[str, Tensor | None]
+    constants: dict[str, Any]
+    batch: int
+
+    def resized(self, batch: int) -> Arguments:
+        """Return the same arguments with another number of samples; samples are repeated if there are too few."""
+        tensors = {}
+        for name, value in self.tensors.items():
+            index = torch.arange(batch, device=value.device) % self.batch if value is not None else None
+            tensors[name] = value if value is None or not _batched(value, self.batch) else value.detach()[index].clone()
+        return Arguments(tensors, self.constants, batch)
+
+
+def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
+    """Sort out an example: which tensors the model's `forward` gets, under which names.
+
+    Args:
+        model: The model.
+        example: One tensor; or the positional arguments as a tuple or list; or the arguments by name. Tensors of shape
+            (batch, ...). Without an example, every argument of `forward` that has no default is taken for a tensor.
+
+    Raises:
+        StageError: the example does not fit `forward`, or holds no tensor with a batch (E325).
+    """
+    signature = inspect.signature(model.forward)
+    if example is None:
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        free = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in kinds]
+        return Arguments(dict.fromkeys(free), {}, 0)
+    given = _bind(signature, example)
+    nested = [name for name, value in given.items() if not isinstance(value, Tensor) and _holds_tensor(value)]
+    if nested:
+        raise _misfit(f"argument {nested[0]!r} is a {type(given[nested[0]]).__name__} that holds tensors")
+    tensors: dict[str, Tensor | None] = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    sizes = [value.shape[0] for value in tensors.values() if value is not None and value.dim()]
+    if not sizes or not sizes[0]:
+        raise _misfit("no tensor with a batch in the example")
+    return Arguments(tensors, {name: value for name, value in given.items() if name not in tensors}, sizes[0])
+
+
+def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
+    try:
+        if isinstance(example, Mapping):
+            bound = signature.bind(**example)
+        else:
+            bound = signature.bind(*([example] if isinstance(example, Tensor) else example))
+    except TypeError as error:
+        raise _misfit(str(error)) from None
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise _misfit(f"forward takes its inputs as *{name}, without names")
+        else:
+            given[name] = value
+    return given
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_tensor(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+def _batched(value: Tensor, batch: int) -> bool:
+    return value.dim() > 0 and value.shape[0] == batch
+
+
+def _misfit(got: str) -> StageError:
+    return StageError(
+        "the example does not fit the model's forward",
+        expected="one tensor, a tuple of positional arguments, or a dict of arguments by name, tensors with the batch "
+        "first",
+        got=got,
+        remedy="give each tensor as an argument of its own, named in forward, with at least one sample",
+        code="E325",
+    )
+
+
+@contextmanager
+def undisturbed(*modules: nn.Module) -> Iterator[None]:
+    """Put back, at the end, all that running a model may change.
+
+    These are: train mode of each submodule, values of buffers, gradients of parameters, and the state of the random
+    generators (of torch on the CPU and on the devices in use, of numpy, of Python).
+    """
+    everything = {module: module.training for owner in modules for module in every_module(owner)}
+    buffers = {(module, name): value for module in everything for name, value in module._buffers.items()}
+    copies = {key: value.detach().clone() for key, value in buffers.items() if value is not None}
+    parameters = [parameter for owner in modules for parameter in owner.parameters()]
+    gradients = [parameter.grad for parameter in parameters]
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda" and p.device.index is not None})
+    python, numpy = random.getstate(), np.random.get_state()
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in everything.items():
+            module.training = training
+        with torch.no_grad():
+            for (module, name), value in buffers.items():
+                module._buffers[name] = value
+                if value is not None and not torch.equal(value, copies[module, name]):
+                    value.copy_(copies[module, name])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient

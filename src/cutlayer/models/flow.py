@@ -1,0 +1,210 @@
+"""Which piece each step belongs to, and which values cross from piece to piece."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer.errors import StageError
+from cutlayer.models.kinds import is_item, is_size, writes
+from cutlayer.models.steps import Ref, Step, hold, refs, substitute
+from cutlayer.models.trace import Trace
+
+__all__ = ["Flow", "flow_of", "positions"]
+
+
+@dataclass
+class Flow:
+    """A trace with its steps placed.
+
+    Attributes:
+        trace: The trace.
+        points: Names of the cut points, in order.
+        place: Piece of each step that is run once; steps that are computed again where needed are not in it.
+        ordinary: Steps that are run once, in order.
+        derived: Names of steps that each piece computes for itself.
+    """
+
+    trace: Trace
+    points: tuple[str, ...]
+    place: dict[str, int]
+    ordinary: list[Step] = field(default_factory=list)
+    derived: set[str] = field(default_factory=set)
+
+    def of_piece(self, piece: int) -> list[Step]:
+        """Return the steps of a piece that are run once."""
+        return [step for step in self.ordinary if self.place[step.name] == piece]
+
+    def needs(self, piece: int) -> list[str]:
+        """Name what a piece's own steps use of inputs and of earlier pieces, in the order in which it was made."""
+        used = {name for step in self.of_piece(piece) for name in refs(step)}
+        if piece == len(self.points):
+            used.add(self.trace.output)
+        made = [*self.trace.inputs, *(step.name for step in self.ordinary)]
+        return [name for name in made if name in used and self.place.get(name, -1) < piece]
+
+
+def positions(trace: Trace, points: Sequence[str]) -> list[int]:
+    """Return, for each cut point, the index of the last step that runs in that submodule.
+
+    Raises:
+        StageError: the submodule is never called (E311).
+    """
+    found = []
+    for point in points:
+        inside = [i for i, step in enumerate(trace.steps) if step.path == point or step.path.startswith(f"{point}.")]
+        if not inside:
+            raise StageError(
+                f"no cut after {point!r}: it is never called",
+                where=f"at={point!r}",
+                expected="a submodule that the model's forward calls",
+                remedy="name a submodule that it calls, by the name under which the model holds it first; "
+                "cutlayer.models.candidates(model, example) lists all of them",
+                code="E311",
+            )
+        found.append(inside[-1])
+    return found
+
+
+def flow_of(trace: Trace, points: Sequence[str]) -> Flow:
+    """Place the steps of a trace. `points` are in the order in which they run.
+
+    Raises:
+        StageError: a piece would do nothing (E312), or a value that crosses is not a tensor (E315).
+    """
+    ends = positions(trace, points)
+    derived = _derived(trace)
+    place = {
+        step.name: sum(end < index for end in ends)
+        for index, step in enumerate(trace.steps)
+        if step.name not in derived and step.op != "state"
+    }
+    flow = Flow(trace, tuple(points), place, derived=derived)
+    flow.ordinary = [step for step in trace.steps if step.name in place]
+    _drop_unused_items(flow)
+    _pull_items(flow)
+    _spread_tuples(flow)
+    _pull_checks(flow)
+    _check_work(flow)
+    return flow
+
+
+def _derived(trace: Trace) -> set[str]:
+    """Return the steps that may be computed again: not those whose memory is written to, nor what follows from them."""
+    written = {name for names in trace.written.values() for name in names}
+    written |= {name for step in trace.steps if writes(step, trace.modules) for name in list(refs(step))[:1]}
+    kept: set[str] = set()
+    for step in trace.steps:
+        if step.name in trace.derived and step.name not in written:
+            if is_size(step) or all(name in kept for name in refs(step)):
+                kept.add(step.name)
+    return kept
+
+
+def _drop_unused_items(flow: Flow) -> None:
+    """Leave out fields and items that nobody uses: looking at them does nothing."""
+    used = {name for step in flow.trace.steps for name in refs(step)} | {flow.trace.output}
+    flow.ordinary = [step for step in flow.ordinary if step.name in used or not is_item(step)]
+
+
+def _pull_items(flow: Flow) -> None:
+    """Take an item of a tuple in the piece that makes the tuple, so that the item crosses and not the tuple."""
+    for step in flow.ordinary:
+        if is_item(step):
+            owner = step.args[0].name
+            if owner in flow.place and not isinstance(flow.trace.values.get(owner), Tensor):
+                flow.place[step.name] = flow.place[owner]
+
+
+def _pull_checks(flow: Flow) -> None:
+    """Check a size in the piece where the tensor is that has this size."""
+    by_name = {step.name: step for step in flow.trace.steps}
+    for step in flow.ordinary:
+        if step.target is not hold:
+            continue
+        bases, todo = [], list(refs(step))
+        while todo:
+            name = todo.pop()
+            if name in flow.derived:
+                todo += refs(by_name[name])
+            elif name in flow.place:
+                bases.append(flow.place[name])
+            else:
+                users = [flow.place[s.name] for s in flow.ordinary if s.target is not hold and name in refs(s)]
+                bases.append(min(users, default=0))
+        flow.place[step.name] = max(bases, default=0)
+
+
+def _spread_tuples(flow: Flow) -> None:
+    """Let the items of a tuple, list or dict that crosses whole cross one by one, and put it together again there."""
+    for piece in range(1, len(flow.points) + 1):
+        for name in flow.needs(piece):
+            value = flow.trace.values.get(name)
+            if name in flow.trace.inputs or isinstance(value, Tensor) or (name not in flow.trace.values):
+                continue
+            whole = _spread(flow, name, value)
+            for index, step in enumerate(flow.ordinary):
+                if flow.place[step.name] > flow.place[name]:
+                    flow.ordinary[index] = _replaced(step, name, whole)
+
+
+def _replaced(step: Step, name: str, whole: Any) -> Step:  # noqa: ANN401
+    def change(ref: Ref) -> Any:  # noqa: ANN401
+        return whole if ref.name == name else ref
+
+    return replace(step, args=substitute(step.args, change), kwargs=substitute(dict(step.kwargs), change))
+
+
+def _spread(flow: Flow, name: str, value: Any) -> Any:  # noqa: ANN401
+    """Return the structure of a value with `Ref`s for its tensors, and add the steps that take them out."""
+    if isinstance(value, Tensor):
+        return Ref(name)
+    if value is None:
+        return None
+    if type(value) in (tuple, list):
+        return type(value)(_spread(flow, _item(flow, name, index), item) for index, item in enumerate(value))
+    if type(value) is dict:
+        return {key: _spread(flow, _item(flow, name, key), item) for key, item in value.items()}
+    maker = next(step for step in flow.ordinary if step.name == name)
+    raise StageError(
+        "a value that would cross the cut is not a tensor",
+        where=str(maker),
+        expected="a tensor, or a tuple, list or dict of tensors",
+        got=type(value).__name__,
+        remedy="cut before or after its use, or make it a tensor",
+        code="E315",
+    )
+
+
+def _item(flow: Flow, name: str, key: Any) -> str:  # noqa: ANN401
+    """Add, right after a step, one that takes an item of its result; return the item's name."""
+    item = f"{name}[{key}]"
+    if item not in flow.place:
+        index = next(i for i, step in enumerate(flow.ordinary) if step.name == name)
+        maker = flow.ordinary[index]
+        taken = Step(item, "function", operator.getitem, (Ref(name), key), {}, maker.path, maker.line)
+        flow.ordinary.insert(index + 1, taken)
+        flow.place[item] = flow.place[name]
+        flow.trace.values[item] = flow.trace.values[name][key]
+    return item
+
+
+def _check_work(flow: Flow) -> None:
+    """Refuse a piece without steps, and one whose results nobody uses."""
+    last = len(flow.points)
+    for piece in range(last + 1):
+        if any(step.target is not hold for step in flow.of_piece(piece)):
+            continue
+        before = flow.points[piece - 1]
+        after = f"and before the cut after {flow.points[piece]!r}" if piece < last else "before the output"
+        raise StageError(
+            f"nothing is computed after {before!r} {after}",
+            where=f"at={before!r}",
+            expected="a cut point with operations on both sides",
+            remedy="leave this cut point out, or name another",
+            code="E312",
+        )

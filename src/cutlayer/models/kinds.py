@@ -1,0 +1,113 @@
+"""What kind of step a step is: known from sizes alone, random, writing in place, taking one item of a tuple."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutlayer.models.steps import Ref, Step, hold, refs
+
+__all__ = ["is_derived", "is_item", "is_size", "writes"]
+
+_SIZE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout"})
+_SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "get_device"})
+_SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({len, torch.numel, torch.is_floating_point})
+_RANDOM = frozenset(
+    [
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "bernoulli",
+        "multinomial",
+        "normal",
+        "poisson",
+        "empty",
+        "empty_like",
+        "new_empty",
+    ]
+)
+_WRITING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(operator, name)
+    for name in [
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "imatmul",
+        "ilshift",
+        "irshift",
+        "setitem",
+        "delitem",
+    ]
+)
+
+
+def is_size(step: Step) -> bool:
+    """Say whether a step asks a value only for its shape, dtype or device."""
+    if not step.args or not isinstance(step.args[0], Ref):
+        return False
+    if step.op == "method":
+        return step.target in _SIZE_METHODS
+    if step.target is getattr:
+        return step.args[1] in _SIZE_ATTRIBUTES
+    return step.op == "function" and step.target in _SIZE_FUNCTIONS
+
+
+def is_item(step: Step) -> bool:
+    """Say whether a step takes one item out of a tuple, list or dict, or one field out of an object."""
+    if step.target is not operator.getitem and step.target is not getattr:
+        return False
+    return isinstance(step.args[0], Ref) and isinstance(step.args[1], int | str) and not is_size(step)
+
+
+def is_derived(step: Step, derived: set[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Say whether a step needs no data: only sizes, constants, buffers, and other such steps (`derived`).
+
+    Such a step is computed again in each piece that needs it, instead of crossing a cut.
+    """
+    if is_size(step):
+        return True
+    if step.target is hold or writes(step, modules):
+        return False
+    if step.op == "state":
+        return False  # the caller knows whether it is a buffer
+    if step.op == "module":
+        inside = modules[step.name]
+        if next(inside.parameters(), None) is not None or any(_draws(module) for module in inside.modules()):
+            return False
+    name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
+    return name not in _RANDOM and all(ref in derived for ref in refs(step))
+
+
+def _draws(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU)
+
+
+def writes(step: Step, modules: Mapping[str, nn.Module]) -> bool:
+    """Say whether a step writes in place, or may do so: an operator such as `+=`, `relu_`, `inplace=True`, `out=`.
+
+    Without an example nobody sees into a submodule, so one that holds an in-place module counts.
+    """
+    if step.op == "module":
+        return any(getattr(module, "inplace", False) is True for module in modules[step.name].modules())
+    if step.op == "method":
+        return step.target.endswith("_") and not step.target.endswith("__")
+    if step.op == "function":
+        name = getattr(step.target, "__name__", "")
+        named = name.endswith("_") and not name.endswith("__")
+        return named or step.target in _WRITING or step.kwargs.get("inplace") is True or "out" in step.kwargs
+    return False

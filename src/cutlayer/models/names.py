@@ -1,0 +1,143 @@
+"""Finding the submodule that a user means by a cut point."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cutlayer.errors import StageError
+from cutlayer.models.stacks import PROVEN, Layout, layout_of
+
+__all__ = ["InStack", "Point", "first_name", "in_stack", "resolve", "stacks_of"]
+
+Point = str | int
+
+
+@dataclass(frozen=True)
+class InStack:
+    """A cut point inside a stack of blocks: the stack's path and form, and how many blocks lie before the cut."""
+
+    path: str
+    layout: Layout
+    before: int
+
+
+def resolve(model: nn.Module, at: Point) -> str:
+    """Return the qualified name of the submodule after which to cut.
+
+    Args:
+        model: The model.
+        at: A submodule's qualified name, or the end of one if no other ends so ("h.3" for "transformer.h.3"); or an
+            index: of a child if the model is an `nn.Sequential`, else of a block if the model has one list of blocks.
+
+    Raises:
+        StageError: there is no such submodule, or several (E310).
+    """
+    if isinstance(at, int) and not isinstance(at, bool):
+        return _by_index(model, at)
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    found = [at] if at in names else [name for name in names if name.endswith(f".{at}")]
+    if len(found) != 1:
+        near = difflib.get_close_matches(str(at), names, n=3) or list(names)[:3]
+        raise _unknown(model, at, f"the names {', '.join(found)}" if found else "no such name", near)
+    return found[0]
+
+
+def first_name(model: nn.Module, name: str) -> str:
+    """Return the name under which the model holds a submodule first: tracing knows a shared one by it."""
+    module = model.get_submodule(name)
+    return next(path for path, other in model.named_modules() if other is module)
+
+
+def _by_index(model: nn.Module, at: int) -> str:
+    if isinstance(model, nn.Sequential):
+        children = list(model._modules)
+    else:
+        lists = _lists(model)
+        if len(lists) != 1:
+            got = f"{len(lists)} lists of blocks" + (f": {', '.join(lists)}" if lists else "")
+            raise _unknown(model, at, got, [name for name, _ in model.named_children()][:3])
+        children = [f"{lists[0]}.{name}" for name, _ in model.get_submodule(lists[0]).named_children()]
+    if not 0 <= at < len(children):
+        raise _unknown(model, at, f"{len(children)} children", [str(len(children) - 1)])
+    return children[at]
+
+
+def _lists(model: nn.Module) -> list[str]:
+    """Return the paths of the lists of blocks that are not inside another."""
+    stacks = stacks_of(model)
+    if stacks:
+        return [f"{path}.{layout.blocks}".removeprefix(".") for path, layout in stacks.items()]
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            found.append(path)
+    return found
+
+
+def stacks_of(model: nn.Module) -> dict[str, Layout]:
+    """Return the stacks of blocks in a model, by path; those inside another are left out."""
+    found: dict[str, Layout] = {}
+    for path, module in model.named_modules():
+        if "" in found or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        layout = layout_of(module)
+        if layout is not None:
+            found[path] = layout
+    return found
+
+
+def in_stack(model: nn.Module, name: str, *, checked: bool) -> InStack | None:
+    """Return where in a stack of blocks a cut point lies; None if it is in none.
+
+    Args:
+        model: The model.
+        name: A qualified name of `resolve`.
+        checked: Whether an example will prove the pieces equal; a stack that the tests do not know needs it.
+
+    Raises:
+        StageError: the point is inside a block (E311), or the stack is not known and there is no example (E326).
+    """
+    for path, layout in stacks_of(model).items():
+        inner = name.removeprefix(f"{path}.") if path else name
+        if path and inner == name:
+            continue
+        if inner not in layout.points:
+            raise _inside(name, path, layout)
+        kind = type(model.get_submodule(path)).__name__
+        if kind not in PROVEN and not checked:
+            raise StageError(
+                f"{kind} has the form of a known stack of blocks, but is not one that has been tried",
+                where=f"at={name!r}",
+                remedy="pass example=, so that the pieces are compared with the model",
+                code="E326",
+            )
+        before = int(inner.rpartition(".")[2]) + 1 if inner.startswith(f"{layout.blocks}.") else 0
+        return InStack(path, layout, before)
+    return None
+
+
+def _inside(name: str, path: str, layout: Layout) -> StageError:
+    points = [f"{path}.{point}".removeprefix(".") for point in layout.points]
+    return StageError(
+        f"no cut after {name!r}: it is inside a stack of blocks",
+        where=f"stack {path!r}" if path else "the model",
+        expected=f"one of {', '.join(points[:3])}, ... {points[-1]}" if len(points) > 4 else f"one of {points}",
+        remedy="cut after a whole block, or after the embeddings",
+        code="E311",
+    )
+
+
+def _unknown(model: nn.Module, at: Point, got: str, near: Sequence[str]) -> StageError:
+    return StageError(
+        f"no submodule to cut after: {at!r}",
+        where=f"at={at!r} in {type(model).__name__}",
+        expected="the qualified name of a submodule, or an index into an nn.Sequential or a list of blocks",
+        got=got,
+        remedy=f"near names are {', '.join(near)}; print(model) shows all",
+        code="E310",
+    )

@@ -1,0 +1,239 @@
+"""A user's model, cut and placed: which pieces run at the data holders, which at the server.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E330 | PlanError | the number of cut points does not fit where the labels are |
+| E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
+| E332 | PlanError | weights are tied across parties |
+| E235 | ConfigError | the labels are neither at the client nor at the server |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cutlayer.core.parts import Loss, Release, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.tensors import torch_dtype
+from cutlayer.errors import ConfigError, PlanError
+from cutlayer.models.cut import Cut, cut
+from cutlayer.models.example import Example, arguments_of
+from cutlayer.models.names import Point
+from cutlayer.models.specs import Ports, input_specs, port_specs
+
+__all__ = ["Split", "split", "tail_point"]
+
+CLIENT, SERVER = "client", "server"
+_NAMES = {2: ("head", "body"), 3: ("head", "body", "tail")}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A model cut into stages, each at the client (a data holder) or at the server.
+
+    Attributes:
+        model: The user's model; the pieces use its own parameters.
+        cut: Its pieces.
+        names: Stage name of each piece.
+        places: "client" or "server", of each piece.
+        ports: What each piece gives.
+        inputs: Name of a model input -> its spec; the data has fields of these names.
+        labels: Where the labels and the loss are: "client" or "server".
+        release: Model inputs that may leave the client, for pieces at the server.
+    """
+
+    model: nn.Module
+    cut: Cut
+    names: tuple[str, ...]
+    places: tuple[str, ...]
+    ports: tuple[Ports, ...]
+    inputs: dict[str, TensorSpec]
+    labels: str
+    release: tuple[str, ...] = ()
+
+    def plan(
+        self,
+        clients: str | Sequence[str] = CLIENT,
+        server: str = SERVER,
+        *,
+        label: str = "label",
+        label_spec: TensorSpec | str = "int64[batch]",
+        training: Training | None = None,
+        name: str = "split",
+    ) -> Plan:
+        """Return the plan of this split.
+
+        Args:
+            clients: The data holder, or several: a replica of the client's stages at each.
+            server: The other party.
+            label: The data's field with the labels.
+            label_spec: Its spec; with labels="server" the label is released to the server.
+            training: How it is trained.
+            name: The plan's name.
+        """
+        at = {CLIENT: clients if isinstance(clients, str) else tuple(clients), SERVER: server}
+        stages: list[Stage | Loss] = [self._stage(index, at[place]) for index, place in enumerate(self.places)]
+        away = self.labels == SERVER
+        field = f"data.{label}@{self.names[0]}" if away else f"data.{label}"
+        stages.append(Loss("loss", at=at[self.labels], inputs=[self.names[-1], field]))
+        releases = [Release(label, at=self.names[0], to=server, spec=label_spec)] if away else []
+        sent = {text for i, p in enumerate(self.places) if p == SERVER for text in self.cut.pieces[i].inputs}
+        releases += [
+            Release(field, at=self.names[0], to=server, spec=self.inputs[field])
+            for field in self.release
+            if f"data.{field}" in sent
+        ]
+        return Plan(stages, training=training, releases=releases, name=name)
+
+    def modules(self, place: str, *, copied: bool = False) -> dict[str, nn.Module]:
+        """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept."""
+        memo: dict[int, object] = {}
+        found = {
+            n: piece.module for n, p, piece in zip(self.names, self.places, self.cut.pieces, strict=True) if p == place
+        }
+        return {n: copy.deepcopy(module, memo) for n, module in found.items()} if copied else found
+
+    def _stage(self, index: int, at: str | tuple[str, ...]) -> Stage:
+        piece, ports = self.cut.pieces[index], self.ports[index]
+        single = len(ports.specs) == 1
+        detached = [""] if single and ports.detached else list(ports.detached)
+        frozen = not any(parameter.requires_grad for parameter in piece.module.parameters())
+        return Stage(
+            self.names[index],
+            at=at,
+            inputs=[self._input(text, self.places[index]) for text in piece.inputs],
+            output=next(iter(ports.specs.values())) if single else dict(ports.specs),
+            detached=[] if frozen and single else detached,
+            frozen=frozen,
+        )
+
+    def _input(self, text: str, place: str) -> str:
+        owner, _, port = text.partition(".")
+        if owner == "data":
+            return text if place == CLIENT else f"{text}@{self.names[0]}"
+        name = self.names[int(owner)]
+        return f"{name}.{port}" if len(self.ports[int(owner)].specs) > 1 else name
+
+
+def split(
+    model: nn.Module,
+    at: Point | Sequence[Point],
+    *,
+    example: Example,
+    labels: str = CLIENT,
+    release: Iterable[str] = (),
+    autocast: str = "",
+) -> Split:
+    """Cut a model and place its pieces in turn at the client and at the server, beginning with the client.
+
+    Args:
+        model: The model. Its `forward` names the data's fields. It is trained in place where its pieces run here.
+        at: One cut point or several; see `cutlayer.models.cut`. With labels="client" and one cut point, the tail begins
+            at the last submodule with parameters (`tail_point`), so that neither inputs nor labels leave the client.
+        example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name.
+        labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
+        release: Inputs that pieces at the server need, and that may leave the client.
+        autocast: "bfloat16" or "float16", if the parties are to run under it (`Party(autocast=...)`).
+
+    Raises:
+        StageError: E31x, the model cannot be cut there; the text names the operation and what to do.
+        PlanError: E330 to E332, the pieces cannot be placed so.
+    """
+    if labels not in (CLIENT, SERVER):
+        raise ConfigError(
+            "unknown place of the labels", expected=f"{CLIENT} or {SERVER}", got=str(labels), remedy="choose one of "
+            "the two", code="E235"
+        )  # fmt: skip
+    points: list[Point] = [at] if isinstance(at, str | int) else list(at)
+    if labels == CLIENT and len(points) == 1:
+        points.append(tail_point(model))
+    if len(points) % 2 == (labels == CLIENT):
+        raise PlanError(
+            f"{len(points)} cut points with the labels at the {labels}",
+            expected="an even number with labels='client' (the last piece is there), an odd one with labels='server'",
+            remedy="add or leave out a cut point",
+            code="E330",
+        )
+    made, arguments = cut(model, points, example=example), arguments_of(model, example)
+    places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
+    _check_inputs(made, places, tuple(release))
+    _check_ties(made, places)
+    return Split(
+        model=model,
+        cut=made,
+        names=_NAMES.get(len(places)) or tuple(f"part-{index}" for index in range(len(places))),
+        places=places,
+        ports=port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None),
+        inputs=input_specs(arguments),
+        labels=labels,
+        release=tuple(release),
+    )
+
+
+def tail_point(model: nn.Module) -> str:
+    """Return the submodule after which the tail of a U-shape begins: the one before the last that has parameters.
+
+    The tail then holds the last layer with parameters (the classifier) and what follows it.
+
+    Raises:
+        PlanError: E330, the model has fewer than two submodules with parameters.
+    """
+    own = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters(recurse=False))
+    ]
+    if len(own) < 2:
+        raise PlanError(
+            "the model has no last layer to keep at the client",
+            where=type(model).__name__,
+            expected="two submodules with parameters or more",
+            remedy="name both cut points: at=(FIRST, SECOND)",
+            code="E330",
+        )
+    last: str = own[-1][0]
+    parent, _, child = last.rpartition(".")
+    owner = model.get_submodule(parent)
+    before = [name for name, _ in owner.named_children()]
+    place = before.index(child)
+    if place:
+        return f"{parent}.{before[place - 1]}".lstrip(".")
+    return str(own[-2][0])
+
+
+def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> None:
+    stray = [name for name in release if name not in made.inputs]
+    if stray:
+        raise PlanError(
+            f"the model has no input {stray[0]!r} to release",
+            expected=f"one of {', '.join(made.inputs)}",
+            remedy="name an argument of its forward",
+            code="E331",
+        )
+    for index, piece in enumerate(made.pieces):
+        raw = [text.removeprefix("data.") for text in piece.inputs if text.startswith("data.")]
+        needed = [name for name in raw if name not in release]
+        if places[index] == SERVER and needed:
+            raise PlanError(
+                f"the piece after {made.points[index - 1]!r} runs at the server and needs the raw input {needed[0]!r}",
+                expected="pieces at the server that need only what other pieces give",
+                remedy=f"cut after its last use, or allow it to leave: release=[{needed[0]!r}]",
+                code="E331",
+            )
+
+
+def _check_ties(made: Cut, places: Sequence[str]) -> None:
+    for first, one, second, other in made.ties:
+        if places[one] != places[other]:
+            raise PlanError(
+                f"{first!r} and {second!r} are one weight, at two parties",
+                where=f"pieces {one} ({places[one]}) and {other} ({places[other]})",
+                expected="tied weights in pieces of one party",
+                remedy="cut so that both are at one party (a U-shape: labels='client'), or give each its own weight",
+                code="E332",
+            )

@@ -1,0 +1,208 @@
+"""Curves of metrics, and bars of where time went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from cutlayer.report.palette import SERIES
+from cutlayer.report.record import Record
+from cutlayer.report.scene import Box, Dot, Group, Label, Line, Scene, Shape, fit, width
+from cutlayer.report.tally import KINDS, Cost, Series, costs, series
+from cutlayer.report.words import duration, number
+
+__all__ = ["curves", "grid", "ticks", "time_bars"]
+
+_TEXT, _TITLE = 10.0, 13.0
+_PANEL = (470.0, 270.0)
+_PLOT = (56.0, 400.0)  # left edge and width of the axes in a panel
+_BARS = (140.0, 690.0)
+_ROW = 34.0
+
+
+def curves(record: Record) -> list[Scene]:
+    """Return a panel for each metric of each loss. Lists of numbers (per class) are left to the CSV file."""
+    wanted = [line for line in series(record) if "[" not in line.metric and len(line.points)]
+    return [_panel(list(lines)) for _, lines in groupby(wanted, key=lambda line: (line.loss, line.metric))]
+
+
+def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
+    """Return round numbers from `low` to `high`, both within: steps of 1, 2 or 5 times a power of ten."""
+    power = math.floor(math.log10(max(high - low, 1e-300) / most))
+    power = max(0, power) if whole else power
+    while True:
+        for factor in (1, 2, 5):
+            step = factor * 10.0**power
+            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            if last - first < most:
+                return [round(place * step, 12 - min(0, power)) for place in range(first, last + 1)]
+        power += 1
+
+
+def time_bars(record: Record) -> Scene:
+    """Return a bar for each party: its seconds by kind of work."""
+    rows = costs(record)
+    kinds = [kind for kind in (*KINDS.values(), "other") if any(row.seconds[kind] >= 5e-4 for row in rows)]
+    longest = max((sum(row.seconds.values()) for row in rows), default=0.0) or 1.0
+    legend, top = _legend([(kind, f"fill-{_colour(kind)}") for kind in kinds], 0.0, _BARS[0] + _BARS[1])
+    items: list[Shape] = [*legend]
+    bottom = top + 8.0 + _ROW * len(rows)
+    for tick in ticks(0.0, longest):
+        x = _BARS[0] + _BARS[1] * tick / longest
+        items.append(Line(((x, top + 4.0), (x, bottom)), "rule"))
+        items.append(Label(x, bottom + 14.0, f"{tick:g} s", "soft", _TEXT, "middle"))
+    for place, row in enumerate(rows):
+        items += _bar(row, kinds, top + 8.0 + _ROW * place, longest)
+    items.append(Line(((_BARS[0], top + 4.0), (_BARS[0], bottom)), "axis"))
+    return Scene(_BARS[0] + _BARS[1] + 70.0, bottom + 22.0, tuple(items), "Seconds of each party by kind of work")
+
+
+def grid(scenes: Sequence[Scene], title: str, columns: int = 2) -> Scene:
+    """Return several drawings as one."""
+    items: list[Shape] = []
+    y, most = 0.0, 0.0
+    for start in range(0, len(scenes), columns):
+        row, x = scenes[start : start + columns], 0.0
+        for scene in row:
+            items.append(Group(x, y, scene.items))
+            x += scene.width
+        y, most = y + max(scene.height for scene in row), max(most, x)
+    return Scene(most or 1.0, y or 1.0, tuple(items), title)
+
+
+def _panel(lines: Sequence[Series]) -> Scene:
+    title = lines[0].metric if lines[0].loss == "loss" else f"{lines[0].metric} of {lines[0].loss}"
+    kinds = _line_kinds(lines)
+    names = [
+        (_legend_text(line, alone=len({ln.who for ln in lines}) == 1), kind)
+        for line, kind in zip(lines, kinds, strict=True)
+    ]
+    legend, top = _legend(names, 32.0, _PANEL[0] - 16.0, left=14.0)
+    frame = (_PLOT[0], top + 8.0, _PLOT[1], _PANEL[1] - 60.0)
+    items: list[Shape] = [
+        Label(14.0, 20.0, fit(title, _PANEL[0] - 28.0, _TITLE, bold=True), "ink", _TITLE, bold=True, title=title)
+    ]
+    items += legend
+    rounds = [x for line in lines for x, _ in line.points]
+    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+    x_range = (min(rounds), max(rounds)) if min(rounds) < max(rounds) else (min(rounds) - 0.5, max(rounds) + 0.5)
+    y_range = _padded(values)
+    items += _axes(frame, x_range, y_range)
+    for line, kind in zip(lines, kinds, strict=True):
+        items += _curve(line, kind, frame, x_range, y_range)
+    return Scene(_PANEL[0], frame[1] + frame[3] + 40.0, tuple(items), f"{title} by round")
+
+
+def _line_kinds(lines: Sequence[Series]) -> list[str]:
+    """Colour by replica, dashes for evaluation; one replica alone has a colour for each mode."""
+    who = list(dict.fromkeys(line.who for line in lines))
+    if len(who) == 1:
+        return [{"train": "line-c1", "evaluate": "dash-c2"}.get(line.mode, "line-c3") for line in lines]
+    return [f"{'dash' if line.mode == 'evaluate' else 'line'}-c{1 + who.index(line.who) % SERIES}" for line in lines]
+
+
+def _legend_text(line: Series, *, alone: bool) -> str:
+    last = f"{line.mode} {number(line.points[-1][1])}"
+    who = (
+        ""
+        if alone and len(line.who) == 1
+        else f", {line.who[0]}"
+        if len(line.who) == 1
+        else f", all {len(line.who)} replicas"
+    )
+    return f"{last}{who}"
+
+
+def _legend(names: Sequence[tuple[str, str]], y: float, most: float, left: float = 0.0) -> tuple[list[Shape], float]:
+    """Return the entries of a legend in as many lines as they need, and where it ends."""
+    items: list[Shape] = []
+    x = left
+    for text, kind in names:
+        shown = fit(text, most - 60.0, _TEXT)
+        taken = width(shown, _TEXT) + 40.0
+        if x > left and x + taken > most:
+            x, y = left, y + 16.0
+        if kind.startswith("fill"):
+            items.append(Box(x + 8.0, y + 1.0, 12.0, 11.0, kind, 2.0))
+        else:
+            items.append(Line(((x, y + 6.5), (x + 20.0, y + 6.5)), kind))
+        items.append(Label(x + 25.0, y + 10.0, shown, "ink", _TEXT, title=text))
+        x += taken
+    return items, y + 16.0
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
+    return low - room, high + room
+
+
+def _axes(
+    frame: tuple[float, float, float, float], x_range: tuple[float, float], y_range: tuple[float, float]
+) -> list[Shape]:
+    left, top, wide, high = frame
+    items: list[Shape] = []
+    marks = ticks(*y_range)
+    digits = max(0, min(6, -math.floor(math.log10(marks[1] - marks[0])))) if len(marks) > 1 else 4
+    large = max(abs(mark) for mark in marks) >= 1e5 or (len(marks) > 1 and marks[1] - marks[0] < 1e-6)
+    for mark in marks:
+        y = top + high * (1 - (mark - y_range[0]) / (y_range[1] - y_range[0]))
+        text = f"{mark:.3g}" if large else f"{mark:.{digits}f}"
+        items.append(Line(((left, y), (left + wide, y)), "rule"))
+        items.append(Label(left - 6.0, y + 3.5, text, "soft", _TEXT, "end"))
+    for mark in ticks(*x_range, most=9, whole=True):
+        x = left + wide * (mark - x_range[0]) / (x_range[1] - x_range[0])
+        items.append(Line(((x, top + high), (x, top + high + 4.0)), "axis"))
+        items.append(Label(x, top + high + 16.0, f"{mark:.0f}", "soft", _TEXT, "middle"))
+    items.append(Line(((left, top), (left, top + high), (left + wide, top + high)), "axis"))
+    items.append(Label(left + wide / 2, top + high + 31.0, "round", "soft", _TEXT, "middle"))
+    return items
+
+
+def _curve(
+    line: Series,
+    kind: str,
+    frame: tuple[float, float, float, float],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+) -> list[Shape]:
+    left, top, wide, high = frame
+    points = [
+        (
+            left + wide * (x - x_range[0]) / (x_range[1] - x_range[0]),
+            top + high * (1 - (y - y_range[0]) / (y_range[1] - y_range[0])),
+        )
+        for x, y in line.points
+        if math.isfinite(y)
+    ]
+    colour = kind.rpartition("-")[2]
+    who = ", ".join(line.who)
+    items: list[Shape] = [Line(tuple(points), kind, f"{line.mode} {line.metric}, {who}")] if len(points) > 1 else []
+    if len(points) <= 60:
+        known = [point for point in line.points if math.isfinite(point[1])]
+        items += [
+            Dot(x, y, 2.6, f"fill-{colour}", f"{line.mode} {line.metric}, {who}\nround {at}: {number(value)}")
+            for (x, y), (at, value) in zip(points, known, strict=True)
+        ]
+    return items
+
+
+def _colour(kind: str) -> str:
+    return f"c{1 + [*KINDS.values(), 'other'].index(kind)}"
+
+
+def _bar(row: Cost, kinds: Sequence[str], y: float, longest: float) -> list[Shape]:
+    name = fit(row.party, _BARS[0] - 12.0, 12.0, bold=True)
+    items: list[Shape] = [Label(_BARS[0] - 10.0, y + 18.0, name, "ink", 12.0, "end", bold=True, title=row.party)]
+    x, total = _BARS[0], sum(row.seconds.values())
+    for kind in kinds:
+        wide = _BARS[1] * row.seconds[kind] / longest
+        share = row.seconds[kind] / total if total else 0.0
+        title = f"{row.party}: {kind} {duration(row.seconds[kind])} ({share:.0%})"
+        items.append(Box(x, y + 4.0, wide, _ROW - 14.0, f"fill-{_colour(kind)}", 0.0, title))
+        x += wide
+    items.append(Label(x + 6.0, y + 18.0, duration(total), "soft", _TEXT))
+    return items

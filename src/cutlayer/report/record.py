@@ -1,0 +1,213 @@
+"""What a run left behind, read from its folder: `summary.json` and `metrics.jsonl`.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E281 | ConfigError | the folder holds no summary: no run, or one that has not ended |
+| E282 | ConfigError | the summary is damaged, or of another version |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.errors import ConfigError, PlanError
+
+__all__ = ["FlowRow", "HistoryRow", "LedgerPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
+
+VERSION = 2  # of the summaries that this reads
+_TOLD = ("lost", "returned", "rollback", "aborted")  # events that a reader of the report wants to know of
+
+
+class FlowRow(msgspec.Struct, frozen=True):
+    """One flow of a ledger. Units: bytes, messages."""
+
+    way: str
+    peer: str
+    mode: str
+    direction: str
+    edge: int
+    payload: int
+    framing: int
+    messages: int
+
+
+class SecondsRow(msgspec.Struct, frozen=True):
+    """Seconds of one kind of work at one stage; of "wait", at one peer."""
+
+    kind: str
+    stage: str
+    seconds: float
+
+
+class FlopsRow(msgspec.Struct, frozen=True):
+    """Floating-point operations, "forward" or "backward", of one stage."""
+
+    kind: str
+    stage: str
+    flops: int
+
+
+class ExchangeRow(msgspec.Struct, frozen=True):
+    """What the exchange of a number is."""
+
+    number: int
+    name: str
+    stage: str
+
+
+class LedgerPart(msgspec.Struct, frozen=True):
+    """A party's ledger."""
+
+    party: str
+    flows: tuple[FlowRow, ...]
+    seconds: tuple[SecondsRow, ...]
+    flops: tuple[FlopsRow, ...]
+    exchanges: tuple[ExchangeRow, ...] = ()
+
+
+class HistoryRow(msgspec.Struct, frozen=True):
+    """Metrics of one loss, round and mode. A value is a number, a list of them, or None where it was not finite."""
+
+    mode: str
+    round: int
+    loss: str
+    metrics: dict[str, Any]
+    lane: int = 0
+    party: str = ""
+
+
+class ProcessPart(msgspec.Struct, frozen=True):
+    """One process, the parties in it, its wall-clock seconds and the most bytes of memory it held."""
+
+    parties: tuple[str, ...]
+    seconds: float
+    memory: int
+
+
+class CountsPart(msgspec.Struct, frozen=True):
+    """Numbers of parameters that a party holds."""
+
+    stages: dict[str, int]
+    total: int
+
+
+class PlanPart(msgspec.Struct, frozen=True):
+    """The plan as plain values."""
+
+    name: str
+    digest: str
+    document: dict[str, Any]
+
+
+class SummaryFile(msgspec.Struct, frozen=True):
+    """What `summary.json` holds."""
+
+    version: int
+    plan: PlanPart
+    contract: str
+    ended: str
+    seconds: float
+    samples: dict[str, dict[str, int]]
+    metrics: dict[str, dict[str, dict[str, Any]]]
+    history: tuple[HistoryRow, ...]
+    ledgers: dict[str, LedgerPart]
+    processes: tuple[ProcessPart, ...]
+    parameters: dict[str, CountsPart]
+    weights_sha256: dict[str, str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run: where it is, its summary, its plan, and how often something happened that should not."""
+
+    folder: Path
+    summary: SummaryFile
+    plan: Plan
+    events: Mapping[str, int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the ledgers of all parties are known; of a `join` only this party's own is."""
+        return all(party in self.summary.ledgers for party in self.plan.parties)
+
+    def process(self, party: str) -> ProcessPart | None:
+        """Return the process that ran the party, or None if this folder does not know it."""
+        return next((process for process in self.summary.processes if party in process.parties), None)
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: E281, there is no summary; E282, it cannot be read.
+    """
+    path = folder / "summary.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "the folder holds no results of a run",
+            where=str(folder),
+            expected="summary.json, which a run writes when it ends",
+            got=type(error).__name__,
+            remedy="give the folder that the run named; `cutlayer resume` goes on with a run that did not end",
+            code="E281",
+        ) from error
+    try:
+        version = msgspec.json.decode(data, type=dict[str, Any]).get("version")
+        if version != VERSION:
+            raise _unreadable(path, f"version {VERSION}", f"version {version}")
+        summary = msgspec.json.decode(data, type=SummaryFile)
+        plan = restored_plan(summary.plan.document)
+    except (msgspec.MsgspecError, PlanError, TypeError, LookupError) as error:
+        raise _unreadable(path, "a summary as a run writes it", str(error)[:200]) from error
+    if plan.digest() != summary.plan.digest:
+        raise _unreadable(path, f"a plan of digest {summary.plan.digest[:80]}", plan.digest())
+    return Record(folder, summary, plan, _events(folder / "metrics.jsonl"))
+
+
+def restored_plan(document: Mapping[str, Any]) -> Plan:
+    """Return the plan that `Plan.document` gave. Raises `PlanError`, `TypeError` or `KeyError` if it is none."""
+    stages: list[Stage | Loss] = []
+    for row in document["stages"]:
+        fields = {key: value for key, value in row.items() if key != "kind"}
+        stages.append(Loss(**fields) if row["kind"] == "loss" else Stage(**fields))
+    return Plan(
+        stages,
+        training=Training(**document["training"]),
+        releases=[Release(**row) for row in document["releases"]],
+        preprocessing=[Shared(**row) for row in document["preprocessing"]],
+        assemble_at=document["assemble_at"],
+        name=document["name"],
+    )
+
+
+def _events(path: Path) -> dict[str, int]:
+    """Count the events worth telling; steps and rounds, which are most lines, are passed over unread."""
+    found: Counter[str] = Counter()
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                name = line[:40].partition(b'"event":"')[2].partition(b'"')[0].decode(errors="replace")
+                found[name] += name in _TOLD
+    return {name: found[name] for name in _TOLD if found[name]}
+
+
+def _unreadable(path: Path, expected: str, got: str) -> ConfigError:
+    return ConfigError(
+        "the summary of the run cannot be read",
+        where=str(path),
+        expected=expected,
+        got=got,
+        remedy="make the report with the version of cutlayer that made the run, and leave the file as it is",
+        code="E282",
+    )

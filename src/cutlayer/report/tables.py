@@ -1,0 +1,75 @@
+"""The report's numbers as CSV, one file for each kind."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from cutlayer.report.record import Record
+from cutlayer.report.tally import KINDS, costs, flat, moved
+
+__all__ = ["costs_csv", "curves_csv", "cuts_csv"]
+
+_Cell = str | int | float | None
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def curves_csv(record: Record) -> str:
+    """Return every number of every metric: a row for each round, mode, loss, replica and metric."""
+    rows: list[list[_Cell]] = [
+        [row.round, row.mode, row.loss, row.party, row.lane, metric, value]
+        for row in record.summary.history
+        for metric, value in flat(row.metrics)
+    ]
+    return _text(["round", "mode", "loss", "party", "lane", "metric", "value"], rows)
+
+
+def costs_csv(record: Record) -> str:
+    """Return a row for each party: operations, bytes, messages, seconds, memory, parameters."""
+    kinds = [*KINDS.values(), "other"]
+    head = ["party", "parameters", "forward_flops", "backward_flops"]
+    head += [f"{way}_{part}" for way in ("sent", "received") for part in ("payload_bytes", "framing_bytes", "messages")]
+    head += [*(f"{kind}_seconds" for kind in kinds), "process_seconds", "process_memory_bytes", "process_parties"]
+    rows: list[list[_Cell]] = [
+        [
+            row.party,
+            row.parameters,
+            row.flops["forward"],
+            row.flops["backward"],
+            *row.sent.values(),
+            *row.received.values(),
+            *(round(row.seconds[kind], 6) for kind in kinds),
+            row.wall,
+            row.memory or None,
+            " ".join(row.process),
+        ]
+        for row in costs(record)
+    ]
+    return _text(head, rows)
+
+
+def cuts_csv(record: Record) -> str:
+    """Return a row for all that one party sent another of one kind in one mode."""
+    head = ["from", "to", "what", "direction", "edge", "mode", "spec", "payload_bytes", "framing_bytes", "messages"]
+    rows: list[list[_Cell]] = [
+        [
+            row.sender, row.receiver, row.what, row.direction, row.edge, row.mode, row.spec, row.payload, row.framing,
+            row.messages, row.planned, row.seen_by,
+        ]
+        for row in moved(record)
+    ]  # fmt: skip
+    return _text([*head, "planned_bytes", "seen_by"], rows)
+
+
+def _text(head: Sequence[str], rows: Sequence[Sequence[_Cell]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([_plain(cell) for cell in row] for row in rows)
+    return file.getvalue()
+
+
+def _plain(cell: _Cell) -> _Cell:
+    """Keep a text that a spreadsheet would run as a formula from being one."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell

@@ -1,0 +1,173 @@
+"""Joint prediction: all parties run the plan's "predict" program with their trained stages. No labels, no gradients.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E225 | ConfigError | not exactly one party for a prediction over the network |
+| E252 | DataError | no party has data to predict for |
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cutlayer.core.compile import Roster
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Mode
+from cutlayer.engine.tensors import dtype_name
+from cutlayer.engine.worker import Worker
+from cutlayer.errors import ConfigError, DataError
+from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.outcome import Result
+from cutlayer.run.party import Party, counts
+from cutlayer.run.session import Task, take_part
+from cutlayer.run.simulate import roster_of, run_phases
+from cutlayer.run.trained import load_trained
+from cutlayer.transport.settings import NetworkSettings
+
+__all__ = ["idle", "predict", "predict_here", "predict_with_others", "write_predictions"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+_TASK: Final = " (prediction)"  # behind the run's name: a training and a prediction of one plan do not meet
+_COLUMNS_MAX: Final = 64  # values a sample of an output that is written to predictions.csv too
+
+
+def predict(
+    plan: Plan,
+    parties: Party | Sequence[Party],
+    *,
+    weights: Path | None = None,
+    network: NetworkSettings | None = None,
+    notify: Notify | None = None,
+) -> dict[str, Tensor]:
+    """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
+
+    Give all parties to predict in this process, or one party and a `network` to predict with others that run in
+    processes of their own. Labels are not needed, and stages stay as they are: evaluation mode, no gradients.
+
+    Args:
+        plan: The plan, the same at all parties.
+        parties: All of the plan's parties, or, with `network`, this one.
+        weights: Folder that a run has left; each party here reads `<party>.safetensors` in it. None: the modules are
+            used as they are.
+        network: Addresses, certificates and deadlines of this party.
+        notify: Called with events as the prediction goes on; output only.
+
+    Returns:
+        Stage (or "stage.port") -> tensor of shape (samples, ...), lane after lane. Over the network, those that this
+        party computes: nobody else sees them.
+
+    Raises:
+        CheckpointError: E811, E812, the weights cannot be read, or are not those of the stages.
+        DataError: no party has data to predict for, or it does not fit.
+        CutlayerError: as `simulate` and `join` raise.
+    """
+    alone = [parties] if isinstance(parties, Party) else list(parties)
+    if network is None:
+        return dict(predict_here(plan, alone, weights=weights, notify=notify).predictions)
+    if len(alone) != 1:
+        raise ConfigError(
+            "over the network a process predicts as one party",
+            expected="one Party",
+            got=f"{len(alone)}",
+            remedy="give this process's party; the others run where they are",
+            code="E225",
+        )
+    return dict(predict_with_others(plan, alone[0], network=network, weights=weights, notify=notify).predictions)
+
+
+def predict_here(
+    plan: Plan, parties: Sequence[Party], *, weights: Path | None = None, notify: Notify | None = None
+) -> Result:
+    """Predict with all parties in this process; see `predict`."""
+    parties = [idle(party) for party in parties]
+    roster = roster_of(parties)
+    return run_phases(plan, parties, roster, _agenda(plan, roster), notify=notify, prepare=_prepare(weights))
+
+
+def predict_with_others(
+    plan: Plan,
+    party: Party,
+    *,
+    network: NetworkSettings,
+    weights: Path | None = None,
+    notify: Notify | None = None,
+) -> Result:
+    """Predict as one party; see `predict`. The others are told how many samples it predicts for, and nothing else."""
+    party = idle(party)
+    task = Task(_agenda, counts(party), prepare=_prepare(weights))
+    return take_part(plan, party, task, network=replace(network, run=network.run + _TASK), notify=notify)
+
+
+def idle(party: Party) -> Party:
+    """Return the party without what only training needs: data with labels, optimizer, metrics."""
+    return replace(party, data=None, evaluation=None, optimizer=_untrained, scheduler=None, metrics={})
+
+
+def write_predictions(folder: Path, predictions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write outputs to `predictions.safetensors`, and small ones to `predictions.csv` too.
+
+    An output of at most 64 values a sample is small; a row of the CSV is a sample, in the order of the data, and a
+    column is called "stage", or "stage.0", "stage.1"... Nothing is written if there are none.
+
+    Returns:
+        Output -> its dtype and shape, as plain values.
+    """
+    if not predictions:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: value.detach().cpu().contiguous() for name, value in predictions.items()}
+    write_atomic(folder / "predictions.safetensors", safetensors.torch.save(held))
+    table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX})
+    if table:
+        write_atomic(folder / "predictions.csv", table.encode())
+    document = {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in held.items()}
+    write_atomic(folder / "prediction.json", msgspec.json.format(msgspec.json.encode({"outputs": document}), indent=2))
+    return document
+
+
+def _table(outputs: Mapping[str, Tensor]) -> str:
+    """Return outputs as CSV; numbers are written so that reading them gives the same bits."""
+    rows = {len(value) for value in outputs.values()}
+    if len(rows) != 1:
+        return ""  # nothing is small, or the outputs are of different samples
+    header, columns = ["sample"], list[list[str]]()
+    for name, value in outputs.items():
+        flat = value.flatten(1) if value.ndim > 1 else value[:, None]
+        exact = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
+        columns += exact.numpy().astype(str).T.tolist()
+        header += [name] if flat.shape[1] == 1 else [f"{name}.{place}" for place in range(flat.shape[1])]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([str(number), *row] for number, row in enumerate(zip(*columns, strict=True)))
+    return text.getvalue()
+
+
+def _agenda(_plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
+    if not any(roster.samples.get("predict", {}).values()):
+        raise DataError(
+            "no party has data to predict for", remedy="give the parties Party(prediction=...)", code="E252"
+        )
+    return [("predict", 0)]
+
+
+def _prepare(weights: Path | None) -> Callable[[Worker], None]:
+    def prepare(worker: Worker) -> None:
+        if weights is not None:
+            load_trained(worker.site, weights)
+
+    return prepare
+
+
+def _untrained(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)

@@ -1,0 +1,148 @@
+"""Shared preprocessing: what is told and put together equals numpy on the pooled samples."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cutlayer.core.parts import Shared
+from cutlayer.engine.agree import Agreed, apply, merge, read, summarise
+from cutlayer.errors import ContractError, DataError
+
+SCALE = Shared("age", at="a")
+
+
+def agreed_of(shared: Shared, parties: list[list[object]]) -> Agreed:
+    """What is agreed on when each party holds these batches."""
+    told = [(f"p{n}", summarise(shared, batches, "here")) for n, batches in enumerate(parties)]
+    return read(shared, merge(shared, told), "hub")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 0.6))
+def test_scale_equals_numpy_on_the_pooled_samples(seed, sizes, gaps):
+    generator = np.random.default_rng(seed)
+    parties = [generator.normal([1e4, 0.0, -3.0], [1.0, 1e-3, 50.0], (size, 3)) for size in sizes]
+    for rows in parties:
+        rows[generator.random(rows.shape) < gaps] = np.nan
+    pooled = np.concatenate(parties)
+    agreed = agreed_of(SCALE, [list(torch.from_numpy(rows).split(7)) for rows in parties])
+    counted = (~np.isnan(pooled)).sum(0)
+    assert list(agreed.count) == counted.tolist()
+    for column in range(3):
+        if not counted[column]:
+            assert (agreed.mean[column], agreed.deviation[column]) == (0.0, 1.0)
+            continue
+        assert agreed.mean[column] == pytest.approx(np.nanmean(pooled[:, column]), rel=1e-12, abs=1e-12)
+        expected = np.nanstd(pooled[:, column])
+        assert agreed.deviation[column] == pytest.approx(expected or 1.0, rel=1e-6, abs=1e-12)
+        scaled = apply(SCALE, agreed, torch.from_numpy(pooled), "here")[:, column].numpy()
+        here = ~np.isnan(pooled[:, column])
+        spread = expected or 1.0
+        assert np.allclose(scaled[here], (pooled[here, column] - pooled[here, column].mean()) / spread, atol=1e-5)
+        assert (scaled[~here] == 0.0).all()
+
+
+def test_images_are_scaled_by_channel():
+    images = torch.randn(20, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 7 + 2
+    agreed = agreed_of(SCALE, [[images[:8]], [images[8:]]])
+    scaled = apply(SCALE, agreed, images, "here")
+    assert scaled.dtype == torch.float32
+    assert scaled.shape == images.shape
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(scaled.var((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+    assert agreed.count == (400, 400, 400)
+
+
+def test_a_column_without_batch_and_a_constant_column():
+    agreed = agreed_of(SCALE, [[torch.tensor([2.0, 2.0, 2.0])]])
+    assert (agreed.mean, agreed.deviation) == ((2.0,), (1.0,))
+    assert apply(SCALE, agreed, torch.tensor([2.0, 5.0]), "here").tolist() == [0.0, 3.0]
+
+
+def test_categories_are_one_list_and_others_are_0():
+    shared = Shared("sex", at="a", kind="categories")
+    agreed = agreed_of(shared, [[["m", "f"], ["f"]], [["x", "f"]]])
+    assert agreed.values == ("f", "m", "x")
+    assert apply(shared, agreed, ["x", "new", "f"], "here").tolist() == [3, 0, 1]
+    whole = agreed_of(shared, [[torch.tensor([[3, -1]])], [torch.tensor([[7, 3]])]])
+    assert apply(shared, whole, torch.tensor([[7, 8], [-1, 3]]), "here").tolist() == [[3, 0], [1, 2]]
+
+
+def test_rare_values_are_not_told():
+    shared = Shared("ward", at="a", kind="categories", least=2)
+    agreed = agreed_of(shared, [[["rare", "a", "a"]], [["rare", "b", "b"]]])
+    assert agreed.values == ("a", "b")
+    told = summarise(shared, [["rare", "a", "a"]], "here")
+    assert b"rare" not in told
+
+
+def test_classes_are_numbered_and_an_unknown_one_is_an_error():
+    shared = Shared("grade", at="a", kind="classes")
+    agreed = agreed_of(shared, [[torch.tensor([4, 2])], [torch.tensor([9])]])
+    assert apply(shared, agreed, torch.tensor([9, 2, 4]), "here").tolist() == [2, 0, 1]
+    with pytest.raises(DataError) as caught:
+        apply(shared, agreed, torch.tensor([9, 3, 5]), "party a, batch 2")
+    assert caught.value.code == "E261"
+    assert "party a, batch 2" in str(caught.value)
+    assert "expected one of 3 classes, got 2 others in a batch" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shared", "batches", "words"),
+    [
+        (SCALE, [torch.tensor([1, 2])], "expected a floating tensor"),
+        (SCALE, [["a"]], "expected a floating tensor, got list"),
+        (SCALE, [torch.tensor([1.0, float("inf")])], "got an infinity"),
+        (Shared("age", at="a", limit=2), [torch.ones(2, 3)], "expected at most 2 columns, got 3"),
+        (Shared("x", at="a", kind="categories"), [torch.ones(2)], "whole numbers or texts"),
+        (Shared("x", at="a", kind="categories", limit=2), [["a", "b", "c"]], "at most 2 values, got 3"),
+        (Shared("x", at="a", kind="classes"), [["a" * 201]], "texts of at most 200 bytes"),
+        (Shared("x", at="a", kind="classes"), [["a"], torch.tensor([1])], "expected texts, or whole numbers, got both"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_refused(shared, batches, words):
+    with pytest.raises(DataError) as caught:
+        summarise(shared, batches, "party a")
+    assert caught.value.code == "E261"
+    assert words in str(caught.value)
+    assert "party a" in str(caught.value)
+
+
+def coded(kind: str = "scale", **rest: object) -> bytes:
+    return msgspec.msgpack.encode({"kind": kind, "count": [], "mean": [], "squares": [], "values": [], **rest})
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (b"", "cannot be used"),
+        (b"\xff" * 9, "cannot be used"),
+        (coded("classes"), "expected the summary of a field to scale"),
+        (coded(count=[1], mean=[1.0]), "cannot be used"),
+        (coded(count=[-1], mean=[1.0], squares=[1.0]), "cannot be used"),
+        (coded(count=[1], mean=[float("nan")], squares=[1.0]), "cannot be used"),
+        (coded(count=[1], mean=[1.0], squares=[-1.0]), "cannot be used"),
+        (coded(count=[1, 1], mean=[1.0, 1.0], squares=[1.0, 1.0]), "expected 1 columns, got 2"),
+    ],
+)
+def test_a_message_that_cannot_be_used_names_its_sender(message, words):
+    good = summarise(SCALE, [torch.ones(3)], "here")
+    with pytest.raises(ContractError) as caught:
+        merge(SCALE, [("a", good), ("b", message)])
+    assert caught.value.code == "E526"
+    assert words in str(caught.value)
+    assert "'b'" in str(caught.value)
+
+
+def test_lists_that_grow_too_long_or_mix_are_refused():
+    shared = Shared("x", at="a", kind="classes", limit=3)
+    texts, numbers = summarise(shared, [["a", "b"]], ""), summarise(shared, [torch.tensor([1])], "")
+    with pytest.raises(ContractError, match="whole numbers at all parties, or texts at all"):
+        merge(shared, [("a", texts), ("b", numbers)])
+    with pytest.raises(ContractError, match="expected at most 3, got 4"):
+        merge(shared, [("a", texts), ("b", summarise(shared, [["c", "d"]], ""))])

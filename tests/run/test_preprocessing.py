@@ -1,0 +1,218 @@
+"""Preprocessing declared in the plan: replicas train as if one party had scaled all samples."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cutlayer.core.parts import Loss, Shared, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.data.sources import TensorTable
+from cutlayer.errors import DataError, PlanError
+from cutlayer.run.config import Contract, dump_contract, parse_contract
+from cutlayer.run.party import Party
+from cutlayer.run.prediction import predict
+from cutlayer.run.results import write_results
+from cutlayer.run.simulate import simulate
+
+NAMES = ("a", "b", "c")
+SHARED = (
+    Shared("x", at="head"),
+    Shared("ward", at="head", kind="categories", least=2),
+    Shared("y", at="head", kind="classes"),
+)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows with a text column, as a table gives them."""
+
+    def __init__(self, x: Tensor, ward: list[str], y: Tensor) -> None:
+        self.x, self.ward, self.y = x, ward, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, place: int) -> dict[str, object]:
+        return {"x": self.x[place], "ward": self.ward[place], "y": self.y[place]}
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.line = nn.Embedding(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, ward: Tensor) -> Tensor:
+        return torch.relu(self.line(x) + self.table(ward))
+
+
+def plan(preprocessing=SHARED, **training) -> Plan:
+    stages = [
+        Stage("head", at=NAMES, inputs=["data.x", "data.ward"], output="float32[batch, 3]"),
+        Stage("body", at="server", inputs=["head"], output="float32[batch, 3]"),
+        Loss("loss", at=NAMES, inputs=["body", "data.y"]),
+    ]
+    settings = Training(epochs=2, batch_size=5, shuffle=False, **training)
+    return Plan(stages, training=settings, preprocessing=preprocessing)
+
+
+def rows_of(seed: int) -> Rows:
+    """Each hospital has another scale, a ward of its own, and gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(10, 2, generator=generator) * (seed + 1) + 40 * seed
+    x[seed, 1] = float("nan")
+    wards = ["surgery", "surgery", "icu", "icu", f"only-{seed}"] * 2
+    wards[9] = f"rare-{seed}"
+    return Rows(x, wards, torch.randint(0, 3, (10,), generator=generator) * 10 + 5)
+
+
+def modules() -> dict[str, nn.Module]:
+    torch.manual_seed(4)
+    return {"head": Head(), "body": nn.Linear(3, 3), "loss": nn.CrossEntropyLoss()}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.05)
+
+
+def parties(**more) -> list[Party]:
+    found = []
+    for seed, name in enumerate(NAMES):
+        mine = {key: copy.deepcopy(module) for key, module in modules().items() if key != "body"}
+        found.append(Party(name, data=rows_of(seed), optimizer=sgd, modules=mine, **more))
+    return [*found, Party("server", optimizer=sgd, modules={"body": modules()["body"]})]
+
+
+def uncut() -> dict[str, nn.Module]:
+    """A relay over samples that numpy has scaled, all together."""
+    tables = [rows_of(seed) for seed in range(3)]
+    pooled = np.concatenate([table.x.numpy() for table in tables]).astype(np.float64)
+    mean, deviation = np.nanmean(pooled, 0), np.nanstd(pooled, 0)
+    wards = {name: place + 1 for place, name in enumerate(sorted({"surgery", "icu"}))}  # the others are rare
+    made = modules()
+    optimizer = sgd([p for module in made.values() for p in module.parameters()])
+    for _ in (1, 2):
+        for table in tables:
+            scaled = np.nan_to_num((table.x.numpy() - mean) / deviation, nan=0.0)
+            x = torch.from_numpy(scaled).float()
+            ward, y = torch.tensor([wards.get(name, 0) for name in table.ward]), (table.y - 5) // 10
+            for rows in (slice(0, 5), slice(5, 10)):
+                made["loss"](made["body"](made["head"](x[rows], ward[rows])), y[rows]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return made
+
+
+def test_training_is_that_of_one_party_with_all_samples():
+    result = simulate(plan(), parties())
+    expected = uncut()
+    site = result.workers["c"].site
+    mine = [
+        *site.stages["head", 2].module.parameters(),
+        *result.workers["server"].site.stages["body", 0].module.parameters(),
+    ]
+    theirs = [*expected["head"].parameters(), *expected["body"].parameters()]
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.allclose(one, other, atol=2e-6)
+    assert result.agreed["a"] == result.agreed["c"]
+    assert result.agreed["a"]["ward"].values == ("icu", "surgery")
+    assert result.agreed["a"]["y"].values == (5, 15, 25)
+
+
+def test_a_prediction_uses_what_training_agreed_on():
+    trained = simulate(plan(), parties())
+    rest = {name: trained.agreed[name] for name in NAMES}
+    asked = [
+        Party(
+            party.name,
+            modules={k[0]: s.module for k, s in trained.workers[party.name].site.stages.items()},
+            prediction=party.data,
+            agreed=rest.get(party.name, {}),
+        )
+        for party in parties()
+    ]
+    found = predict(plan(), asked)["body"]
+    head = trained.workers["a"].site.stages["head", 0].module
+    prepared = trained.workers["a"].site.preprocess.prepare({"x": rows_of(0).x, "ward": rows_of(0).ward}, "here")
+    body = trained.workers["server"].site.stages["body", 0].module
+    assert torch.allclose(found[:10], body(head(prepared["x"], prepared["ward"])), atol=1e-6)
+    with pytest.raises(DataError) as caught:
+        predict(plan(), [replace(party, agreed={}) for party in asked])
+    assert caught.value.code == "E262"
+    assert "Party(agreed=result.agreed)" in str(caught.value)
+
+
+def test_what_is_told_is_said_and_counted():
+    made = plan()
+    text = str(made)
+    assert "sends   counts, means and deviations of data.x, once, by way of a to a, b, c" in text
+    assert "sends   the list of values of data.ward (at most 1,024, each in at least 2 of its samples), once," in text
+    assert "gets    the list of values of data.y (at most 1,024) from each of a, b, c, to put together" in text
+    assert made.digest() != plan(SHARED[:2]).digest()
+    result = simulate(made, parties())
+    flows = result.ledgers["b"].flows.items()
+    assert sum(row.messages for key, row in flows if key[:3] == ("sent", "a", "start")) == len(SHARED) + 1  # a barrier
+
+
+def test_the_run_folder_keeps_what_was_agreed(tmp_path):
+    result = simulate(plan(), parties())
+    write_results(tmp_path, result)
+    text = (tmp_path / "b.preprocessing.json").read_text()
+    assert '"values":["icu","surgery"]' in text
+    assert "only-" not in text
+
+
+def test_the_contract_file_round_trips():
+    contract = Contract(plan=plan(), coordinator="server", addresses={"server": "127.0.0.1:7000"})
+    again = parse_contract(dump_contract(contract), where="here")
+    assert again.plan == contract.plan
+    assert again.plan.preprocessing == SHARED
+
+
+def test_features_of_vertical_parties_are_their_own():
+    """One holder: nothing is sent at all."""
+    stages = [
+        Stage("left", at="a", inputs=["data.x"], output="float32[batch, 2]"),
+        Stage("right", at="b", inputs=["left", "data.x"], output="float32[batch, 2]"),
+        Loss("loss", at="b", inputs=["right", "data.y"]),
+    ]
+
+    class Add(nn.Module):
+        def forward(self, one: Tensor, two: Tensor) -> Tensor:
+            return one + two
+
+    made = Plan(stages, preprocessing=[Shared("x", at="a"), Shared("x", at="b")], training=Training(batch_size=10))
+    x = torch.randn(10, 2) * 9
+    people = [
+        Party("a", data=TensorTable(x=x), modules={"left": nn.Identity()}),
+        Party("b", data=TensorTable(x=x + 5, y=x), modules={"right": Add(), "loss": nn.MSELoss()}),
+    ]
+    result = simulate(made, people)
+    assert result.agreed["a"]["x"].mean != result.agreed["b"]["x"].mean
+    assert [key for key in result.ledgers["a"].flows if key[2:4] == ("start", "exchange") and key[4] != 0] == []
+
+
+@pytest.mark.parametrize(
+    ("shared", "code", "words"),
+    [
+        (Shared("z", at="head"), "E112", "'a' cannot preprocess the field 'z': expected one of its fields ward, x, y"),
+        (Shared("x", at="server"), "E112", "expected one of its fields (none)"),
+        (Shared("x", at="nobody"), "E110", "unknown holder of 'x': 'nobody'"),
+        (Shared("x", at="head", kind="minmax"), "E110", "unknown preprocessing of 'x': 'minmax'"),
+        (Shared("x", at="head", limit=0), "E110", "limit of the preprocessing of 'x' is 0"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(shared, code, words):
+    with pytest.raises(PlanError) as caught:
+        plan((shared,))
+    assert caught.value.code == code
+    assert words in str(caught.value)
+
+
+def test_a_field_is_preprocessed_once():
+    with pytest.raises(PlanError, match="each once"):
+        plan((SHARED[0], Shared("x", at="a")))

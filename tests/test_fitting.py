@@ -1,0 +1,257 @@
+"""A user's own model in a few lines: cut, trained, put together again; equal to the uncut model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+import cutlayer as cl
+from cutlayer.errors import ConfigError, DataError, PlanError
+from cutlayer.fitting import adam, fit
+from cutlayer.models.split import split, tail_point
+from tests.oracle import sample_order
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(out)))
+
+
+class Net(nn.Module):
+    """A small ResNet, as a user has it: it knows nothing of cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.layer1, self.layer2 = Residual(4), Residual(4)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(2), nn.Linear(16, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(torch.relu(self.stem(image))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def images(count: int, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(count, 1, 8, 8, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+    )
+
+
+EXAMPLE = torch.zeros(4, 1, 8, 8)
+
+
+def trained(batches: list[tuple[Tensor, Tensor]]) -> Net:
+    """The uncut model after a plain loop."""
+    net = model()
+    optimizer = torch.optim.Adam(net.parameters())
+    for x, y in batches:
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("at", "labels"),
+    [
+        ("layer1", "client"),
+        ("layer1.conv1", "client"),
+        (("layer1.bn1", "layer2.conv2"), "client"),
+        ("layer2", "server"),
+        (("stem", "layer1", "layer2"), "server"),
+    ],
+)
+def test_a_split_model_trains_as_the_uncut_one(at, labels, tmp_path):
+    net, data = model(), images(20)
+    run = fit(
+        split(net, at, example=EXAMPLE, labels=labels),
+        DataLoader(data, batch_size=8),
+        loss=nn.CrossEntropyLoss(),
+        epochs=2,
+    )
+    batches = [batch for _ in (1, 2) for batch in DataLoader(data, batch_size=8)]
+    uncut = trained(batches).state_dict()
+    assert same(run.state_dict(), uncut)
+    assert same(net.state_dict(), uncut)  # in place
+    run.save(tmp_path / "joined.safetensors")
+    fresh = Net()
+    fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "joined.safetensors"), strict=True)
+    assert same(fresh.state_dict(), uncut)
+
+
+def test_three_data_holders_take_turns():
+    net, held = model(), [images(count, seed) for seed, count in enumerate((16, 9, 24))]
+    run = fit(split(net, "layer1", example=EXAMPLE), held, loss=nn.CrossEntropyLoss(), epochs=2, batch_size=8)
+    batches = []
+    for epoch in (1, 2):
+        for lane, data in enumerate(held):
+            order = sample_order(0, epoch, lane, len(data))
+            batches += [data[order[begin : begin + 8]] for begin in range(0, len(data), 8)]
+    assert same(run.state_dict(), trained(batches).state_dict())
+    assert run.result.plan.parties == ("client-1", "client-2", "client-3", "server")
+
+
+def test_a_skip_crosses_only_where_it_must():
+    inside = split(model(), "layer1.conv1", example=EXAMPLE)
+    assert list(inside.plan().stage("head").ports) == list(inside.cut.pieces[0].outputs)
+    assert len(inside.plan().stage("head").ports) == 2  # the block's input goes around it
+    assert not inside.plan().releases
+    assert str(inside.plan().stage("tail").ports[""]) == "float32[batch, 3]"
+
+
+def test_metrics_evaluation_and_the_report(tmp_path):
+    run = fit(
+        split(model(), "layer1", example=EXAMPLE),
+        images(24),
+        loss=nn.CrossEntropyLoss(),
+        evaluation=images(10, 9),
+        party={"metrics": {"loss": lambda: {"accuracy": MulticlassAccuracy(num_classes=3, average="micro")}}},
+        epochs=2,
+        batch_size=8,
+        evaluate_every=1,
+    )
+    assert 0.0 <= run.result.metrics("evaluate")["loss"]["accuracy"] <= 1.0
+    assert "client: sent" in run.summary()
+    page = run.report(tmp_path / "report.html")
+    text = page.read_text()
+    assert "accuracy" in text
+    assert "https://" not in text
+    assert "http://" not in text.replace("http://www.w3.org/", "")
+
+
+def test_labels_of_the_server_are_a_declared_release():
+    text = str(split(model(), "layer1", example=EXAMPLE, labels="server").plan())
+    assert "RAW data.label (declared release) to server" in text
+    assert "keeps   data.image, its weights" in text
+
+
+class Masked(nn.Module):
+    """Needs its mask in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.third(torch.relu(self.second(self.first(x) * mask)))
+
+
+def test_a_raw_input_leaves_only_if_it_is_released():
+    example = {"x": torch.zeros(4, 4), "mask": torch.ones(4, 4)}
+    with pytest.raises(PlanError) as caught:
+        split(Masked(), "first", example=example)
+    assert caught.value.code == "E331"
+    assert "needs the raw input 'mask'" in str(caught.value)
+    assert "release=['mask']" in str(caught.value)
+    made = split(Masked(), "first", example=example, release=["mask"])
+    assert "RAW data.mask (declared release) to server: float32[batch, 4]" in str(made.plan())
+    rows = cl.TensorTable(x=torch.randn(8, 4), mask=torch.ones(8, 4), label=torch.ones(8).long())
+    run = fit(made, rows, loss=nn.CrossEntropyLoss(), batch_size=4)
+    assert run.result.metrics("train")["loss"]["loss"] > 0
+    with pytest.raises(PlanError, match="no input 'lask' to release"):
+        split(Masked(), "first", example=example, release=["lask"])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.out = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(self.table(words))))
+
+
+def test_tied_weights_stay_one_in_a_u_shape():
+    torch.manual_seed(0)
+    net = Tied()
+    uncut = copy.deepcopy(net)
+    words = torch.randint(0, 11, (16, 5), generator=torch.Generator().manual_seed(1))
+
+    def loss(scores: Tensor, following: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores.transpose(1, 2), following)
+
+    run = fit(
+        split(net, ("table", "body"), example=words),
+        DataLoader(TensorDataset(words, words.roll(-1, 1)), batch_size=8),
+        loss=loss,
+        epochs=3,
+    )
+    optimizer = adam(list(uncut.parameters()))
+    for _ in range(3):
+        for begin in (0, 8):
+            loss(uncut(words[begin : begin + 8]), words.roll(-1, 1)[begin : begin + 8]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(run.state_dict(), uncut.state_dict())
+    assert net.out.weight is net.table.weight
+    with pytest.raises(PlanError) as caught:
+        split(Tied(), "table", example=words, labels="server")
+    assert caught.value.code == "E332"
+    assert "are one weight, at two parties" in str(caught.value)
+    assert "labels='client'" in str(caught.value)
+
+
+def test_the_tail_is_the_last_layer_with_parameters():
+    assert tail_point(model()) == "pool"
+    assert tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Softmax(1))) == "1"
+    with pytest.raises(PlanError, match="no last layer to keep"):
+        tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+def test_cut_points_must_fit_where_the_labels_are():
+    with pytest.raises(PlanError) as caught:
+        split(model(), ("layer1", "layer2"), example=EXAMPLE, labels="server")
+    assert caught.value.code == "E330"
+    assert "2 cut points with the labels at the server" in str(caught.value)
+    with pytest.raises(ConfigError) as wrong:
+        split(model(), "layer1", example=EXAMPLE, labels="cloud")
+    assert wrong.value.code == "E235"
+
+
+def test_settings_and_data_that_do_not_fit_are_refused():
+    made = split(model(), "layer1", example=EXAMPLE)
+    for wrong, words in (
+        ({"epoch": 3}, "fit has no setting 'epoch'"),
+        ({"seed": 0, "device": "cpu"}, "give it in party={...}"),
+        ({"party": {"devise": "cpu"}}, "party has no setting 'devise'"),
+        ({"evaluation": [images(4), images(4)]}, "as many data sets for evaluation as for training"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            fit(made, images(8), loss=nn.CrossEntropyLoss(), **wrong)
+        assert caught.value.code == "E236"
+        assert words in str(caught.value)
+    loaders = [DataLoader(images(8), batch_size=size) for size in (4, 8)]
+    with pytest.raises(ConfigError, match="loaders with one batch_size"):
+        fit(made, loaders, loss=nn.CrossEntropyLoss())
+    with pytest.raises(DataError) as missing:
+        fit(made, TensorDataset(torch.zeros(8, 1, 8, 8)), loss=nn.CrossEntropyLoss())
+    assert missing.value.code == "E253"
+    assert "expected a tuple (image, label)" in str(missing.value)
+
+
+def test_names_are_public():
+    assert cl.split is split
+    assert cl.fit is fit
