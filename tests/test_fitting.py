@@ -221,6 +221,7 @@ def test_the_tail_is_the_last_layer_with_parameters():
         tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
+@pytest.mark.provokes("E330", "E235")
 def test_cut_points_must_fit_where_the_labels_are():
     with pytest.raises(PlanError) as caught:
         split(model(), ("layer1", "layer2"), example=EXAMPLE, labels="server")
@@ -229,8 +230,10 @@ def test_cut_points_must_fit_where_the_labels_are():
     with pytest.raises(ConfigError) as wrong:
         split(model(), "layer1", example=EXAMPLE, labels="cloud")
     assert wrong.value.code == "E235"
+    assert wrong.value.expected == "client or server"
 
 
+@pytest.mark.provokes("E236")
 def test_settings_and_data_that_do_not_fit_are_refused():
     made = split(model(), "layer1", example=EXAMPLE)
     for wrong, words in (

@@ -74,9 +74,10 @@ def test_success_is_one_document(call: Call, demo: Path, words: Words):
     assert "error" not in only_document(result)
 
 
-@pytest.mark.parametrize("words", CASES, ids=" ".join)
-def test_failure_is_one_document(call: Call, demo: Path, words: Words):
-    before, _, bad, code = CASES[words]
+@pytest.mark.provokes(by="code")
+@pytest.mark.parametrize(("words", "code"), [(words, case[3]) for words, case in CASES.items()], ids=str)
+def test_failure_is_one_document(call: Call, demo: Path, words: Words, code: str):
+    before, _, bad, _ = CASES[words]
     for one in before:
         assert call(*one).code == 0
     result = call(*words, *bad, "--json")

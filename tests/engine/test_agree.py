@@ -92,6 +92,7 @@ def test_classes_are_numbered_and_an_unknown_one_is_an_error():
     assert "expected one of 3 classes, got 2 others in a batch" in str(caught.value)
 
 
+@pytest.mark.provokes("E261")
 @pytest.mark.parametrize(
     ("shared", "batches", "words"),
     [

@@ -247,3 +247,11 @@ def test_operations_are_counted_at_each_call():
         assert stage.spent == 2 * 2 * 4 * 5 * 3
     stage.forward([torch.ones(2, 5)], context(batch=2))
     assert stage.spent == 2 * 2 * 5 * 3
+
+
+@pytest.mark.provokes("E305")
+def test_a_gradient_of_another_shape_is_refused():
+    stage = stage_of(nn.Linear(5, 3))
+    stage.forward([torch.ones(4, 5)], context())
+    with pytest.raises(StageError, match=r"E305.*stage 'body'.*expected shape \[4, 3\], got shape \[4, 2\]"):
+        stage.backward([torch.ones(4, 2)], (0, 0))

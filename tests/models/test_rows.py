@@ -106,6 +106,7 @@ def test_a_batch_in_which_nobody_is_present():
     assert torch.equal(fill(given["rows"], given["present"]), torch.zeros(5, 4))
 
 
+@pytest.mark.provokes("E306")
 def test_who_is_present_must_be_said_and_true():
     with pytest.raises(StageError, match=r"expected bool\[5\], got int64\[5\]") as caught:
         Present(laboratory(), (4,))(torch.ones(5, 3), torch.zeros(5, dtype=torch.int64))

@@ -108,6 +108,7 @@ def test_replicas_are_those_of_the_last_turn(order, evaluated):
         assert torch.equal(gathered, result.workers[name].site.stages["head", lane].module.first.weight)
 
 
+@pytest.mark.provokes("E229")
 def test_nobody_may_unless_the_contract_says_so(tmp_path):
     made = plan()
     keep(tmp_path, made, run(made))
@@ -139,6 +140,7 @@ def test_all_parties_of_one_machine_are_joined_from_their_files(tmp_path):
         assert torch.equal(tensor, assemble(result)[key])
 
 
+@pytest.mark.provokes("E806")
 def test_a_damaged_file_and_a_folder_without_a_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run with a contract"):
         assemble(tmp_path)
@@ -148,6 +150,7 @@ def test_a_damaged_file_and_a_folder_without_a_run(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         assemble(tmp_path)
     assert caught.value.code == "E806"
+    assert "copy it again" in caught.value.remedy
 
 
 def test_names_that_stages_have_in_common_get_the_stage_before_them():

@@ -112,6 +112,7 @@ def test_two_sites_files_of_one_name_beside_the_builder_are_refused(tmp_path: Pa
     assert "another site's module 'my_models' is loaded" in error.what
 
 
+@pytest.mark.provokes("E204")
 @pytest.mark.parametrize(
     ("builder", "message"),
     [

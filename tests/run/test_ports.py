@@ -285,6 +285,7 @@ def test_replicas_at_one_party_keep_the_tie_each():
     assert site.stages["head", 0].module.table.weight is not site.stages["head", 1].module.table.weight
 
 
+@pytest.mark.provokes("E228")
 def test_a_weight_of_two_optimizers_is_refused():
     stages = [
         Stage("head", at=["a", "b"], inputs=["data.x"], output=f"float32[batch, 4, {WIDTH}]"),

@@ -157,6 +157,7 @@ def test_one_process_is_one_party(tmp_path: Path):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.provokes("E811")
 def test_weights_that_are_missing_damaged_or_others(trained: Runs, tmp_path: Path):
     case = plans.u_shaped()
     with pytest.raises(CheckpointError, match=r"E811.*<party>.safetensors"):
@@ -186,6 +187,7 @@ def test_a_changed_file_is_refused_where_the_summary_has_its_hash(trained: Runs,
         cl.predict(case.plan, asking(case), weights=tmp_path)
 
 
+@pytest.mark.provokes("E812")
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -265,6 +267,7 @@ def test_nothing_is_written_where_there_is_nothing(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"prediction.json", "predictions.safetensors"}
 
 
+@pytest.mark.provokes("E260")
 def test_outputs_of_several_lengths_are_refused():
     stages = [
         cl.Stage("head", at="a", inputs=["data.x"], output="float32[batch, time<=9]"),

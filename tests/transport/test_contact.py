@@ -123,6 +123,7 @@ def test_nothing_is_wrong_with_certificates_of_another_maker():
         assert diagnose(port, made["client"]) is None
 
 
+@pytest.mark.provokes("E601")
 def test_nobody_listens(site: Site):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -134,6 +135,7 @@ def test_nobody_listens(site: Site):
     assert "Connection refused" in error.got
 
 
+@pytest.mark.provokes("E668")
 def test_our_certificate_has_expired(site: Site, port: int):
     error = diagnose(port, site.expired)
     assert isinstance(error, CertificateError)
@@ -162,6 +164,7 @@ def test_the_server_is_of_a_foreign_authority(site: Site, port: int, tmp_path: P
     assert "issuer" in error.got or "self-signed" in error.got
 
 
+@pytest.mark.provokes("E667")
 def test_the_server_has_another_name(site: Site, port: int):
     error = diagnose(port, site.client, "archive")
     assert (type(error), error.code, error.got) == (CertificateError, "E667", "the names server")
@@ -208,10 +211,12 @@ def test_no_time_at_all(site: Site, port: int):
     assert diagnose(port, site.client, timeout=0).code == "E621"
 
 
+@pytest.mark.provokes("E603")
 def test_a_server_that_hangs_up_in_the_handshake(site: Site):
     with listener(lambda plain: plain.recv(1)) as port:
         error = diagnose(port, site.client)
     assert (type(error), error.code) == (LinkError, "E603")
+    assert error.what == "the server closed the connection within the TLS handshake"
 
 
 def ssl_server(site: Site, folder: Path, alpn: list[str], after: bytes | None, **settings):
@@ -293,6 +298,7 @@ def test_each_address_of_a_host_is_tried(site: Site, port: int, monkeypatch: pyt
     assert diagnose_at("many", 1, site.client, "server", PLENTY) is None
 
 
+@pytest.mark.provokes("E602")
 @pytest.mark.parametrize(
     "error", [socket.gaierror(socket.EAI_NONAME, "Name not known"), UnicodeError("label too long")]
 )

@@ -88,6 +88,16 @@ def test_a_frame_that_is_not_wanted_costs_no_memory():
     assert [(arrival.skipped, arrival.payload.nbytes) for arrival in arrivals] == [(True, 0)]
 
 
+SAID = {
+    "E501": {"a frame is cut short"},
+    "E502": {"these bytes are no cutlayer frame"},
+    "E506": {"the control part of a frame cannot be read"},
+    "E512": {"a frame's control part is cut short", "a message does not have the announced size"},
+    "E513": {"a frame of a kind that may not be here", "a message carries too much"},
+    "E514": {"a frame of another run"},
+}
+
+
 def test_a_refused_frame_costs_no_memory():
     def refuse(head: Arrival) -> bool:
         assert head.label == (TAG, "uint8", (2**38,))
@@ -146,6 +156,8 @@ def test_what_is_wrong_with_a_first_message_is_named(message: bytes, code: str):
     with pytest.raises(WireError) as caught:
         Assembler(RUN, yes).feed(message)
     assert caught.value.code == code
+    assert caught.value.what in SAID[code]
+    assert caught.value.remedy
 
 
 @pytest.mark.provokes("E512")

@@ -62,7 +62,7 @@ def test_a_long_error_still_fits_into_a_message():
 @pytest.mark.provokes("E645")
 def test_a_party_that_is_not_of_the_plan_is_refused(cast: Cast):
     stranger = control.LinkHello(control.PROTOCOL, "1", "nobody", "f" * 64, "test", 7, 0, 1)
-    with pytest.raises(HandshakeError, match="not of this plan.*got nobody. compare the party's name") as caught:
+    with pytest.raises(HandshakeError, match=r"not of this plan.*got nobody. compare the party's name") as caught:
         check_hello(stranger, cast.settings("server"), None)
     assert caught.value.code == "E645"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,11 @@ from cutlayer.transport.network import Deadlines, Network, Ready, Start
 from tests.transport.parties import NAMES, Cast, Everything, frame_of, free_port, meet, tag_of
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_thread_stays")]
+SAID = {  # code -> how its text begins
+    "E211": "without certificates, parties talk on one machine only",
+    "E212": "an address is not host:port|the coordinator has no address",
+    "E213": "the parties of a network do not fit together|a name, the run's name or the plan's digest is empty",
+}
 SIZES = (0, 1, 1000, 2**20 - 1, 2**20, 2**20 + 1, 5 * 2**20 + 7)
 
 
@@ -313,6 +319,8 @@ def test_settings_that_cannot_work_are_refused(cast: Cast, changes: dict[str, ob
     with pytest.raises(ConfigError) as caught:
         Network(cast.settings("server", **changes), lambda name, facts: None)
     assert caught.value.code == code
+    assert caught.value.remedy
+    assert re.search(SAID[code], str(caught.value))
 
 
 def test_another_partys_certificate_is_refused(cast: Cast):
@@ -351,7 +359,7 @@ def test_calls_before_a_session_are_errors(cast: Cast, call, code: str):
         with pytest.raises(ProgramError, match=r"no session is open.*call them in this order") as caught:
             call(network)
         assert caught.value.code == code
-    with pytest.raises(ProgramError, match="the network is closed.*use it within `with`") as caught:
+    with pytest.raises(ProgramError, match=r"the network is closed.*use it within `with`") as caught:
         call(network)
     assert caught.value.code == "E431"
 

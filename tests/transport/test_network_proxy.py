@@ -167,12 +167,15 @@ def test_a_proxy_that_refuses_ends_the_run(pair: Cast, tmp_path: Path):
     assert pair.addresses["server"] in error.where
 
 
+@pytest.mark.provokes("E610")
 def test_what_is_no_proxy_ends_the_run(pair: Cast):
     with answering(b"SSH-2.0-x\r\n") as port:
         error = failing(pair, f"http://127.0.0.1:{port}")
     assert (type(error), error.code) == (LinkError, "E610")
+    assert "no answer to HTTP CONNECT" in error.got
 
 
+@pytest.mark.provokes("E606")
 def test_a_proxy_that_is_away_is_told_at_once_and_is_the_error_in_the_end(pair: Cast):
     error = failing(pair, f"http://doctor:{SECRET}@127.0.0.1:{free_port()}", SHORT)
     assert (type(error), error.code) == (LinkError, "E606")
@@ -182,9 +185,11 @@ def test_a_proxy_that_is_away_is_told_at_once_and_is_the_error_in_the_end(pair: 
     assert told[0]["remedy"] == error.remedy
 
 
+@pytest.mark.provokes("E609")
 def test_a_server_that_is_down_behind_the_proxy(pair: Cast, proxy: RealProxy):
     error = failing(pair, f"http://{proxy.address}", SHORT)
     assert (type(error), error.code) == (LinkError, "E609")
+    assert error.remedy
     assert [facts["code"] for facts in pair.heard("clinic", "blocked")] == ["E609"]
 
 

@@ -111,6 +111,7 @@ def test_user_and_password_are_decoded_and_never_shown():
     assert find_proxy("http://proxy.example:1", "x.example", 1).authorization == ""  # type: ignore[union-attr]
 
 
+@pytest.mark.provokes("E214")
 @pytest.mark.parametrize(
     ("text", "got"),
     [

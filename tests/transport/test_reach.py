@@ -61,6 +61,7 @@ def test_it_connects_and_reads_nothing_of_the_servers_words(tmp_path: Path, echo
         assert real.connects() == [f"127.0.0.1:{echo}"]
 
 
+@pytest.mark.provokes("E607")
 def test_a_user_is_asked_for(tmp_path: Path, echo: int):
     with real_proxy(tmp_path, f"ConnectPort {echo}", f"BasicAuth doctor {SECRET}") as real:
         server = ("127.0.0.1", echo)
@@ -76,6 +77,7 @@ def test_a_user_is_asked_for(tmp_path: Path, echo: int):
         assert 'proxy = "http://user:password@host:port"' in error.remedy
 
 
+@pytest.mark.provokes("E608")
 def test_it_refuses_the_port(tmp_path: Path):
     with real_proxy(tmp_path, "ConnectPort 9") as real:
         error = ask(proxy_at(real.port), ("127.0.0.1", free_port()))
@@ -156,6 +158,7 @@ def test_answers(answer: bytes, code: str | None, got: str):
     assert error is None or got in error.got
 
 
+@pytest.mark.provokes("E607")
 def test_a_proxy_without_basic_authentication_has_another_remedy():
     with answering(HEAD + b"407 Who\r\nProxy-Authenticate: NTLM\r\n\r\n") as port:
         error = ask(proxy_at(port))

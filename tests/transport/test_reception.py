@@ -118,7 +118,7 @@ def test_a_session_with_a_new_process_bars_the_old_one(desk: Desk):
 @pytest.mark.provokes("E647")
 def test_a_new_process_cannot_ask_for_what_an_earlier_one_was_sent(desk: Desk):
     with pytest.raises(
-        HandshakeError, match="a new process asks for what was sent to an earlier one.*expected number 1, got number 2"
+        HandshakeError, match=r"a new process asks for what was sent to an earlier one.*expected number 1, got number 2"
     ) as caught:
         desk.peer.attach(desk.new, hello(22, known=OWN, wanted=2), OWN)
     assert caught.value.code == "E647"

@@ -31,12 +31,13 @@ class Commands(TyperGroup):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401 - as in typer
         """Run a command and end the process with its exit code."""
         words = sys.argv[1:] if args is None else list(args)
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except _Usage as error:
             code = _report(error, words)
         except typer.Abort:

@@ -221,7 +221,7 @@ class _Compiler:
                     self._exchange(
                         block, "add_gradients", stage.name, stage.places, lanes=lanes, limit=stage.state_limit
                     )
-        parties = self._stepping(stepping)
+        parties = _stepping(graph, stepping)
         if training.clip_norm is not None and training.clip == "global":
             group = tuple(dict.fromkeys([*parties, self.plan.hub]))
             self._exchange(block, "global_norm", "", group, lanes=stepping, limit=_SMALL)
@@ -229,15 +229,6 @@ class _Compiler:
             block.add(party, Step(stepping))
         add_credits(block, training.window)
         return block
-
-    def _stepping(self, lanes: tuple[int, ...]) -> tuple[str, ...]:
-        places = (
-            self.graph.place(stage.name, lane)
-            for stage in self.graph.stages
-            if not isinstance(stage, Loss) and not stage.frozen
-            for lane in lanes
-        )
-        return tuple(dict.fromkeys(places))
 
     def _step(self, name: str, sizes: StepSizes, actions: Sequence[Action], repeat: int) -> Blocks:
         block = Blocks(name, repeat)
@@ -298,6 +289,12 @@ class _Compiler:
             block.add(party, Checkpoint(self.checkpoints, last))
         self.checkpoints += 1
         return block
+
+
+def _stepping(graph: Graph, lanes: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the parties whose optimizers step after these lanes' batches."""
+    trained = (stage for stage in graph.stages if not isinstance(stage, Loss) and not stage.frozen)
+    return tuple(dict.fromkeys(graph.place(stage.name, lane) for stage in trained for lane in lanes))
 
 
 def _stages(graph: Graph, mode: str) -> set[str]:

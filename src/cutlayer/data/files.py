@@ -17,6 +17,9 @@ from cutlayer.errors import DataError
 __all__ = ["check_rows", "data_folders", "missing", "package_file", "reading"]
 
 
+_DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
+
+
 def data_folders(name: str) -> list[Path]:
     """Return the places `.data/<name>` beside and above the working directory, the nearest first."""
     here = Path.cwd()
@@ -60,7 +63,7 @@ def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error, *kinds) as error:
+    except (*_DAMAGED, *kinds) as error:
         raise _damaged(path, got=f"{type(error).__name__}: {error}"[:200]) from error
 
 

@@ -38,7 +38,7 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
         seed: Another one gives another split.
 
     Raises:
-        DataError: E250, one of the sides would be empty.
+        DataError: E263, one of the sides would be empty.
     """
     names = [str(group) for group in (groups.tolist() if isinstance(groups, Tensor) else groups)]
     held = {name: _fraction(seed, name) < share for name in dict.fromkeys(names)}
@@ -50,7 +50,7 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
             expected="rows to train with and rows to test with",
             got=f"{len(found.train)} and {len(found.test)}, from {len(held)} groups with share={share}",
             remedy="change share, or take another seed",
-            code="E250",
+            code="E263",
         )
     return found
 

@@ -75,7 +75,12 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
         own = read(shared, message, party)
         total = own if total is None else _together(shared, total, own, party)
     if total is None:
-        raise ContractError("nobody holds the field", where=f"data.{shared.field}", code="E526")
+        raise ContractError(
+            "nobody holds the field",
+            where=f"data.{shared.field}",
+            remedy="let a party's data have it, or take it out of the plan's preprocessing",
+            code="E526",
+        )
     if len(total.values) > shared.limit:
         raise ContractError(
             f"the field {shared.field!r} has more values than the plan allows",

@@ -2,6 +2,7 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E253 | DataError | a field that is to be preprocessed is not in the data |
 | E262 | DataError | preprocessing was not agreed on before data was loaded |
 """
 

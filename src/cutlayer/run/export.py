@@ -3,6 +3,7 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E229 | ConfigError | the contract does not allow the whole model to be put together here, or weights are missing |
+| E806 | CheckpointError | a file of weights cannot be read |
 """
 
 from __future__ import annotations

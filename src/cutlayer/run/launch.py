@@ -2,6 +2,7 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E205 | ConfigError | a party that is not of the plan |
 | E206 | ConfigError | contract and [network] of the party file contradict each other |
 | E207 | ConfigError | this site has not accepted the contract |
 | E208 | ConfigError | the folder holds no run that can be gone on with |

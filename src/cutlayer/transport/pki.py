@@ -270,7 +270,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"the file {path.name} cannot be read",
+            f"the file {path.name} of an authority or certificate cannot be read",
             where=f"folder {path.parent}",
             got=error.strerror or type(error).__name__,
             remedy="Give the folder that create_authority wrote, or the path of a certificate.",

@@ -1,0 +1,108 @@
+"""A party's sessions: what ends a run from within, and what a checkpoint must still fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cutlayer as cl
+from cutlayer.core.compile import agenda
+from cutlayer.core.program import Mode
+from cutlayer.errors import CheckpointError, PeerError
+from cutlayer.run import session
+from cutlayer.run.party import counts
+from cutlayer.run.session import Task, take_part
+from cutlayer.transport.network import SessionReset
+from tests.provoking import saw
+from tests.run import plans
+from tests.run.trial import Trial
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def halves(case: plans.Case, party: cl.Party) -> cl.Party:
+    """Return the party with half of its samples."""
+    data = {name: field[: len(field) // 2] for name, field in party.data.fields.items()}
+    return replace(party, data=cl.TensorTable(**data))
+
+
+@pytest.mark.provokes("E805")
+def test_a_checkpoint_of_other_numbers_of_samples_is_refused(tmp_path: Path):
+    case = plans.u_shaped(epochs=1)
+    trial = Trial(case.plan, tmp_path)
+
+    def part(name: str, party: cl.Party) -> Any:
+        return lambda: cl.join(case.plan, party, network=trial.settings(name), folder=tmp_path / "run" / name)
+
+    first = trial.play({name: part(name, case.build(name)) for name in case.plan.parties})
+    assert [type(one) for one in first.values()] == [cl.Result] * len(case.plan.parties)
+    fewer = {name: case.build(name) for name in case.plan.parties}
+    fewer |= {name: halves(case, party) for name, party in fewer.items() if party.data is not None}
+    second = trial.play({name: part(name, party) for name, party in fewer.items()})
+    own = [error for error in second.values() if isinstance(error, CheckpointError)]
+    assert own, second
+    assert {error.code for error in own} == {"E805"}
+    assert "the numbers of samples changed since the checkpoint" in str(own[0])
+    assert all(isinstance(error, CheckpointError | PeerError) for error in second.values())
+
+
+@pytest.mark.provokes("E390")
+def test_a_bug_at_one_party_reaches_the_others_without_its_words(tmp_path: Path):
+    case = plans.u_shaped(epochs=1)
+    trial = Trial(case.plan, tmp_path)
+
+    def breaks(_worker: object) -> None:
+        raise KeyError("a secret of alpha")
+
+    def part(name: str) -> Any:
+        party = case.build(name)
+        task = Task(agenda, counts(party), None, breaks if name == "alpha" else None)
+        return lambda: take_part(case.plan, party, task, network=trial.settings(name))
+
+    found = trial.play({name: part(name) for name in case.plan.parties})
+    assert isinstance(found["alpha"], KeyError)
+    told = saw("\n".join(found["server"].lines()))
+    assert isinstance(found["server"], PeerError)
+    assert "party 'alpha' failed" in told
+    assert "got E390 at alpha" in told
+    assert "look at its terminal" in told
+    assert "secret" not in told
+
+
+class Restless:
+    """A link on which a party restarts whenever all have met."""
+
+    def __init__(self, *_: object) -> None:
+        self.aborted: list[Exception] = []
+
+    def __enter__(self) -> Restless:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def rendezvous(self, _ready: object) -> Iterator[object]:
+        raise SessionReset("server restarted")
+
+    def abort(self, error: Exception) -> None:
+        self.aborted.append(error)
+
+
+@pytest.mark.provokes("E709")
+def test_parties_that_restart_without_end_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    case, told = plans.u_shaped(), []
+    party = case.build("alpha")
+
+    def notify(event: str, details: Mapping[str, Any]) -> None:
+        told.append((event, details["reason"]))
+
+    monkeypatch.setattr(session, "Network", Restless)
+    monkeypatch.setattr(session, "_RESETS_MAX", 3)
+    task = Task(lambda _plan, _roster: [(Mode.TRAIN, 1)], counts(party), None)
+    with pytest.raises(PeerError, match=r"E709.*restarted too often.*party alpha.*at most 3 restarts"):
+        take_part(case.plan, party, task, network=Trial(case.plan, tmp_path).settings("alpha"), notify=notify)
+    assert told == [("rollback", "server restarted")] * 3
