@@ -96,7 +96,7 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
             phases.append(("evaluate", number))
     if evaluate:
         phases.append(("evaluate", last))
-    if not evaluate or plan.assemble_at:
+    if not evaluate or plan.assemble_at or any(extra.when == "finish" for extra in plan.exchanges):
         phases.append(("finish", last))
     return phases
 
@@ -149,6 +149,7 @@ class _Compiler:
         if self.replicated and not self.relay:
             for stage in self.shared:
                 self._exchange(block, "broadcast", stage.name, stage.places, limit=stage.state_limit)
+        _planned(self, block, "start")
         return [block, self._checkpoint(last=True)]
 
     def train(self) -> list[Blocks]:
@@ -171,6 +172,7 @@ class _Compiler:
                 blocks.append(self._hand_on(place, (place + 1) % len(turns)))
                 blocks.append(self._checkpoint())
         blocks.append(self._metrics())
+        _planned(self, blocks[-1], "round")
         return [*blocks, self._checkpoint(last=True)]
 
     def forward_only(self, mode: Mode) -> list[Blocks]:
@@ -197,6 +199,9 @@ class _Compiler:
         blocks = [self._hand_on(lane, lane + 1) for lane in lanes]
         if self.plan.assemble_at:
             blocks.append(self._gather())
+        if any(extra.when == "finish" for extra in self.plan.exchanges):
+            blocks.append(Blocks("exchanges of the plan"))
+            _planned(self, blocks[-1], "finish")
         return [*blocks, self._checkpoint(last=True)]
 
     def _split(self, block: Blocks, repeat: int) -> list[Blocks]:
@@ -221,6 +226,7 @@ class _Compiler:
                     self._exchange(
                         block, "add_gradients", stage.name, stage.places, lanes=lanes, limit=stage.state_limit
                     )
+        _planned(self, block, "step")
         parties = _stepping(graph, stepping)
         if training.clip_norm is not None and training.clip == "global":
             group = tuple(dict.fromkeys([*parties, self.plan.hub]))
@@ -289,6 +295,19 @@ class _Compiler:
             block.add(party, Checkpoint(self.checkpoints, last))
         self.checkpoints += 1
         return block
+
+
+def _planned(compiler: _Compiler, block: Blocks, when: str) -> None:
+    """Add the plan's own exchanges of this point."""
+    for extra in compiler.plan.exchanges:
+        if extra.when == when:
+            lanes, hub = tuple(range(len(extra.group))), extra.hub or extra.group[0]
+            number, compiler.number = compiler.number, compiler.number + 1
+            job = Exchange(
+                extra.name, number, extra.group, extra.stage, lanes, extra.limit, messages=extra.messages, hub=hub
+            )
+            for party in extra.group:
+                block.add(party, job)
 
 
 def _stepping(graph: Graph, lanes: tuple[int, ...]) -> tuple[str, ...]:

@@ -56,12 +56,18 @@ def _mode_flows(plan: Plan, roster: Roster, mode: str, rounds: int) -> list[Flow
         samples, frames = _volume(count, plan.training, drop_last=plan.training.drop_last and mode == "train")
         for edge in graph.cuts(lane):
             origin, target = graph.origin(edge, lane), graph.place(edge.target, lane)
-            size = edge.spec.nbytes(1) * samples * rounds if edge.spec else 0
+            up, down = (_each(edge, way) * samples * rounds for way in ("up", "down"))
             if _first(graph, edge, lane):
-                flows.append(Flow(origin, target, mode, "up", edge.index, size, frames * rounds))
+                flows.append(Flow(origin, target, mode, "up", edge.index, up, frames * rounds))
             if edge.trained and mode == "train":
-                flows.append(Flow(target, origin, mode, "down", edge.index, size, frames * rounds))
+                flows.append(Flow(target, origin, mode, "down", edge.index, down, frames * rounds))
     return flows
+
+
+def _each(edge: Edge, direction: str) -> int:
+    """Return the bytes of one sample of an edge on the wire."""
+    spec = edge.wire(direction)
+    return spec.nbytes(1) if spec else 0
 
 
 def _volume(count: int, training: Training, *, drop_last: bool) -> tuple[int, int]:

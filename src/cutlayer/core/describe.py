@@ -11,8 +11,9 @@ from cutlayer.core.parts import Loss, Shared, Stage
 if TYPE_CHECKING:
     from cutlayer.core.plan import Plan
 
-__all__ = ["describe", "keeps"]
+__all__ = ["describe", "keeps", "size_of", "what_of"]
 
+_WHENS = {"start": "once", "step": "each step", "round": "each round", "finish": "at the end"}
 _Pick = Callable[[str, str], bool]
 _Flows = dict[tuple[str, str], dict[int, list[str]]]  # (what, size) -> lane -> peers
 
@@ -100,18 +101,24 @@ def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
     for lane in range(graph.lanes):
         for edge in graph.cuts(lane):
             origin, target = graph.origin(edge, lane), graph.place(edge.target, lane)
-            size = _size(edge, batch)
             if mine(origin, target) and graph.carrier(edge, lane) == edge:
-                _note(found, (_what(edge), size), lane, target if mine(origin, "") else origin)
+                what = (what_of(edge), size_of(edge, "up", batch))
+                _note(found, what, lane, target if mine(origin, "") else origin)
             if edge.trained and mine(target, origin):
-                _note(found, (f"gradient at {edge.label}", size), lane, origin if mine(target, "") else target)
+                what = (f"gradient at {edge.label}{_treated(edge, 'down')}", size_of(edge, "down", batch))
+                _note(found, what, lane, origin if mine(target, "") else target)
     return found
 
 
-def _size(edge: Edge, batch: int) -> str:
-    if edge.spec is None:
-        return ""
-    return f"{edge.spec}, {'at most ' if edge.spec.free else ''}{edge.spec.nbytes(batch):,} bytes a batch"
+def size_of(edge: Edge, direction: str, batch: int) -> str:
+    """Return "SPEC, N bytes a batch" of what is on the wire; empty for a field that is not released."""
+    spec = edge.wire(direction)
+    return f"{spec}, {'at most ' if spec.free else ''}{spec.nbytes(batch):,} bytes a batch" if spec else ""
+
+
+def _treated(edge: Edge, direction: str) -> str:
+    words = edge.crossing.words(direction) if edge.crossing else ""
+    return f" ({words})" if words else ""
 
 
 def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
@@ -120,10 +127,11 @@ def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
         peers.append(peer)
 
 
-def _what(edge: Edge) -> str:
+def what_of(edge: Edge) -> str:
+    """Return what the value of an edge is, and what is done to it before it leaves."""
     if edge.source.field:
         return f"RAW data.{edge.source.field} (declared release)"
-    return f"activations of {edge.origin}"
+    return f"activations of {edge.origin}{_treated(edge, 'up')}"
 
 
 def _line(what: tuple[str, str], word: str, peers: dict[int, list[str]]) -> str:
@@ -157,6 +165,12 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
     for shared in plan.preprocessing:
         if party in plan.graph.holders(shared.at):
             texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {', '.join(plan.graph.holders(shared.at))}")
+    texts += [
+        f"{extra.says}, by exchange {extra.name} with {', '.join(p for p in extra.group if p != party)}: at most "
+        f"{extra.messages} messages of {extra.limit:,} bytes, {_WHENS[extra.when]}"
+        for extra in plan.exchanges
+        if party in extra.group
+    ]
     whole = [name for name in plan.assemble_at if name != party]
     for stage in plan.stages if whole else ():
         if not isinstance(stage, Loss) and stage.places[0] == party and set(whole) - set(stage.places):

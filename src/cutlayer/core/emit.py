@@ -77,7 +77,7 @@ class Emitter:
                 self.block.add(here, Send(edge.index, lane, micro, self._size(action), "down", origin))
 
     def _recv(self, edge: Edge, action: Action, direction: Direction, source: str) -> Recv:
-        spec = edge.spec
+        spec = edge.wire(direction)
         if spec is None:
             raise PlanError(
                 f"the field {edge.source.field!r} has no release",

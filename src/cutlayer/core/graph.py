@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cutlayer.core.crossing import Crossing
 from cutlayer.core.parts import Loss, Release, Source, Stage
 from cutlayer.core.spec import TensorSpec
 from cutlayer.errors import PlanError
@@ -16,7 +17,7 @@ __all__ = ["Edge", "Graph"]
 class Edge:
     """One input of one stage. `index` is its number in plan order and its name on the wire.
 
-    `trained` says whether a gradient flows back along it.
+    `trained` says whether a gradient flows back along it; `crossing` what is done to it where it is a cut.
     """
 
     index: int
@@ -25,6 +26,11 @@ class Edge:
     position: int
     spec: TensorSpec | None
     trained: bool
+    crossing: Crossing | None = None
+
+    def wire(self, direction: str = "up") -> TensorSpec | None:
+        """Return the spec that the value ("up") or gradient ("down") has on the wire; None: a field not released."""
+        return self.spec if self.spec is None or self.crossing is None else self.crossing.on_wire(self.spec, direction)
 
     @property
     def label(self) -> str:
@@ -46,10 +52,13 @@ class Graph:
         PlanError: two stages of one name, an unknown input, a cycle, replicas that do not match.
     """
 
-    def __init__(self, stages: tuple[Stage | Loss, ...], releases: tuple[Release, ...] = ()) -> None:
+    def __init__(
+        self, stages: tuple[Stage | Loss, ...], releases: tuple[Release, ...] = (), crossings: tuple[Crossing, ...] = ()
+    ) -> None:
         """Derive order, trained stages and edges."""
         self.stages = stages
         self.releases = releases
+        self.crossings = {crossing.of: crossing for crossing in crossings}
         self.by_name: dict[str, Stage | Loss] = {}
         for stage in stages:
             if stage.name in self.by_name:
@@ -229,7 +238,9 @@ def _edges(graph: Graph) -> list[Edge]:
                 spec = origin.ports[source.port]
                 trained = graph.trained[origin.name] and graph.trained[stage.name]
                 trained = trained and _differentiable(origin, source.port)
-            edges.append(Edge(len(edges), source, stage.name, position, spec, trained))
+            edge = Edge(len(edges), source, stage.name, position, spec, trained)
+            crossing = graph.crossings.get(edge.origin) if source.stage else None
+            edges.append(replace(edge, crossing=crossing) if crossing else edge)
     return edges
 
 

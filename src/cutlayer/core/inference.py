@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from cutlayer.core.describe import keeps
+from cutlayer.core.describe import keeps, size_of, what_of
 from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.plan import Plan
 
@@ -30,7 +30,7 @@ def prediction_bytes(plan: Plan, party: str, samples: int) -> int:
     """Return the most bytes of tensors that `party` sends in a joint prediction, if each replica has `samples`."""
     graph = plan.graph
     sent = {
-        (carrier.index, lane, peer): carrier.spec.nbytes(samples) if carrier.spec else 0
+        (carrier.index, lane, peer): wire.nbytes(samples) if (wire := carrier.wire()) else 0
         for carrier, edge, lane in _crossing(graph, graph.ancestors(graph.outputs))
         for peer in [graph.place(edge.target, lane)]
         if graph.origin(edge, lane) == party
@@ -54,11 +54,8 @@ def _grouped(flows: Iterable[tuple[Edge, str]], word: str, batch: int) -> list[s
     """Return a line for each value, with all its peers."""
     peers: dict[str, dict[str, None]] = {}
     for edge, peer in flows:
-        what = f"RAW {edge.origin} (declared release)" if edge.source.field else f"activations of {edge.origin}"
-        size = ""
-        if edge.spec is not None:
-            size = f": {edge.spec}, {'at most ' if edge.spec.free else ''}{edge.spec.nbytes(batch):,} bytes a batch"
-        peers.setdefault(f"{what} {word} {{}}{size}", {})[peer] = None
+        size = size_of(edge, "up", batch)
+        peers.setdefault(f"{what_of(edge)} {word} {{}}{size and ': '}{size}", {})[peer] = None
     return [line.format(", ".join(names)) for line, names in peers.items()]
 
 

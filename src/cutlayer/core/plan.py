@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from cutlayer.core.crossing import Crossing, Extra, PlannedExchange, check_extras
 from cutlayer.core.describe import describe
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
@@ -22,6 +23,9 @@ PLAN_VERSION = 1
 class Plan:
     """Stages and losses at parties, releases of raw data, shared preprocessing, and the training. Checked when made.
 
+    `extras` are what is done to values on their way over cuts (`Crossing`) and exchanges of one's own
+    (`PlannedExchange`).
+
     `assemble_at` names the parties that get all weights at the end, to put the whole model together; nobody unless
     said. `print(plan)` is the privacy review: who holds what, who sees what, and how many bytes.
 
@@ -35,6 +39,7 @@ class Plan:
     preprocessing: tuple[Shared, ...] = ()
     assemble_at: tuple[str, ...] = ()
     name: str = "plan"
+    extras: tuple[Extra, ...] = ()
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Plan:
         preprocessing: Sequence[Shared] = (),
         assemble_at: Sequence[str] = (),
         name: str = "plan",
+        extras: Sequence[Extra] = (),
     ) -> None:
         """Accept lists; check the whole plan."""
         keep = object.__setattr__
@@ -54,14 +60,29 @@ class Plan:
         keep(self, "preprocessing", tuple(preprocessing))
         keep(self, "assemble_at", tuple(assemble_at))
         keep(self, "name", name)
+        keep(self, "extras", tuple(extras))
         check(self.graph, self.training)
         check_shared(self.graph, self.preprocessing)
         check_assembly(self.graph, assemble_at)
+        check_extras(self.extras, _outputs(self.graph), (set(self.parties), set(self.graph.by_name)))
+        for edge in self.graph.edges if self.crossings else ():
+            edge.wire("up")
+            edge.wire("down")
 
     @property
     def graph(self) -> Graph:
         """Return the stages in order, with the edges and cuts derived from them."""
-        return Graph(self.stages, self.releases)
+        return Graph(self.stages, self.releases, self.crossings)
+
+    @property
+    def crossings(self) -> tuple[Crossing, ...]:
+        """Return what is done to values on their way over cuts."""
+        return tuple(extra for extra in self.extras if isinstance(extra, Crossing))
+
+    @property
+    def exchanges(self) -> tuple[PlannedExchange, ...]:
+        """Return the exchanges of one's own."""
+        return tuple(extra for extra in self.extras if isinstance(extra, PlannedExchange))
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -103,6 +124,7 @@ class Plan:
             preprocessing=self.preprocessing,
             assemble_at=self.assemble_at,
             name=self.name,
+            extras=self.extras,
         )
 
     def document(self) -> dict[str, object]:
@@ -115,6 +137,8 @@ class Plan:
             "releases": [{**_plain(release), "spec": str(release.spec)} for release in self.releases],
             "assemble_at": list(self.assemble_at),
             "preprocessing": [_plain(shared) for shared in self.preprocessing],
+            **({"crossings": [one.row() for one in self.crossings]} if self.crossings else {}),
+            **({"exchanges": [one.row() for one in self.exchanges]} if self.exchanges else {}),
         }
 
     def digest(self) -> str:
@@ -125,6 +149,16 @@ class Plan:
     def __str__(self) -> str:
         """Return the privacy review."""
         return describe(self)
+
+
+def _outputs(graph: Graph) -> dict[str, bool]:
+    """Return "STAGE" or "STAGE.PORT" -> whether it crosses to another party somewhere."""
+    found: dict[str, bool] = {}
+    for edge in graph.edges:
+        if edge.source.stage:
+            crosses = any(graph.is_cut(edge, lane) for lane in range(graph.lanes))
+            found[edge.origin] = found.get(edge.origin, False) or crosses
+    return found
 
 
 def _plain(value: Stage | Loss | Release | Shared) -> dict[str, object]:

@@ -111,7 +111,8 @@ def network_settings(contract: Contract, file: PartyFile) -> NetworkSettings:
             remedy="remove `listen`: a party without an address dials out",
             code="E206",
         )
-    sizes = [edge.spec.nbytes(plan.training.batch_size) for edge in plan.graph.edges if edge.spec is not None]
+    wires = [edge.wire(way) for edge in plan.graph.edges for way in ("up", "down")]
+    sizes = [wire.nbytes(plan.training.batch_size) for wire in wires if wire is not None]
     settings = NetworkSettings(
         party=file.name,
         parties=plan.parties,
