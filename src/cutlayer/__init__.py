@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cutlayer.core.crossing import Crossing, PlannedExchange
     from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
     from cutlayer.core.spec import TensorSpec
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Crossing",
     "CutlayerError",
     "Loss",
     "NetworkSettings",
     "Party",
     "Plan",
+    "PlannedExchange",
     "Release",
     "Result",
     "Shared",
@@ -59,11 +62,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Crossing": "core.crossing",
     "CutlayerError": "errors",
     "Loss": "core.parts",
     "NetworkSettings": "transport.settings",
     "Party": "run.party",
     "Plan": "core.plan",
+    "PlannedExchange": "core.crossing",
     "Release": "core.parts",
     "Result": "run.outcome",
     "Shared": "core.parts",

@@ -95,7 +95,7 @@ def test_reference_contract_has_every_key_with_its_default(call: Call, here: Pat
             assert re.search(rf"(?m)^\| `{name}` \|", section), f"{path}.{name} is not in the reference"
             assert re.search(rf"(?m)^{name} = ", example), f"{path}.{name} is not in the example"
     assert set(tables[""]) == {
-        "contract", "stage", "loss", "release", "preprocessing", "training", "addresses", "deadlines"
+        "contract", "stage", "loss", "release", "preprocessing", "crossing", "exchange", "training", "addresses", "deadlines"
     }  # fmt: skip
 
 
@@ -112,6 +112,8 @@ TABLES = {
     "stage": config._StageTable,
     "loss": config._LossTable,
     "preprocessing": config._SharedTable,
+    "crossing": config._CrossingTable,
+    "exchange": config._ExchangeTable,
     "training": config._TrainingTable,
     "deadlines": config.DeadlineTable,
     "network": partyfile._NetworkTable,

@@ -260,7 +260,7 @@ def _known_wire(name: str, spec: TensorSpec, of: str) -> TensorSpec:
 
 
 def _spec(text: TensorSpec | str) -> TensorSpec | None:
-    return TensorSpec.parse(text) if isinstance(text, str) and text else text or None  # type: ignore[return-value]
+    return TensorSpec.parse(text) if isinstance(text, str) and text else text or None
 
 
 def _unfit(of: str, what: str, expected: str, got: str) -> PlanError:

@@ -19,7 +19,7 @@ from cutlayer.engine.tensors import pack, unpack
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError
 
-__all__ = ["EXCHANGES", "Hear", "Local", "Say"]
+__all__ = ["EXCHANGES", "ExchangeFunction", "Hear", "Local", "Say", "Talk"]
 
 _NUMBER = struct.Struct("<d")
 
@@ -210,7 +210,9 @@ def barrier(job: Exchange, me: str, _local: Local) -> Talk:
         yield Hear(job.hub)
 
 
-EXCHANGES: Mapping[str, Callable[[Exchange, str, Local], Talk]] = {
+ExchangeFunction = Callable[[Exchange, str, Local], Talk]
+
+EXCHANGES: Mapping[str, ExchangeFunction] = {
     "add_gradients": add_gradients,
     "add_metrics": add_metrics,
     "agree": agree,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from cutlayer.engine.stage import ModuleStage
+from cutlayer.engine.stage import StageProtocol
 from cutlayer.errors import ConfigError, ContractError
 
 __all__ = ["Bundle", "load_stage_state", "stage_state"]
@@ -40,7 +40,7 @@ class Bundle:
 
     def __init__(
         self,
-        stages: Mapping[str, ModuleStage],
+        stages: Mapping[str, StageProtocol],
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
     ) -> None:
@@ -83,7 +83,7 @@ class Bundle:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def stage_state(stage: ModuleStage, bundle: Bundle) -> dict[str, Tensor]:
+def stage_state(stage: StageProtocol, bundle: Bundle) -> dict[str, Tensor]:
     """Return all state of a stage by name: what is handed on in a relay and saved in a checkpoint.
 
     `p.` parameters, `b.` buffers (BatchNorm), `o.` optimizer state of each parameter, `g.` the stage generators
@@ -113,7 +113,7 @@ def stage_state(stage: ModuleStage, bundle: Bundle) -> dict[str, Tensor]:
     return state
 
 
-def load_stage_state(stage: ModuleStage, bundle: Bundle, state: Mapping[str, Tensor], where: str) -> None:
+def load_stage_state(stage: StageProtocol, bundle: Bundle, state: Mapping[str, Tensor], where: str) -> None:
     """Take over what `stage_state` gave of a replica of the same stage. Checks all of it before it changes anything.
 
     Raises:
@@ -230,7 +230,7 @@ def _numbers(state: Mapping[str, Tensor], where: str) -> _Numbers:
         ) from None
 
 
-def _number(stage: ModuleStage, optimizer: Optimizer, key: str, value: Any) -> Any:  # noqa: ANN401 - plain values
+def _number(stage: StageProtocol, optimizer: Optimizer, key: str, value: Any) -> Any:  # noqa: ANN401 - plain values
     if not _codable(value):
         raise ConfigError(
             f"the state of {type(optimizer).__name__} cannot be handed on or saved",

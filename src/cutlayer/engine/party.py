@@ -40,7 +40,7 @@ __all__ = ["Cursor", "Do", "Effect", "Post", "Take", "fulfil", "interpret"]
 
 
 class Do(msgspec.Struct, frozen=True):
-    """Let the worker fulfil an instruction. `index` numbers the batches of a `Load`; `parcel` is what came in."""
+    """Let the worker fulfil an instruction. `index`: batch of a `Load`, step of a `Send`; `parcel` is what came in."""
 
     instruction: Instruction
     index: int = 0
@@ -92,7 +92,7 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
                 if isinstance(job, _OWN):
                     yield Do(job)
                 elif isinstance(job, Send):
-                    parcel: Parcel = yield Do(job)
+                    parcel: Parcel = yield Do(job, party.step)
                     yield party.post(job.to, party.tag(job), parcel)
                 elif isinstance(job, Recv):
                     frame = yield Take(job.source, party.tag(job))
@@ -180,7 +180,8 @@ class _Interpreter:
     def _exchange(self, job: Exchange) -> Talk:
         me, counts = self.program.party, dict[tuple[str, str], int]()
         self.ledger.exchanges[job.number] = (job.name, job.stage)
-        talk = EXCHANGES[job.name](job, me, self.worker.site)
+        run = EXCHANGES.get(job.name) or self.worker.site.exchanges[job.name]
+        talk = run(job, me, self.worker.site)
         answer: Buffer | None = None
         while True:
             try:
@@ -228,7 +229,7 @@ def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | N
     elif isinstance(job, Backward):
         worker.backward(job)
     elif isinstance(job, Send):
-        result = worker.parcel(job)
+        result = worker.parcel(job, effect.index)
     elif isinstance(job, Recv) and effect.parcel is not None:
         worker.deliver(job, effect.parcel)
     elif isinstance(job, Step):

@@ -15,6 +15,7 @@ from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.engine.agree import Agreed
+from cutlayer.engine.coder import Plugs
 from cutlayer.engine.metrics import MetricBook, MetricFactory
 from cutlayer.engine.optim import (
     Bundle,
@@ -25,7 +26,7 @@ from cutlayer.engine.optim import (
     stage_state,
 )
 from cutlayer.engine.preprocess import Batches, Preprocess
-from cutlayer.engine.stage import ModuleStage
+from cutlayer.engine.stage import ModuleStage, StageProtocol
 from cutlayer.errors import ConfigError, ContractError
 
 __all__ = ["Batches", "Parts", "Place", "Site", "stage_seed"]
@@ -38,7 +39,7 @@ class Parts:
     """What a worker is made of; all of it stays at its party. See `cutlayer.Party`, which builds it."""
 
     party: str
-    modules: Mapping[str, nn.Module]
+    modules: Mapping[str, nn.Module | StageProtocol]
     optimizer: OptimizerFactory | None = None
     scheduler: SchedulerFactory | None = None
     scheduler_every: str = "epoch"
@@ -49,6 +50,7 @@ class Parts:
     finite: bool = True
     autocast: str = ""
     agreed: Mapping[str, Agreed] = field(default_factory=dict)
+    plugs: Plugs = field(default_factory=Plugs)
 
 
 def stage_seed(seed: int, stage: str, lane: int) -> int:
@@ -75,6 +77,8 @@ class Site:
         self.bundles = _bundles(self.graph, parts, self.stages)
         self.preprocess = Preprocess(plan, parts.party, parts.batches.get("train"), parts.agreed)
         self.gathered: dict[str, dict[str, Tensor]] = {}
+        self.exchanges = parts.plugs.exchanges
+        _check_exchanges(plan, parts)
         self.books = {
             place: MetricBook(place[0], parts.metrics.get(place[0]), shared=self.graph.by_name[place[0]].replicated)
             for place in self.stages
@@ -166,8 +170,8 @@ class Site:
         return self.bundles[place[1] if self.graph.by_name[place[0]].replicated else None]
 
 
-def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
-    stages: dict[Place, ModuleStage] = {}
+def _stages(graph: Graph, parts: Parts) -> dict[Place, StageProtocol]:
+    stages: dict[Place, StageProtocol] = {}
     copies: dict[int, dict[int, Any]] = {}  # lane -> memo of its copies, so that tied weights stay tied
     for part in graph.stages:
         lanes = [lane for lane in range(len(part.places)) if part.places[lane] == parts.party]
@@ -185,15 +189,19 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
             module = parts.modules[part.name]
             if place:
                 module = copy.deepcopy(module, copies.setdefault(lane, {}))
+            held = module if isinstance(module, nn.Module) else module.module
             if part.frozen:
-                module.requires_grad_(False)
-            if isinstance(part, Loss) and any(p.requires_grad for p in module.parameters()):
+                held.requires_grad_(False)
+            if isinstance(part, Loss) and any(p.requires_grad for p in held.parameters()):
                 raise ConfigError(
                     f"the module of the loss {part.name!r} has parameters to train",
                     where=f"party {parts.party}",
                     remedy="make it a stage, with a loss without parameters after it",
                     code="E223",
                 )
+            if not isinstance(module, nn.Module):
+                stages[part.name, lane] = module
+                continue
             stages[part.name, lane] = ModuleStage(
                 part.name,
                 module,
@@ -205,15 +213,27 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, ModuleStage]:
     return stages
 
 
-def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, ModuleStage]) -> dict[int | None, Bundle]:
-    groups: dict[int | None, dict[str, ModuleStage]] = {}
+def _check_exchanges(plan: Plan, parts: Parts) -> None:
+    for extra in plan.exchanges:
+        if parts.party in extra.group and extra.name not in parts.plugs.exchanges:
+            raise ConfigError(
+                f"this party has no exchange {extra.name!r}",
+                where=f"party {parts.party}",
+                expected=f"one of {', '.join(sorted(parts.plugs.exchanges)) or '(none)'}",
+                remedy="give it in Party(exchanges={...}), or install the package that has it as a plug-in",
+                code="E290",
+            )
+
+
+def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, StageProtocol]) -> dict[int | None, Bundle]:
+    groups: dict[int | None, dict[str, StageProtocol]] = {}
     for (name, lane), stage in stages.items():
         groups.setdefault(lane if graph.by_name[name].replicated else None, {})[name] = stage
     _check_ties(parts.party, groups)
     return {lane: Bundle(group, parts.optimizer, parts.scheduler) for lane, group in groups.items()}
 
 
-def _check_ties(party: str, groups: Mapping[int | None, Mapping[str, ModuleStage]]) -> None:
+def _check_ties(party: str, groups: Mapping[int | None, Mapping[str, StageProtocol]]) -> None:
     """Raise `ConfigError` E228 for a weight that two optimizers would train."""
     owners: dict[int, tuple[int | None, str]] = {}
     for lane, stages in groups.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import torch
@@ -40,15 +40,29 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     wanted: tuple[bool, ...]
 
 
+@runtime_checkable
 class StageProtocol(Protocol):
     """What the engine asks of a stage. Values are tensors; a stage sees only those of its own party.
 
     `forward` gives the outputs, in the order of the stage's ports, for the inputs. `backward` takes the gradients at
     the outputs (None where there is none) and gives those at the inputs (None where not wanted), and keeps gradients
-    of its parameters until the party's optimizer steps. `spent` is the number of floating-point operations of the
-    last call.
+    of its parameters until the party's optimizer steps.
+
+    Attributes:
+        name: As in the plan.
+        module: Holds all parameters and buffers; what is handed on, saved and given back is its state.
+        device: Where outputs are, and gradients at them are wanted.
+        generator: State of the stage's own random generator (uint8, as `torch.Generator.get_state` gives it), which is
+            handed on and saved with it.
+        cuda_generator: The same for a CUDA device, or None.
+        spent: Floating-point operations of the last call.
     """
 
+    name: str
+    module: nn.Module
+    device: torch.device
+    generator: Tensor
+    cuda_generator: Tensor | None
     spent: int
 
     def forward(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
@@ -59,6 +73,9 @@ class StageProtocol(Protocol):
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return the parameters that an optimizer trains."""
+
+    def forget(self) -> None:
+        """Drop what forwards have kept, for a roll-back in mid-step."""
 
 
 class _Enter(torch.autograd.Function):

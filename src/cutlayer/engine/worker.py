@@ -14,10 +14,12 @@ from cutlayer.core.graph import Edge
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.coder import Coder
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
-from cutlayer.engine.stage import Context, Gradients, ModuleStage
+from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
@@ -38,7 +40,7 @@ class Parcel(msgspec.Struct, frozen=True):
 class _Role:
     """What calls of a stage need, found once. `book` and `reduction`: of a loss."""
 
-    stage: ModuleStage
+    stage: StageProtocol
     edges: tuple[Edge, ...]
     wanted: tuple[bool, ...]
     book: MetricBook | None
@@ -61,6 +63,7 @@ class Worker:
         self.plan, self.parts, self.graph = plan, parts, plan.graph
         self.party = parts.party
         self.site = Site(plan, parts)
+        self.coder = Coder(self.graph, self.party, parts.plugs, parts.seed)
         self.ledger = Ledger(parts.party)
         self.history: list[dict[str, Any]] = []
         self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
@@ -126,8 +129,8 @@ class Worker:
             if edge.trained and value is not None:
                 self._values.put_gradient(edge.index, job.lane, job.micro, value)
 
-    def parcel(self, job: Send) -> Parcel:
-        """SEND: return the value or gradient of an edge as bytes.
+    def parcel(self, job: Send, step: int) -> Parcel:
+        """SEND: return the value or gradient of an edge as bytes, defended and encoded; `step` counts in the round.
 
         Raises:
             ContractError: it is not what the plan says. NonFiniteError: it holds a NaN or an infinity.
@@ -139,18 +142,25 @@ class Worker:
             value = self._values.get(edge, job.lane, job.micro)
             if self._values.used_here(edge, job.lane):
                 value = value.clone()  # an in-place operation of a consumer here must not reach bytes on their way
-        self._check_leaving(job, value)
+        self._check_leaving(job, value, edge.spec)
+        if edge.crossing is not None:
+            place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
+            value = self.coder.leaving(edge, job.direction, value, place)
+            self._check_leaving(job, value, edge.wire(job.direction))
         return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
 
     def deliver(self, job: Recv, parcel: Parcel) -> None:
         """RECV: take in the value or gradient of an edge. Raises `NonFiniteError` if it holds a NaN or an infinity."""
+        edge = self.graph.edges[job.edge]
         value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device)
+        if edge.crossing is not None:
+            value = self.coder.coming(edge, job.direction, value, job.size)
         if self.parts.finite:
-            check_finite(value, lambda: f"party {self.party}, from {job.source} at {self.graph.edges[job.edge].label}")
+            check_finite(value, lambda: f"party {self.party}, from {job.source} at {edge.label}")
         if job.direction == "down":
             self._values.put_gradient(job.edge, job.lane, job.micro, value)
         else:
-            self._values.put(self.graph.edges[job.edge], job.lane, job.micro, value)
+            self._values.put(edge, job.lane, job.micro, value)
 
     def step(self, job: Step) -> None:
         """STEP: clip, and update parameters."""
@@ -197,18 +207,18 @@ class Worker:
             )
         return role
 
-    def _check_leaving(self, job: Send, value: Tensor) -> None:
+    def _check_leaving(self, job: Send, value: Tensor, spec: TensorSpec | None) -> None:
         edge = self.graph.edges[job.edge]
 
         def where() -> str:
             return f"party {self.party}, cut {edge.label}, {self.mode} round {self.round}, microbatch {job.micro}"
 
-        wrong = check_spec(value, edge.spec, job.size) if edge.spec else "no spec"
+        wrong = check_spec(value, spec, job.size) if spec else "no spec"
         if wrong:
             raise ContractError(
                 "a tensor about to leave is not what the plan says",
                 where=where(),
-                expected=str(edge.spec),
+                expected=str(spec),
                 got=wrong,
                 remedy="correct the spec in the plan, or the data",
                 code="E522",

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from cutlayer.core.crossing import Crossing, PlannedExchange
 from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Shared, Stage, Training, check_name
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError
@@ -30,6 +31,7 @@ __all__ = ["Contract", "DeadlineTable", "dump_contract", "load_contract", "parse
 CONTRACT_VERSION = 1
 _DAY = 86_400.0
 
+_Transform = str | dict[str, str | int | float | bool]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * _DAY)]
 
 
@@ -94,6 +96,27 @@ class _SharedTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     least: int = 1
 
 
+class _CrossingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    of: str
+    codec: _Transform = ""
+    gradient_codec: _Transform = ""
+    defences: tuple[_Transform, ...] = ()
+    gradient_defences: tuple[_Transform, ...] = ()
+    wire: str = ""
+    gradient_wire: str = ""
+
+
+class _ExchangeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    group: tuple[str, ...]
+    says: str
+    when: str = "round"
+    limit: int = 65_536
+    messages: int = 2
+    stage: str = ""
+    hub: str = ""
+
+
 class _TrainingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The fields of `cutlayer.Training`; a test holds both side by side."""
 
@@ -119,6 +142,8 @@ class _ContractFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     loss: tuple[_LossTable, ...]
     release: tuple[_ReleaseTable, ...] = ()
     preprocessing: tuple[_SharedTable, ...] = ()
+    crossing: tuple[_CrossingTable, ...] = ()
+    exchange: tuple[_ExchangeTable, ...] = ()
     training: _TrainingTable = _TrainingTable()
     addresses: dict[str, str] = {}
     deadlines: DeadlineTable = DeadlineTable()
@@ -198,6 +223,10 @@ def parse_contract(text: str, *, where: str = "contract") -> Contract:
         preprocessing=[Shared(**_fields(row)) for row in file.preprocessing],  # type: ignore[arg-type]
         assemble_at=file.contract.assemble_at,
         name=file.contract.name,
+        extras=[
+            *(Crossing(**_fields(row)) for row in file.crossing),  # type: ignore[arg-type]
+            *(PlannedExchange(**_fields(row)) for row in file.exchange),  # type: ignore[arg-type]
+        ],
     )
     return Contract(
         plan=plan, coordinator=file.contract.coordinator, addresses=file.addresses, deadlines=file.deadlines
@@ -217,6 +246,8 @@ def dump_contract(contract: Contract) -> str:
         ),
         release=tuple(_ReleaseTable(field=r.field, at=r.at, to=r.to, spec=str(r.spec)) for r in plan.releases),
         preprocessing=tuple(_SharedTable(**asdict(shared)) for shared in plan.preprocessing),
+        crossing=tuple(msgspec.convert(crossing.row(), _CrossingTable) for crossing in plan.crossings),
+        exchange=tuple(msgspec.convert(exchange.row(), _ExchangeTable) for exchange in plan.exchanges),
         training=_TrainingTable(**asdict(plan.training)),
         addresses=dict(contract.addresses),
         deadlines=contract.deadlines,

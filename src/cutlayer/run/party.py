@@ -19,8 +19,13 @@ from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import Order, batches, sample_count
 from cutlayer.engine.agree import Agreed
+from cutlayer.engine.codec import CodecFactory
+from cutlayer.engine.defence import DefenceFactory
+from cutlayer.engine.exchange import ExchangeFunction
+from cutlayer.engine.stage import StageProtocol
 from cutlayer.engine.worker import Batches, Parts, Worker
 from cutlayer.errors import ConfigError
+from cutlayer.run.plugins import plugs_of
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -36,7 +41,8 @@ class Party:
 
     Args:
         name: As the plan names it.
-        modules: Stage -> module (or, for a loss, any callable that gives a scalar).
+        modules: Stage -> module (or, for a loss, any callable that gives a scalar; or an object that has all of
+            `cutlayer.engine.stage.StageProtocol`).
         data: For training: a map-style data set or a `DataLoader`, whose items are dictionaries of the plan's
             fields, or tuples named by `fields`.
         evaluation: The same, for evaluation.
@@ -54,11 +60,14 @@ class Party:
         agreed: Field -> what a training run agreed on about its preprocessing (`Result.agreed`), for a prediction.
         autocast: "bfloat16" or "float16": run forwards under `torch.autocast`, as in `with torch.autocast(...)`; what
             crosses then has the dtypes that the modules give, and the plan's specs say so.
+        codecs: Name -> class or function that makes a codec of one's own; see `cutlayer.engine.codec.Codec`.
+        defences: Name -> class or function that makes a defence; see `cutlayer.engine.defence.Defence`.
+        exchanges: Name -> function of an exchange of one's own; see `cutlayer.engine.exchange`.
     """
 
     name: str
     _: KW_ONLY
-    modules: Mapping[str, nn.Module | Callable[..., Tensor]] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module | StageProtocol | Callable[..., Tensor]] = field(default_factory=dict)
     data: Data | None = None
     evaluation: Data | None = None
     prediction: Data | None = None
@@ -73,6 +82,9 @@ class Party:
     finite: bool = True
     autocast: str = ""
     agreed: Mapping[str, Agreed] = field(default_factory=dict)
+    codecs: Mapping[str, CodecFactory] = field(default_factory=dict)
+    defences: Mapping[str, DefenceFactory] = field(default_factory=dict)
+    exchanges: Mapping[str, ExchangeFunction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for what would fail later, or be overlooked."""
@@ -148,6 +160,7 @@ def build(plan: Plan, party: Party, roster: Roster) -> Worker:
         finite=party.finite,
         autocast=party.autocast,
         agreed=party.agreed,
+        plugs=plugs_of(plan, party.name, codecs=party.codecs, defences=party.defences, exchanges=party.exchanges),
     )
     return Worker(plan, parts)
 
@@ -177,5 +190,5 @@ class _Call(nn.Module):
         return self.function(*inputs)
 
 
-def _module(module: nn.Module | Callable[..., Tensor]) -> nn.Module:
-    return module if isinstance(module, nn.Module) else _Call(module)
+def _module(module: nn.Module | StageProtocol | Callable[..., Tensor]) -> nn.Module | StageProtocol:
+    return module if isinstance(module, nn.Module | StageProtocol) else _Call(module)

@@ -17,8 +17,8 @@ from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Checkpoint, Credit, Exchange, Forward, Instruction, Mode, Program, Recv
 from cutlayer.engine.party import Do, fulfil
-from cutlayer.engine.tensors import to_payload, torch_dtype
-from cutlayer.engine.worker import Parcel
+from cutlayer.engine.tensors import dtype_name, to_payload, torch_dtype
+from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.errors import ConfigError, CutlayerError, DataError
 from cutlayer.run.config import Contract
 from cutlayer.run.launch import assumed_roster, network_settings
@@ -103,7 +103,7 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     for mode in modes:
         worker.begin(mode, 1)
         for job in _first_step(programs[mode]):
-            parcel = _parcel(job, made_up) if isinstance(job, Recv) else None
+            parcel = _parcel(job, made_up, worker) if isinstance(job, Recv) else None
             fulfil(worker, Do(job, 0, parcel), lambda: 0.0)
         worker.end_step()
 
@@ -116,14 +116,16 @@ def _first_step(program: Program) -> list[Instruction]:
     return []
 
 
-def _parcel(job: Recv, made_up: torch.Generator) -> Parcel:
+def _parcel(job: Recv, made_up: torch.Generator, worker: Worker) -> Parcel:
     """Return random numbers (zeros for integers, which may be indices) of the dtype and shape that the plan says."""
-    shape = job.spec.concrete(job.size)
+    edge = worker.graph.edges[job.edge]
+    spec = edge.spec or job.spec
+    shape = spec.concrete(job.size)
     value: Tensor = torch.zeros(shape)
-    if job.spec.floating:
+    if spec.floating:
         value = torch.randn(shape, generator=made_up)
-    value = value.to(torch_dtype(job.spec.dtype))
-    return Parcel(job.spec.dtype, shape, to_payload(value))
+    value = worker.coder.encoded(edge, job.direction, value.to(torch_dtype(spec.dtype)))
+    return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
 
 
 def _network(contract: Contract, file: PartyFile, now: datetime) -> Iterator[Finding]:
