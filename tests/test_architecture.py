@@ -31,6 +31,7 @@ LEVELS = {
     "report": 5,
     "dashboard": 6,
     "cli": 7,
+    "testing": 8,
     "fitting": 8,
     "__main__": 9,
 }

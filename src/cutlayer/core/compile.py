@@ -301,12 +301,12 @@ def _planned(compiler: _Compiler, block: Blocks, when: str) -> None:
     """Add the plan's own exchanges of this point."""
     for extra in compiler.plan.exchanges:
         if extra.when == when:
-            lanes, hub = tuple(range(len(extra.group))), extra.hub or extra.group[0]
+            lanes, hub = tuple(range(len(extra.members))), extra.hub or extra.members[0]
             number, compiler.number = compiler.number, compiler.number + 1
             job = Exchange(
-                extra.name, number, extra.group, extra.stage, lanes, extra.limit, messages=extra.messages, hub=hub
+                extra.name, number, extra.members, extra.stage, lanes, extra.limit, messages=extra.messages, hub=hub
             )
-            for party in extra.group:
+            for party in extra.members:
                 block.add(party, job)
 
 

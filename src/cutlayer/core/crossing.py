@@ -7,7 +7,7 @@ what a receiver sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from math import prod
 
 from cutlayer.core.parts import check_name
@@ -153,30 +153,23 @@ class PlannedExchange:
     """
 
     name: str
-    group: tuple[str, ...]
+    group: Sequence[str]
+    _: KW_ONLY
+    says: str
     when: str = "round"
     limit: int = 65_536
     messages: int = 2
-    says: str = ""
     stage: str = ""
     hub: str = ""
 
-    def __init__(
-        self,
-        name: str,
-        group: Sequence[str],
-        *,
-        when: str = "round",
-        limit: int = 65_536,
-        messages: int = 2,
-        says: str,
-        stage: str = "",
-        hub: str = "",
-    ) -> None:
-        """Accept lists, keep tuples."""
-        named = {"name": name, "group": tuple(group), "when": when, "limit": limit, "messages": messages}
-        for key, value in {**named, "says": says, "stage": stage, "hub": hub}.items():
-            object.__setattr__(self, key, value)
+    def __post_init__(self) -> None:
+        """Accept a list, keep a tuple."""
+        object.__setattr__(self, "group", tuple(self.group))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the group."""
+        return tuple(self.group)
 
     def row(self) -> dict[str, object]:
         """Return it as plain values."""

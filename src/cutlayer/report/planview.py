@@ -145,8 +145,8 @@ def _arrows(plan: Plan, rows: Sequence[Moved]) -> list[Arrow]:
 
 def _cut(edge: Edge, ends: tuple[str, str], there: str, back: str) -> Arrow:
     raw = bool(edge.source.field)
-    what = f"{'RAW ' if raw else ''}{edge.origin}  {edge.spec}"
-    parts = [f"{ends[0]} to {ends[1]}: {edge.origin}, {edge.spec}, {there}"] if there else []
+    what = f"{'RAW ' if raw else ''}{edge.origin}  {edge.wire()}"
+    parts = [f"{ends[0]} to {ends[1]}: {edge.origin}, {edge.wire()}, {there}"] if there else []
     parts += [f"{ends[1]} to {ends[0]}: gradient at {edge.label}, {back}"] if back else []
     return Arrow(*ends, "raw" if raw else "value", what, there, back, "\n".join(parts))
 

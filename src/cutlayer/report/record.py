@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from cutlayer.core.crossing import Crossing, PlannedExchange
 from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError, PlanError
@@ -188,6 +189,10 @@ def restored_plan(document: Mapping[str, Any]) -> Plan:
         preprocessing=[Shared(**row) for row in document["preprocessing"]],
         assemble_at=document["assemble_at"],
         name=document["name"],
+        extras=[
+            *(Crossing(**row) for row in document.get("crossings", ())),
+            *(PlannedExchange(**row) for row in document.get("exchanges", ())),
+        ],
     )
 
 

@@ -102,7 +102,7 @@ def moved(record: Record) -> list[Moved]:
             found.append(
                 Moved(
                     sender=sender, receiver=receiver, mode=row.mode, direction=row.direction, edge=row.edge,
-                    what=_what(row, edge, names), spec=str(edge.spec) if edge else "",
+                    what=_what(row, edge, names), spec=str(edge.wire(row.direction)) if edge else "",
                     exchange=names.get(row.edge, ("", "")) if row.direction == "exchange" else ("", ""),
                     raw=edge is not None and bool(edge.source.field) and row.direction == "up",
                     payload=row.payload, framing=row.framing, messages=row.messages,
