@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 import cutlayer as cl
 
@@ -30,6 +34,29 @@ def test_the_tutorials_plan_runs_and_learns(capsys):
     exec(compile("\n".join(blocks), "first-run.md", "exec"), names)  # noqa: S102 - our own page
     assert "registry" in capsys.readouterr().out
     assert names["result"].metrics("evaluate")["loss"]["loss"] < 0.1
+
+
+def test_the_page_on_extending_runs_as_it_stands(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "extend.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "extend.md", "exec"), names)  # noqa: S102 - our own page
+    shown = capsys.readouterr().out
+    assert (
+        "activations of head (after gaussian(clip=10.0, deviation=0.1), as int8) to server: uint8[batch, 16]" in shown
+    )
+    assert isinstance(names["hospital"], cl.Party)
+    crossing, told = names["crossing"], names["told"]
+    made = cl.Plan(names["plan"].stages, releases=names["plan"].releases, extras=[crossing, told])
+    own = {"codecs": {"half": names["Half"]}, "exchanges": {"least": names["least"]}}
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
+    table = cl.TensorTable(x=x, y=(x[:, 0] > 0).long())
+    modules = {"head": nn.Linear(5, 8)}, {"body": nn.Linear(8, 2), "loss": nn.CrossEntropyLoss()}
+    parties = [
+        cl.Party("hospital", modules=modules[0], data=table, optimizer=torch.optim.SGD, **own),
+        cl.Party("server", modules=modules[1], optimizer=torch.optim.SGD, **own),
+    ]
+    assert cl.simulate(made, parties).metrics("train")["loss"]["loss"] < 2
 
 
 def test_links_lead_somewhere():

@@ -67,13 +67,13 @@ class Levels:
         low, high = torch.aminmax(rows, dim=1, keepdim=True)
         step = (high - low) / 255
         levels = ((rows - low) / torch.where(step > 0, step, 1.0)).round().clamp(0, 255).to(torch.uint8)
-        head = torch.cat([low, step], 1).contiguous().view(torch.uint8)
+        head = torch.cat([low, step], 1).reshape(-1).view(torch.uint8).reshape(-1, 8)
         return torch.cat([head, levels], 1)
 
     def decode(self, wire: Tensor, spec: TensorSpec) -> Tensor:
         """Return the numbers that the levels stand for."""
         shape = spec.concrete(wire.shape[0])
-        head = wire[:, :8].contiguous().view(torch.float32)
+        head = wire[:, :8].reshape(-1).clone().view(torch.float32).reshape(-1, 2)
         rows = head[:, :1] + wire[:, 8:].to(torch.float32) * head[:, 1:]
         if rows.numel() != prod(shape):
             raise ValueError("another number of levels than the plan says")

@@ -2,6 +2,7 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E202 | ConfigError | a value of a wrong type or size |
 | E204 | ConfigError | the builder cannot be loaded, fails, or gives something else than this party |
 | E206 | ConfigError | the keys of [network] contradict each other |
 """

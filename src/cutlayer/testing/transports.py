@@ -172,7 +172,7 @@ def an_error_of_one_party_ends_all(run: Runner) -> None:
 
     def server(session: int) -> Talk:
         yield Post("clinic", frame_of(session, 0, b"x"))
-        raise CutlayerError("broken on purpose", code="E000", remedy="mend it")
+        raise CutlayerError("broken on purpose", remedy="mend it")
 
     def clinic(session: int) -> Talk:
         yield Take("server", tag_of(session, 0))
