@@ -4,10 +4,11 @@
     python benchmarks/overhead.py --models a --ways process
     python benchmarks/overhead.py --quick                a few steps: shows that it runs, measures nothing
 
-Every round runs each way once, between two runs of a plain PyTorch loop over the same batches with the same weights, and
-gives one ratio a way: uncut time / cut time. The table has their medians and ranges; the times are of one machine and of
-no interest. `hand` is a cut by hand in the same loop (second optimizer, second backward, a copy of what crosses, and no
-checks): no engine can be faster. All ways end with the same weights to the last bit, or the script stops.
+Every round runs each way once, between two runs of a plain PyTorch loop over the same batches with the same weights,
+and gives one ratio a way: uncut time / cut time. The table has their medians and ranges; the times are of one machine
+and of no interest. `hand` is a cut by hand in the same loop (second optimizer, second backward, a copy of what
+crosses, and no checks): no engine can be faster. All ways end with the same weights to the last bit, or the script
+stops.
 """
 
 from __future__ import annotations

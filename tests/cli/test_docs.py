@@ -95,7 +95,8 @@ def test_reference_contract_has_every_key_with_its_default(call: Call, here: Pat
             assert re.search(rf"(?m)^\| `{name}` \|", section), f"{path}.{name} is not in the reference"
             assert re.search(rf"(?m)^{name} = ", example), f"{path}.{name} is not in the example"
     assert set(tables[""]) == {
-        "contract", "stage", "loss", "release", "preprocessing", "crossing", "exchange", "training", "addresses", "deadlines"
+        "contract", "stage", "loss", "release", "preprocessing", "crossing", "exchange", "training", "addresses",
+        "deadlines",
     }  # fmt: skip
 
 
@@ -118,12 +119,13 @@ TABLES = {
     "deadlines": config.DeadlineTable,
     "network": partyfile._NetworkTable,
     "run": partyfile._RunTable,
+    "logging": partyfile._LoggingTable,
 }
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_defaults_in_the_references_are_those_of_the_code(table: str):
-    page = PARTY_FILE if table in ("network", "run") else CONTRACT
+    page = PARTY_FILE if table in ("network", "run", "logging") else CONTRACT
     rows = re.findall(r"(?m)^\| `(\w+)` \| [^|]+ \| `?([^|`]+)`? \|", _section(page.read_text(), table))
     shown = dict(rows)
     for field in msgspec.structs.fields(TABLES[table]):

@@ -29,7 +29,7 @@ CASES: dict[Words, tuple[list[Words], Words | None, Words, str]] = {
     ("report",): ([RUN], ("out",), ("nowhere",), "E281"),
     ("plan",): ([], ("contract.toml", "--grid"), ("nowhere.toml",), "E203"),
     ("check",): ([], ALL, ("nowhere.toml",), "E203"),
-    ("explain",): ([], ("351",), ("E999",), "E209"),
+    ("explain",): ([], ("351",), ("E9999",), "E209"),
     ("doctor",): ([], (), ("--serve",), "E215"),
     ("env",): ([], (), ("--no-such",), "E210"),
     ("export",): ([RUN], ("out",), ("nowhere",), "E229"),

@@ -40,7 +40,8 @@ def test_run_says_where_its_results_are_in_the_last_line(call: Call, demo: Path)
     assert result.err[0] == f"run folder: runs/{folder.name}/"
     assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
     names = {"contract.toml", "metrics.jsonl", "hospital.safetensors", "launch.json", "server.safetensors"}
-    assert {path.name for path in folder.iterdir()} == {*names, "summary.json"}
+    assert {path.name for path in folder.iterdir()} == {*names, "summary.json", "report.html", "report"}
+    assert result.out[-2] == f"report: runs/{folder.name}/report.html"
     resolved = load_contract(folder / "contract.toml")
     assert resolved == load_contract(demo / "contract.toml")
     assert "checkpoint_every = 0" in (folder / "contract.toml").read_text()  # defaults are in it
@@ -172,11 +173,11 @@ def test_expired_or_missing_certificates_exit_with_4(call: Call, demo: Path):
 
 def test_finished_run_stays_as_it_is(call: Call, demo: Path):
     call("run", *ALL, "--folder", "out", "-q")
-    before = {path: path.read_bytes() for path in (demo / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (demo / "out").rglob("*") if path.is_file()}
     result = call("resume", "out")
     assert (result.code, result.out) == (0, ["this run is finished", "results: out/"])
     assert call("resume", "out", "--json").json() == {"finished": True, "results": str(demo / "out")}
-    assert {path: path.read_bytes() for path in (demo / "out").iterdir()} == before
+    assert {path: path.read_bytes() for path in (demo / "out").rglob("*") if path.is_file()} == before
 
 
 def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):

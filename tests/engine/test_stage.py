@@ -255,3 +255,50 @@ def test_a_gradient_of_another_shape_is_refused():
     stage.forward([torch.ones(4, 5)], context())
     with pytest.raises(StageError, match=r"E305.*stage 'body'.*expected shape \[4, 3\], got shape \[4, 2\]"):
         stage.backward([torch.ones(4, 2)], (0, 0))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.SiLU(), nn.GELU(), nn.Mish(), nn.Hardswish(), nn.Softplus(), nn.LayerNorm(16), nn.GroupNorm(4, 16)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_counting_changes_no_bit(layer: nn.Module):
+    """The first call is counted, the second is not."""
+    torch.manual_seed(1)
+    stage = stage_of(nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 3)))
+    value, seed, found = torch.randn(64, 16), torch.randn(64, 3), []
+    for number in range(2):
+        stage.module.zero_grad()
+        (output,) = stage.forward([value], context(64))
+        (gradient,) = stage.backward([seed], (0, 0))
+        found.append([output, gradient, *(p.grad.clone() for p in stage.parameters())])
+        assert stage.spent > 0, number
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)), (7, 8)),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)), (5, 2, 6, 6)),
+        (
+            nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(32, 3)),
+            (3, 4, 8),
+        ),
+    ],
+    ids=["linear", "convolution", "attention"],
+)
+def test_counted_as_torch_counts(module: nn.Module, shape: tuple[int, ...]):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    value = torch.randn(shape)
+    module(value)
+    stage, leaf = stage_of(module), value.clone().requires_grad_()
+    stage.forward([value], context(shape[0]))
+    forward = stage.spent
+    stage.backward([torch.ones(shape[0], 3)], (0, 0))
+    with FlopCounterMode(display=False) as counter:
+        output = module(leaf)
+        assert counter.get_total_flops() == forward
+        output.backward(torch.ones(shape[0], 3))
+    assert counter.get_total_flops() == forward + stage.spent

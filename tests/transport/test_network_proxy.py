@@ -101,7 +101,7 @@ def test_the_tap_would_have_seen_it(pair: Cast):
 def test_a_user_and_password(pair: Cast, tmp_path: Path):
     with real_proxy(tmp_path, f"BasicAuth doctor {SECRET}") as proxy:
         assert play(pair, f"http://doctor:{SECRET}@{proxy.address}") == {"server": CANARY, "clinic": CANARY}
-        assert proxy.connects() == [pair.addresses["server"]]
+        assert set(proxy.connects()) == {pair.addresses["server"]}
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])

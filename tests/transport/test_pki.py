@@ -199,7 +199,9 @@ def test_describe(authority: Path, tmp_path: Path):
 def test_describe_refuses_what_is_no_certificate(authority: Path, tmp_path: Path):
     with pytest.raises(CertificateError, match="E666"):
         describe(authority / "ca.key")
-    with pytest.raises(ConfigError, match=r"E232\] the file none.pem cannot be read.*No such file"):
+    with pytest.raises(
+        ConfigError, match=r"E232.*none.pem of an authority or certificate cannot be read.*No such file"
+    ):
         describe(tmp_path / "none.pem")
 
 
@@ -211,7 +213,7 @@ def test_without_a_time_the_clock_is_used(tmp_path: Path):
 
 
 def test_no_authority_here(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"E232\] the file ca.pem cannot be read"):
+    with pytest.raises(ConfigError, match=r"E232\] the file ca.pem of an authority or certificate cannot be read"):
         issue(tmp_path, "a", tmp_path / "out", now=NOW)
 
 

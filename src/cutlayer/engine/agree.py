@@ -3,7 +3,7 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E261 | DataError | a field cannot be preprocessed as the plan says, or has a value that was not agreed on |
-| E526 | ContractError | what a party tells of a field cannot be put together with the rest |
+| E541 | ContractError | what a party tells of a field cannot be put together with the rest |
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
     variances", eq. 2.1); lists by union.
 
     Raises:
-        ContractError: E526, a message cannot be read, or the parties' fields differ.
+        ContractError: E541, a message cannot be read, or the parties' fields differ.
     """
     total: Agreed | None = None
     for party, message in told:
@@ -79,7 +79,7 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
             "nobody holds the field",
             where=f"data.{shared.field}",
             remedy="let a party's data have it, or take it out of the plan's preprocessing",
-            code="E526",
+            code="E541",
         )
     if len(total.values) > shared.limit:
         raise ContractError(
@@ -87,13 +87,13 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
             expected=f"at most {shared.limit}",
             got=str(len(total.values)),
             remedy="raise `limit` of its preprocessing in the plan, at all parties",
-            code="E526",
+            code="E541",
         )
     return msgspec.msgpack.encode(total)
 
 
 def read(shared: Shared, message: Buffer, party: str) -> Agreed:
-    """Read a message of `party`. Raises `ContractError` E526 if it is no `Agreed` of this kind, within bounds."""
+    """Read a message of `party`. Raises `ContractError` E541 if it is no `Agreed` of this kind, within bounds."""
     try:
         own = msgspec.msgpack.decode(message, type=Agreed)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -107,7 +107,7 @@ def read(shared: Shared, message: Buffer, party: str) -> Agreed:
             f"what {party!r} tells of the field {shared.field!r} cannot be used",
             expected=f"the summary of a field to {shared.kind}",
             remedy="install the same release of cutlayer, and use the same contract, at all parties",
-            code="E526",
+            code="E541",
         )
     return own
 
@@ -228,5 +228,5 @@ def _differ(shared: Shared, party: str, expected: str, got: str) -> ContractErro
         expected=expected,
         got=got,
         remedy="give all parties the same field, in the same form",
-        code="E526",
+        code="E541",
     )

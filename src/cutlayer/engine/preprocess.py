@@ -67,7 +67,7 @@ class Preprocess:
         return merge(self._every[name], told)
 
     def take(self, name: str, total: Buffer, source: str) -> None:
-        """Keep what was agreed on. Raises `ContractError` E526 if it cannot be read."""
+        """Keep what was agreed on. Raises `ContractError` E541 if it cannot be read."""
         shared = self._every[name]
         if shared.field in self._mine:
             self.agreed[shared.field] = read(shared, total, source)

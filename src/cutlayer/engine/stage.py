@@ -10,9 +10,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.errors import CutlayerError, StageError
 
@@ -238,7 +238,7 @@ class ModuleStage:
         if self.cuda_generator is not None:
             torch.cuda.set_rng_state(self.cuda_generator, self.device)
         try:
-            output = self._call(inputs)
+            output = _called(self, inputs)
             if advance:
                 self.generator = dice.get_state()
                 if self.cuda_generator is not None:
@@ -249,20 +249,14 @@ class ModuleStage:
                 torch.cuda.set_rng_state(outer_cuda, self.device)
         return output
 
-    def _call(self, inputs: list[Tensor]) -> object:
-        if self.autocast is None:
-            return self.module(*inputs)
-        with torch.autocast(self.device.type, dtype=self.autocast):
-            return self.module(*inputs)
-
     def _guarded(self, kind: str, shapes: _Shapes, work: Callable[..., _T], *given: Any) -> _T:  # noqa: ANN401
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
         try:
             flops = self._flops.get((kind, shapes))
             if flops is None:
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounter() as counter:
                     result = work(*given)
-                self.spent = self._flops[kind, shapes] = counter.get_total_flops()
+                self.spent = self._flops[kind, shapes] = counter.total
                 return result
             self.spent = flops
             return work(*given)
@@ -318,6 +312,13 @@ class ModuleStage:
                 remedy="correct the stage's output in the plan, or the module",
                 code="E301",
             )
+
+
+def _called(stage: ModuleStage, inputs: list[Tensor]) -> object:
+    if stage.autocast is None:
+        return stage.module(*inputs)
+    with torch.autocast(stage.device.type, dtype=stage.autocast):
+        return stage.module(*inputs)
 
 
 def _kinds(given: object) -> str:

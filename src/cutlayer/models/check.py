@@ -47,7 +47,7 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
             for module in modules:
                 module.train(mode)
             got = run_pieces(pieces, _copies(inputs))[-1][0]
-        if not isinstance(got, Tensor) or not _same(whole, got):
+        if not _same(whole, got):
             raise StageError(
                 "the pieces do not give what the model gives",
                 where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cutlayer.errors import StageError
 from cutlayer.models.kinds import is_item, is_size, writes
+from cutlayer.models.record import Trace
 from cutlayer.models.steps import Ref, Step, hold, refs, substitute
-from cutlayer.models.trace import Trace
 
 __all__ = ["Flow", "flow_of", "positions"]
 
@@ -99,9 +99,9 @@ def _derived(trace: Trace) -> set[str]:
     written |= {name for step in trace.steps if writes(step, trace.modules) for name in list(refs(step))[:1]}
     kept: set[str] = set()
     for step in trace.steps:
-        if step.name in trace.derived and step.name not in written:
-            if is_size(step) or all(name in kept for name in refs(step)):
-                kept.add(step.name)
+        alone = step.name in trace.derived and step.name not in written
+        if alone and (is_size(step) or all(name in kept for name in refs(step))):
+            kept.add(step.name)
     return kept
 
 

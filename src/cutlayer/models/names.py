@@ -38,10 +38,11 @@ def resolve(model: nn.Module, at: Point) -> str:
     """
     if isinstance(at, int) and not isinstance(at, bool):
         return _by_index(model, at)
+    at = str(at)
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     found = [at] if at in names else [name for name in names if name.endswith(f".{at}")]
     if len(found) != 1:
-        near = difflib.get_close_matches(str(at), names, n=3) or list(names)[:3]
+        near = difflib.get_close_matches(at, names, n=3) or list(names)[:3]
         raise _unknown(model, at, f"the names {', '.join(found)}" if found else "no such name", near)
     return found[0]
 
@@ -49,7 +50,7 @@ def resolve(model: nn.Module, at: Point) -> str:
 def first_name(model: nn.Module, name: str) -> str:
     """Return the name under which the model holds a submodule first: tracing knows a shared one by it."""
     module = model.get_submodule(name)
-    return next(path for path, other in model.named_modules() if other is module)
+    return next(str(path) for path, other in model.named_modules() if other is module)
 
 
 def _by_index(model: nn.Module, at: int) -> str:

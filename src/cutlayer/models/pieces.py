@@ -16,10 +16,11 @@ from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.flow import Flow, flow_of, positions
 from cutlayer.models.inplace import check_writes
 from cutlayer.models.names import InStack, first_name, in_stack
+from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
 from cutlayer.models.stacks import Parts, take_apart
 from cutlayer.models.steps import PieceModule, Routine, Step, refs, routine
-from cutlayer.models.trace import Trace, trace
+from cutlayer.models.trace import trace
 from cutlayer.models.tree import adopt, attach, frozen_paths, same_mode, ties
 
 __all__ = ["Piece", "Pieces", "sliced", "traced"]
@@ -135,7 +136,7 @@ def _stacks(model: nn.Module, names: Sequence[str], *, checked: bool) -> tuple[d
     for name in names:
         found = in_stack(model, name, checked=checked)
         if found is not None and found.before == found.layout.count and not found.layout.after and found.path:
-            found, name = None, found.path
+            name, found = found.path, None
         if found is not None:
             inside.setdefault(found.path, []).append(found)
         points.append(name)
@@ -222,7 +223,7 @@ def _unused(flow: Flow, piece: int) -> StageError:
 def _same_ports(flows: dict[bool, Flow], drafts: dict[bool, list[_Draft]]) -> None:
     """Refuse a model that sends other values in evaluation than in training."""
     for index, (training, evaluation) in enumerate(zip(drafts[True], drafts[False], strict=True)):
-        ours, theirs = [], []
+        ours, theirs = list[Any](), list[Any]()
         for mode, found, draft in ((True, ours, training), (False, theirs, evaluation)):
             values = flows[mode].trace.values
             for name in (*draft.entries, *draft.results):

@@ -16,8 +16,8 @@ from torch import Tensor
 from cutlayer.errors import StageError
 from cutlayer.models.flow import Flow
 from cutlayer.models.kinds import is_size
+from cutlayer.models.record import Trace
 from cutlayer.models.steps import Ref, Step, hold, refs
-from cutlayer.models.trace import Trace
 
 __all__ = ["BATCHES", "complete"]
 
@@ -112,10 +112,9 @@ def _sizes(source: Tensor, sizes: Sequence[tuple[Any, int]], whole: bool) -> Any
 
 def _with_batch(inputs: Sequence[str], values: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
     for name in inputs:
-        pair = (values.get(name), others.get(name))
-        if all(isinstance(value, Tensor) and value.dim() for value in pair):
-            if tuple(value.shape[0] for value in pair) == BATCHES:  # type: ignore[union-attr]
-                return name
+        pair = [value for value in (values.get(name), others.get(name)) if isinstance(value, Tensor) and value.dim()]
+        if tuple(value.shape[0] for value in pair) == BATCHES:
+            return name
     return None
 
 

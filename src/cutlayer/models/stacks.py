@@ -15,6 +15,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,7 +129,7 @@ def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int])
     bounds = [0, *ends, layout.count]
     encoder = isinstance(stack, nn.TransformerEncoder)
     parts = []
-    for index, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (low, high) in enumerate(pairwise(bounds)):
         last = index == len(ends)
         make = _encoder_part if encoder else _part
         module = make(stack, layout, (low, high), index == 0, last)

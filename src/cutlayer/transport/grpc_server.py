@@ -3,6 +3,7 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E604 | LinkError | the server cannot listen at its address |
+| E645 | HandshakeError | a stream does not begin as it must |
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E434 | ProgramError | something in a thread of the network failed that no check foresaw |
+| E513 | WireError | a hello that is none |
+| E514 | WireError | a hello whose frame is of another run |
 | E605 | LinkError | there is no memory for a frame |
 | E641 | HandshakeError | another protocol version |
 | E642 | HandshakeError | another plan |
@@ -10,6 +12,8 @@
 | E644 | HandshakeError | another process runs as this party |
 | E645 | HandshakeError | the stream does not begin as it must, or with a party that is not of this plan |
 | E665 | CertificateError | the certificate is not that of the party that speaks |
+| E703 | PeerError | another party failed; its own code and remedy are in it |
+| E704 | PeerError | another party stopped |
 """
 
 from __future__ import annotations

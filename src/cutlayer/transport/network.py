@@ -13,6 +13,7 @@ All but `abort` and `close` raise `SessionReset` when a party has restarted: the
 
 | code | error | meaning |
 | --- | --- | --- |
+| E431 | ProgramError | the network is closed |
 | E432 | ProgramError | a frame for a party that there is not |
 | E433 | ProgramError | the notify callback failed |
 | E621 | DeadlineError | a frame did not come, or the others did not finish, within `deadlines.receive` |

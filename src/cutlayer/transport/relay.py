@@ -6,6 +6,7 @@ the session only, and acknowledges a frame when its receiver has: the sender's w
 
 | code | error | meaning |
 | --- | --- | --- |
+| E513 | WireError | something other than a tensor is to be relayed |
 | E529 | ContractError | a relayed frame has names, a size, a counter or a form that it may not have |
 """
 

@@ -29,7 +29,8 @@ certificates' keys later (forward secrecy). See `docs/explanation/sealing.md` fo
 | E527 | ContractError | our own offer came back, or a second offer came |
 | E528 | ContractError | a sealed message came before the peer's offer |
 | E420 | ProgramError | `seal` was called before the peer's offer was accepted |
-| E661-E669 | CertificateError | the peer's certificate; see `tls` |
+| E669 | CertificateError | a chain or key that a sealed link cannot use |
+| E661-E668 | CertificateError | the peer's certificate; see `tls` |
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""What tracing finds out: the steps, what each gave for the example, and which of them wrote in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+
+from cutlayer.models.example import Arguments
+from cutlayer.models.steps import Step, substitute
+from cutlayer.models.whereabouts import ambient, contexts, line, with_refs
+
+__all__ = ["Recorder", "Trace"]
+
+
+@dataclass
+class Trace:
+    """A forward as steps.
+
+    Attributes:
+        inputs: Names of the inputs, in the order of the arguments.
+        steps: The steps in the order in which the model runs them.
+        output: Name of the value that is the model's output.
+        modules: The submodule of each step that calls one, by the step's name.
+        values: What each step gave for the example, by name; only parameters and buffers where there is none.
+        written: For a step that writes in place: the names of all values whose memory it wrote to.
+        derived: Names of the steps that need no data, only sizes and buffers.
+    """
+
+    inputs: tuple[str, ...]
+    steps: list[Step] = field(default_factory=list)
+    output: str = ""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    derived: set[str] = field(default_factory=set)
+
+
+class Recorder:
+    """Notes steps, and computes each on the example.
+
+    `running` is true while a step is carried out: what it calls is none of the trace's. `callee` is the submodule that
+    the next "call_module" calls, and how.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+        """Begin without steps."""
+        self.model = model
+        self.found = Trace(tuple(arguments.tensors))
+        self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
+        self.running = False
+        self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward
+        self.watched: list[tuple[str, Tensor, int]] = []
+        self.ambient = ambient()
+
+    def note(self, node: fx.Node, path: str) -> None:
+        """Note where in the model and in the user's code a step is."""
+        self.details[node.name] = (path, line(), contexts(self.ambient))
+
+    def step(self, node: fx.Node) -> Step:
+        """Return a node of fx as a step."""
+        path, line, contexts = self.details.get(node.name, ("", "", ()))
+        kind = {"call_module": "module", "call_method": "method", "get_attr": "state"}.get(node.op, "function")
+        args, kwargs = with_refs(node.args), with_refs(node.kwargs)
+        return Step(node.name, kind, node.target, args, kwargs, path, line, contexts)
+
+    def compute(self, node: fx.Node) -> None:
+        """Carry out a step on the example, and note which values it wrote to."""
+        values = self.found.values
+        args = substitute(with_refs(node.args), lambda ref: values[ref.name])
+        kwargs = substitute(with_refs(node.kwargs), lambda ref: values[ref.name])
+        self.running = True
+        try:
+            if node.op == "call_module":
+                value = self.callee[1](*args, **kwargs)
+            elif node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(self.model)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self.running = False
+        written = tuple(name for name, tensor, version in self.watched if tensor._version != version)
+        if written:
+            self.found.written[node.name] = written
+            self.watched = [(name, tensor, tensor._version) for name, tensor, _ in self.watched]
+        self.keep(node, value)
+
+    def keep(self, node: fx.Node, value: Any) -> None:  # noqa: ANN401
+        """Keep a step's value."""
+        self.found.values[node.name] = value
+        if isinstance(value, Tensor) and not value.is_inference():
+            self.watched.append((node.name, value, value._version))
+
+    def result(self, graph: fx.Graph) -> Trace:
+        """Return the steps of a finished graph."""
+        nodes = list(graph.nodes)
+        output = nodes[-1].args[0]
+        if not isinstance(output, fx.Node) or not isinstance(self.found.values.get(output.name, Tensor()), Tensor):
+            raise TraceError("the output is not a tensor")
+        self.found.output = output.name
+        self.found.steps = [self.step(node) for node in nodes if node.op not in ("placeholder", "output")]
+        return self.found
