@@ -148,7 +148,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"  split, three hospitals and a server  {summary['metrics']['evaluate']['loss']['accuracy']:.3f}")
     print(f"  uncut network, same batches          {accuracy(whole):.3f}")
     for name, value in alone.items():
-        print(f"  {name} alone{' ' * 20}{value:.3f}")
+        print(f"  {name + ' alone':<37}{value:.3f}")
     print(f"\nweights of split and uncut equal bit for bit: {same}")
     print("\nbytes by cut")
     for row in summary["cuts"]:
