@@ -6,9 +6,9 @@
 
 Every round runs each way once, between two runs of a plain PyTorch loop over the same batches with the same weights,
 and gives one ratio a way: uncut time / cut time. The table has their medians and ranges; the times are of one machine
-and of no interest. `hand`, `socket` and `socket-tls` are the bounds: a cut by hand with nothing around it, in one
-process, and in two over a raw TCP connection, plain or with TLS (byhand.py). No engine can be faster. All ways end with
-the same weights to the last bit, or the script stops.
+and of no interest. `hand`, `socket`, `grpc`, `socket-tls` and `grpc-tls` are the bounds: a cut by hand with nothing
+around it, in one process, and in two over a raw TCP connection or a bare gRPC stream, plain or with TLS (byhand.py). No
+engine can be faster. All ways end with the same weights to the last bit, or the script stops.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ WAYS = {
     "hand": "cut by hand, one process",
     "process": "cutlayer, one process",
     "socket": "cut by hand, two processes, raw TCP",
+    "grpc": "cut by hand, two processes, bare gRPC",
     "plain": "cutlayer, two processes, plaintext",
     "socket-tls": "cut by hand, two processes, TLS",
+    "grpc-tls": "cut by hand, two processes, bare gRPC with TLS",
     "mtls": "cutlayer, two processes, mutual TLS",
 }
-BOUNDS = {"process": "hand", "plain": "socket", "mtls": "socket-tls"}
+BOUNDS = {"process": "hand", "plain": "grpc", "mtls": "grpc-tls"}
 FLOORS = {
     "process": {"a": 0.78, "b": 0.82, "c": 0.94, "d": 0.94},
     "plain": {"a": 0.40, "b": 0.68, "d": 0.90},
@@ -163,8 +165,10 @@ def measure(letter: str, ways: list[str], rounds: int, steps: int, parties: Pair
         "hand": lambda: by_hand(workload, steps),
         "process": lambda: in_process(letter, steps),
         "socket": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=False),
+        "grpc": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=False),
         "plain": lambda: in_two(train, letter, steps, _given(parties), secure=False),
         "socket-tls": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=True),
+        "grpc-tls": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=True),
         "mtls": lambda: in_two(train, letter, steps, _given(parties), secure=True),
     }
     for _ in range(rounds):
