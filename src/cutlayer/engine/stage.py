@@ -73,7 +73,7 @@ def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
 
 
 def _enter(leaf: Tensor) -> Tensor:
-    """Let a value into a stage's graph. In-place operations, which autograd forbids on leaves and views, are allowed."""
+    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves."""
     entered: Tensor = _alias(leaf, leaf.shape)
     return entered
 
