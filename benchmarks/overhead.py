@@ -6,9 +6,9 @@
 
 Every round runs each way once, between two runs of a plain PyTorch loop over the same batches with the same weights,
 and gives one ratio a way: uncut time / cut time. The table has their medians and ranges; the times are of one machine
-and of no interest. `hand` is a cut by hand in the same loop (second optimizer, second backward, a copy of what
-crosses, and no checks): no engine can be faster. All ways end with the same weights to the last bit, or the script
-stops.
+and of no interest. `hand`, `socket`, `grpc`, `socket-tls` and `grpc-tls` are the bounds: a cut by hand with nothing
+around it, in one process, and in two over a raw TCP connection or a bare gRPC stream, plain or with TLS (byhand.py). No
+engine can be faster. All ways end with the same weights to the last bit, or the script stops.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import byhand
 import torch
 from parties import WARM, Clock, Pair, digest, pair, party_of, train
 from torch import nn
 from workloads import WORKLOADS, Workload, optimizer
 
 import cutlayer as cl
-from cutlayer.core.batching import batch_slice, permutation
 
 WAYS = {
     "hand": "cut by hand, one process",
     "process": "cutlayer, one process",
+    "socket": "cut by hand, two processes, raw TCP",
+    "grpc": "cut by hand, two processes, bare gRPC",
     "plain": "cutlayer, two processes, plaintext",
+    "socket-tls": "cut by hand, two processes, TLS",
+    "grpc-tls": "cut by hand, two processes, bare gRPC with TLS",
     "mtls": "cutlayer, two processes, mutual TLS",
 }
+BOUNDS = {"process": "hand", "plain": "grpc", "mtls": "grpc-tls"}
 FLOORS = {
     "process": {"a": 0.78, "b": 0.82, "c": 0.94, "d": 0.94},
     "plain": {"a": 0.40, "b": 0.68, "d": 0.90},
@@ -72,28 +76,12 @@ def uncut(workload: Workload, steps: int) -> Timing:
         trainer.zero_grad()
         loss_sum += loss.detach()
 
-    return Timing(_timed(workload, steps, step), digest(head, body))
+    return Timing(byhand.timed(workload, steps, step), digest(head, body))
 
 
 def by_hand(workload: Workload, steps: int) -> Timing:
     """Train it cut, with the least that a cut needs."""
-    head, body = workload.parts()
-    trainers = [optimizer(list(head.parameters())), optimizer(list(body.parameters()))]
-    loss_sum = torch.zeros(())
-
-    def step(x: torch.Tensor, y: torch.Tensor) -> None:
-        nonlocal loss_sum
-        activation = head(x)
-        received = activation.detach().clone().requires_grad_()
-        loss = nn.functional.cross_entropy(body(received), y)
-        loss.backward()
-        activation.backward(received.grad.clone())
-        for trainer in trainers:
-            trainer.step()
-            trainer.zero_grad()
-        loss_sum += loss.detach()
-
-    return Timing(_timed(workload, steps, step), digest(head, body))
+    return Timing(*byhand.whole(workload, steps))
 
 
 def in_process(letter: str, steps: int) -> Timing:
@@ -102,33 +90,20 @@ def in_process(letter: str, steps: int) -> Timing:
     clocks = {name: Clock(name) for name in made}
 
     def notify(event: str, details: Any) -> None:  # noqa: ANN401 - what an event has
-        for clock in clocks.values():
-            clock(event, details)
+        if event == "step":
+            clocks[details["party"]](event, details)
 
     cl.simulate(WORKLOADS[letter].plan(), [party for party, _ in made.values()], notify=notify)
     spent = {name: dict(clock.spent) for name, clock in clocks.items()}
     return Timing(clocks["client"].seconds, digest(*(module for _, module in made.values())), spent)
 
 
-def in_two(letter: str, steps: int, parties: Pair, *, secure: bool) -> Timing:
-    """Train it with cutlayer, each party in a process of its own, over gRPC."""
-    found = parties.call(train, letter=letter, steps=WARM + steps, folder=parties.folder, secure=secure)
-    spent = {name: answer["spent"] for name, answer in found.items()}
+def in_two(work: Callable[..., Any], letter: str, steps: int, parties: Pair, *, secure: bool) -> Timing:
+    """Train it with each party in a process of its own: `parties.train` or `byhand.half`."""
+    found = parties.call(work, letter=letter, steps=steps, folder=parties.folder, secure=secure)
+    spent = {name: answer["spent"] for name, answer in found.items() if answer["spent"]}
     weights = [*found["client"]["digest"], *found["server"]["digest"]]
     return Timing(found["client"]["seconds"], weights, spent)
-
-
-def _timed(workload: Workload, steps: int, step: Callable[[torch.Tensor, torch.Tensor], None]) -> float:
-    """Run a step on each batch in the plan's order; return the seconds of those that are measured."""
-    plan, data = workload.plan(), workload.data(WARM + steps)
-    rows = permutation(plan.training.seed, 1, 0, len(data))
-    begin = 0.0
-    for number in range(WARM + steps):
-        if number == WARM:
-            begin = time.perf_counter()
-        batch = data.batch(rows[batch_slice(number, len(rows), workload.batch)])
-        step(batch["x"], batch["y"])
-    return time.perf_counter() - begin
 
 
 @dataclass
@@ -147,8 +122,12 @@ class Rounds:
             self.shares[way].append(_parts(way, steps, timing))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row a way, of plain values."""
+        """Return a row a way, of plain values. "bound": this way's time to its bound's, the median over rounds."""
         return [self._row(way, ratios) for way, ratios in self.ratios.items()]
+
+    def _to_bound(self, way: str) -> float | None:
+        bound = self.ratios.get(BOUNDS.get(way, ""))
+        return statistics.median(b / r for b, r in zip(bound, self.ratios[way], strict=True)) if bound else None
 
     def _row(self, way: str, ratios: list[float]) -> dict[str, Any]:
         floor, ratio = FLOORS.get(way, {}).get(self.letter), statistics.median(ratios)
@@ -160,6 +139,7 @@ class Rounds:
             "least": min(ratios),
             "most": max(ratios),
             "rounds": len(ratios),
+            "to_bound": self._to_bound(way),
             "floor": floor,
             "passed": None if floor is None else ratio >= floor,
             "uncut_ms": statistics.median(self.uncut),
@@ -184,8 +164,12 @@ def measure(letter: str, ways: list[str], rounds: int, steps: int, parties: Pair
     runs: dict[str, Callable[[], Timing]] = {
         "hand": lambda: by_hand(workload, steps),
         "process": lambda: in_process(letter, steps),
-        "plain": lambda: in_two(letter, steps, _given(parties), secure=False),
-        "mtls": lambda: in_two(letter, steps, _given(parties), secure=True),
+        "socket": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=False),
+        "grpc": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=False),
+        "plain": lambda: in_two(train, letter, steps, _given(parties), secure=False),
+        "socket-tls": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=True),
+        "grpc-tls": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=True),
+        "mtls": lambda: in_two(train, letter, steps, _given(parties), secure=True),
     }
     for _ in range(rounds):
         before = uncut(workload, steps)
@@ -212,14 +196,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, one thread a party. Ratios are uncut / cut, median [least..most] of the rounds.",
         "",
-        "| network | way | ratio | floor | | a step: ms uncut -> ms cut (share of the cut step) |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| network | way | ratio | floor | | to its bound | a step: ms uncut -> ms cut (share of the cut step) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         floor = "" if row["floor"] is None else f"{row['floor']:.2f}"
         verdict = {None: "", True: "pass", False: "below"}[row["passed"]]
         spread = f"{row['ratio']:.2f} [{row['least']:.2f}..{row['most']:.2f}]"
-        lines.append(f"| ({row['model']}) | {WAYS[row['way']]} | {spread} | {floor} | {verdict} | {_consists(row)} |")
+        bound = "" if row["to_bound"] is None else f"x{row['to_bound']:.2f}"
+        cells = (f"({row['model']})", WAYS[row["way"]], spread, floor, verdict, bound, _consists(row))
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"({letter}) {WORKLOADS[letter].title}" for letter in dict.fromkeys(row["model"] for row in rows))]
     return "\n".join(lines)
 
@@ -243,7 +229,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ways = options.ways.split(",")
     rows: list[dict[str, Any]] = []
-    started = pair() if {"plain", "mtls"} & set(ways) else None
+    started = pair() if set(ways) - {"hand", "process"} else None
     try:
         parties = started.__enter__() if started else None
         for letter in options.models:

@@ -124,7 +124,7 @@ def pair() -> Iterator[Pair]:
 
 def train(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, folder: Path) -> dict[str, Any]:
     """Be one party of a workload; return what its clock and its weights say."""
-    party, module = party_of(name, letter, steps)
+    party, module = party_of(name, letter, WARM + steps)
     clock = Clock(name)
     cl.join(WORKLOADS[letter].plan(), party, network=network, folder=folder / network.run / name, notify=clock)
     return {"seconds": clock.seconds, "spent": dict(clock.spent), "digest": digest(module)}

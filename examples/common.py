@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,25 @@ from cutlayer.core.batching import batch_slice, permutation
 from cutlayer.run.results import new_run_folder, write_results
 
 Fields = Mapping[str, Tensor]  # field -> (samples, ...)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an example is to run. `quick`: a small part of the data and a few steps, in seconds."""
+
+    quick: bool
+    runs: Path
+
+
+def options(about: str | None, words: Sequence[str] | None = None) -> Options:
+    """Read the command line (or `words`) of an example, and let torch use one thread, as each party does."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a small part of the data, a few steps: shows that it runs"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the results (runs)")
+    torch.set_num_threads(1)
+    return Options(**vars(parser.parse_args(words)))
 
 
 @dataclass(frozen=True)
@@ -83,15 +103,22 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]], names: Sequence[st
     }
 
 
-def finish(result: cl.Result, name: str, runs: Path, found: Mapping[str, float]) -> None:
-    """Write weights, summary and the example's numbers into a new folder; print bytes by cut, and where that is."""
+def finish(
+    result: cl.Result, name: str, runs: Path, found: Mapping[str, float], then: Callable[[Path], None] | None = None
+) -> None:
+    """Write weights, summary and the example's numbers into a new folder; print bytes by cut, and where that is.
+
+    `then` writes more into the folder.
+    """
     folder = new_run_folder(runs, name)
     cuts = write_results(folder, result)["cuts"]
     (folder / "numbers.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(f"weights of split and uncut equal bit for bit: {bool(found['equal'])}")
+    if then:
+        then(folder)
+    print(f"\nweights of split and uncut equal bit for bit: {bool(found['equal'])}")
     print("\nbytes by cut, all rounds")
     for row in cuts:
         print(f"  {row['from']:>12} -> {row['to']:<12} {row['cut']:<24} {row['direction']:<4} {row['payload']:>14,}")
-    print(f"\nresults: {folder}")
     if not found["equal"]:
-        raise SystemExit("the split network differs from the uncut one")
+        raise SystemExit(f"the split network differs from the uncut one; results: {folder}")
+    print(f"\nresults: {folder}")

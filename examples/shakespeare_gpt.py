@@ -4,20 +4,20 @@ U-shaped: embedding, first block and output are at the library, the other blocks
 characters are predicted in the library, so neither texts nor losses leave it. The output layer *is* the embedding (tied
 weights): both ends are at one party, and the weight is one parameter of its one optimizer.
 
-    python examples/shakespeare_gpt.py
+    python examples/shakespeare_gpt.py           (--quick: 20 steps)
 
-prints loss and perplexity on works held out, beside the uncut GPT on the same batches (the same weights, bit for bit)
-and beside bigrams counted on all training works; then a few lines that the trained model writes, bytes by cut, and
-where the results are.
+prints loss and perplexity on works held out, beside the uncut GPT on the same batches (the same weights, bit for bit),
+beside what the library's own layers reach without the server's, and beside bigrams counted on all training works; then
+a few lines that the trained model writes, bytes by cut, and where the results are.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from common import Fields, Recipe, finish, same_bits, show, train_uncut
+from common import Fields, Recipe, finish, options, same_bits, show, train_uncut
 from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 
@@ -26,7 +26,7 @@ from cutlayer.data.bundled import shakespeare
 from cutlayer.data.holdout import holdout
 
 TIME, WIDTH, HEADS = 64, 64, 4  # characters a sample, numbers a character, attention heads
-BATCH, SEED, RATE = 16, 4, 1e-2
+STEPS, BATCH, SEED, RATE = 1000, 16, 4, 1e-2
 
 
 class Block(nn.Module):
@@ -81,7 +81,10 @@ def network(characters: int) -> nn.ModuleDict:
 
 
 def gpt(parts: nn.ModuleDict, text: Tensor) -> Tensor:
-    return parts["end"](parts["blocks"](parts["begin"](text)))
+    """Logits from all the parts that are there, in their order."""
+    for part in parts.values():
+        text = part(text)
+    return text
 
 
 def loss(logits: Tensor, following: Tensor) -> Tensor:
@@ -128,13 +131,31 @@ def encoded(text: str, alphabet: Tensor) -> Tensor:
     return torch.searchsorted(alphabet, torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8))
 
 
-def main(*, steps: int = 1000, runs: Path = Path("runs")) -> dict[str, float]:
-    torch.set_num_threads(1)
+def uncut(parts: nn.ModuleDict, train: Fields, training: cl.Training, recipe: Recipe) -> nn.ModuleDict:
+    """These parts as one network, trained in one piece."""
+    train_uncut(parts, lambda b: loss(gpt(parts, b["text"]), b["following"]), {0: train}, training, recipe)
+    return parts
+
+
+def train_split(
+    shape: cl.Plan, train: Fields, test: Fields, recipe: Recipe, characters: int
+) -> tuple[cl.Result, nn.ModuleDict]:
+    parts = network(characters)
+    ends = {"begin": parts["begin"], "end": parts["end"], "loss": loss}
+    data, evaluation = cl.TensorTable(**train), cl.TensorTable(**test)
+    library = cl.Party("library", modules=ends, data=data, evaluation=evaluation, **vars(recipe))
+    server = cl.Party("server", modules={"blocks": parts["blocks"]}, **vars(recipe))
+    return cl.simulate(shape, [library, server]), parts
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, float]:
+    chosen = options(__doc__, words)
+    steps, tested = (20, 64) if chosen.quick else (STEPS, 512)
     works = shakespeare()
     alphabet = torch.frombuffer(bytearray("".join(works.values()), "ascii"), dtype=torch.uint8).unique()
     split, texts = holdout(works), list(works.values())  # whole works
     text, unseen = (encoded("".join(texts[row] for row in rows), alphabet) for rows in (split.train, split.test))
-    train, test = windows(text, steps * BATCH), windows(unseen, 512)
+    train, test = windows(text, steps * BATCH), windows(unseen, tested)
     recipe = Recipe(
         lambda p: optim.AdamW(p, lr=RATE),
         lambda o: optim.lr_scheduler.OneCycleLR(o, RATE, total_steps=steps, pct_start=0.15),
@@ -142,23 +163,23 @@ def main(*, steps: int = 1000, runs: Path = Path("runs")) -> dict[str, float]:
     )
     shape = plan(len(alphabet))
     print(shape, "\n", flush=True)
-    parts, whole = network(len(alphabet)), network(len(alphabet))
-    ends = {"begin": parts["begin"], "end": parts["end"], "loss": loss}
-    data, evaluation = cl.TensorTable(**train), cl.TensorTable(**test)
-    library = cl.Party("library", modules=ends, data=data, evaluation=evaluation, **vars(recipe))
-    server = cl.Party("server", modules={"blocks": parts["blocks"]}, **vars(recipe))
-    result = cl.simulate(shape, [library, server])
-    train_uncut(whole, lambda b: loss(gpt(whole, b["text"]), b["following"]), {0: train}, shape.training, recipe)
+    result, parts = train_split(shape, train, test, recipe, len(alphabet))
+    whole = uncut(network(len(alphabet)), train, shape.training, recipe)
+    ends = network(len(alphabet))
+    del ends["blocks"]
+    models = {"uncut GPT, same batches": whole}
+    models["library alone, its own layers"] = uncut(ends, train, shape.training, recipe)
 
     nats = {"split, library and server": result.metrics("evaluate")["loss"]["loss"]}
-    with torch.no_grad():
-        nats["uncut GPT, same batches"] = float(loss(gpt(whole, test["text"]), test["following"]))
+    for title, model in models.items():
+        with torch.no_grad():
+            nats[title] = float(loss(gpt(model, test["text"]), test["following"]))
     nats["bigrams of all training works"] = bigrams(text, test, len(alphabet))
     rows = {model: {"loss": value, "perplexity": math.exp(value)} for model, value in nats.items()}
     found = show(f"a character of {len(split.test)} works held out", rows, ["loss", "perplexity"])
     found["equal"] = float(same_bits(parts, whole))
-    print(f"\n{written(whole, alphabet, 'KING.', 200)}\n")
-    finish(result, "shakespeare-gpt", runs, found)
+    print(f"\n{written(whole, alphabet, 'KING.', 200)}")
+    finish(result, "shakespeare-gpt", chosen.runs, found)
     return found
 
 

@@ -3,7 +3,7 @@
 U-shaped: images and labels stay at the hospitals; so do the first and the last layers. The hospitals take turns and
 hand all state on (relay); the server runs the middle. Each party is a process of its own, over mutual TLS.
 
-    python examples/three_hospitals.py
+    python examples/three_hospitals.py           (--quick: one epoch)
 
 prints test accuracy beside that of the uncut network on the same batches (the same weights, bit for bit) and of each
 hospital alone, bytes by cut, and where the results are. `build` is what a hospital writes; the rest is comparison.
@@ -11,10 +11,13 @@ hospital alone, bytes by cut, and where the results are. `build` is what a hospi
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
@@ -26,6 +29,7 @@ import cutlayer as cl
 from cutlayer.core.batching import batch_slice, permutation
 from cutlayer.data.bundled import mnist_5k
 from cutlayer.run.config import Contract, dump_contract
+from cutlayer.run.results import new_run_folder
 
 HOSPITALS = {"hospital-a": slice(0, 2000), "hospital-b": slice(2000, 3200), "hospital-c": slice(3200, 4000)}
 TEST = slice(4000, 5000)
@@ -54,17 +58,18 @@ def network() -> tuple[nn.Module, nn.Module, nn.Module]:
     return head(), body(), tail()
 
 
+@cache
 def images() -> tuple[Tensor, Tensor]:
     x, y = mnist_5k()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
 
 
-def plan() -> cl.Plan:
+def plan(epochs: int) -> cl.Plan:
     return cl.u_shaped(
         list(HOSPITALS), "server",
         cut="float32[batch, 16, 14, 14]", back="float32[batch, 64]", output="float32[batch, 10]",
-        epochs=EPOCHS, batch_size=BATCH, seed=SEED,
+        epochs=epochs, batch_size=BATCH, seed=SEED,
     )  # fmt: skip
 
 
@@ -85,12 +90,12 @@ def build(name: str) -> cl.Party:
     )
 
 
-def uncut(rows: dict[int, slice]) -> nn.Module:
+def uncut(rows: dict[int, slice], epochs: int) -> nn.Module:
     """The whole network in plain PyTorch: lanes (hospitals) one after another, the same batches."""
     whole = nn.Sequential(*network())
     optimizer, loss = adam(list(whole.parameters())), nn.CrossEntropyLoss()
     x, y = images()
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, epochs + 1):
         for lane, part in rows.items():
             own_x, own_y = x[part], y[part]
             order = torch.tensor(permutation(SEED, epoch, lane, len(own_x)))
@@ -108,9 +113,9 @@ def accuracy(model: nn.Module) -> float:
         return float((model(x[TEST]).argmax(1) == y[TEST]).float().mean())
 
 
-def run_parties(folder: Path) -> Path:
+def run_parties(folder: Path, epochs: int, runs: Path) -> Path:
     """Write contract and party files, and let `cutlayer run --processes` start everybody."""
-    contract = Contract(plan=plan(), coordinator="server", addresses={"server": "127.0.0.1:7443"})
+    contract = Contract(plan=plan(epochs), coordinator="server", addresses={"server": "127.0.0.1:7443"})
     (folder / "contract.toml").write_text(dump_contract(contract))
     files = []
     for name in contract.plan.parties:
@@ -118,32 +123,39 @@ def run_parties(folder: Path) -> Path:
         file.write_text(f'party = "{name}"\n[code]\nbuilder = "{Path(__file__).resolve().as_posix()}:build"\n')
         files.append(str(file))
     command = [sys.executable, "-m", "cutlayer", "run", "--processes", str(folder / "contract.toml"), *files]
+    command += ["--folder", str(new_run_folder(runs, "three-hospitals"))]
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
     print(shown, end="")
     return Path(shown.strip().splitlines()[-1].removeprefix("results: "))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one epoch: shows that it runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the results (runs)")
+    chosen = parser.parse_args(words)
+    epochs = 1 if chosen.quick else EPOCHS
     torch.set_num_threads(1)
-    print(plan(), "\n", flush=True)
+    print(plan(epochs), "\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        results = run_parties(Path(folder))
+        results = run_parties(Path(folder), epochs, chosen.runs)
     summary = json.loads((results / "summary.json").read_text())
-    whole = uncut(dict(enumerate(HOSPITALS.values())))
+    whole = uncut(dict(enumerate(HOSPITALS.values())), epochs)
     split = assembled(results)
     same = all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), split.values(), strict=True))
-    alone = {name: accuracy(uncut({lane: rows})) for lane, (name, rows) in enumerate(HOSPITALS.items())}
+    alone = {name: accuracy(uncut({lane: rows}, epochs)) for lane, (name, rows) in enumerate(HOSPITALS.items())}
     print("\ntest accuracy on 1,000 images")
     print(f"  split, three hospitals and a server  {summary['metrics']['evaluate']['loss']['accuracy']:.3f}")
-    print(f"  uncut network, same batches          {accuracy(whole):.3f}   weights equal bit for bit: {same}")
+    print(f"  uncut network, same batches          {accuracy(whole):.3f}")
     for name, value in alone.items():
-        print(f"  {name} alone{' ' * 20}{value:.3f}")
+        print(f"  {name + ' alone':<37}{value:.3f}")
+    print(f"\nweights of split and uncut equal bit for bit: {same}")
     print("\nbytes by cut")
     for row in summary["cuts"]:
         print(f"  {row['from']:>10} -> {row['to']:<10} {row['cut']:<10} {row['direction']:<4} {row['payload']:>12,}")
-    print(f"\nresults: {results}")
     if not same:
-        raise SystemExit("the split network differs from the uncut one")
+        raise SystemExit(f"the split network differs from the uncut one; results: {results}")
+    print(f"\nresults: {results}")
 
 
 def assembled(results: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Vertical: all three know the same people. The clinic holds age, sex, history and
 values, of which one in eight was never measured; the registry holds the diagnoses, in eight groups. Features and
 diagnoses stay where they are: 16 numbers a patient leave the clinic and the laboratory, gradients come back.
 
-    python examples/thyroid_vertical.py
+    python examples/thyroid_vertical.py          (--quick: one epoch)
 
 prints AUROC and accuracy of all together, beside the uncut network on the same batches (the same weights, bit for bit)
 and beside what clinic or laboratory reach without the other; then bytes by cut, and where the results are.
@@ -12,10 +12,10 @@ and beside what clinic or laboratory reach without the other; then bytes by cut,
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from common import Fields, Recipe, finish, measured, same_bits, show, train_uncut
+from common import Fields, Recipe, finish, measured, options, same_bits, show, train_uncut
 from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
@@ -95,8 +95,8 @@ def metrics() -> dict[str, Metric]:
     return {"auroc": MulticlassAUROC(len(DIAGNOSES)), "accuracy": MulticlassAccuracy(len(DIAGNOSES), average="micro")}
 
 
-def main(*, epochs: int = EPOCHS, runs: Path = Path("runs")) -> dict[str, float]:
-    torch.set_num_threads(1)
+def main(words: Sequence[str] | None = None) -> dict[str, float]:
+    chosen = options(__doc__, words)
     table = thyroid()
     split = holdout(table["patient"], share=0.25)  # each party by itself: patients' identifiers are enough
     fields = {
@@ -105,7 +105,7 @@ def main(*, epochs: int = EPOCHS, runs: Path = Path("runs")) -> dict[str, float]
         "diagnosis": table["diagnosis"],
     }
     train, test = ({name: values[rows] for name, values in fields.items()} for rows in (split.train, split.test))
-    steps = plan(epochs)
+    steps = plan(1 if chosen.quick else EPOCHS)
     print(steps, "\n", flush=True)
     result, parts = train_split(train, test, steps)
     whole = uncut(train, tuple(WIDTHS), steps)
@@ -117,7 +117,7 @@ def main(*, epochs: int = EPOCHS, runs: Path = Path("runs")) -> dict[str, float]
     rows["always the largest group"] = {"accuracy": float((test["diagnosis"] == 0).float().mean())}
     found = show(f"{len(split.test):,} patients held out", rows, ["auroc", "accuracy"])
     found["equal"] = float(same_bits(parts, whole))
-    finish(result, "thyroid-vertical", runs, found)
+    finish(result, "thyroid-vertical", chosen.runs, found)
     return found
 
 

@@ -26,7 +26,7 @@ def need_tinyproxy() -> str:
     """Return the program; without it, skip the test, but never in CI."""
     program = shutil.which("tinyproxy")
     if program is None:
-        reason = "tinyproxy is not installed (Debian: apt-get install tinyproxy)"
+        reason = "tinyproxy is not installed (Debian: apt-get install tinyproxy-bin)"
         if os.environ.get("CI") == "true":
             pytest.fail(f"{reason}; .ci/run installs it")
         pytest.skip(reason)

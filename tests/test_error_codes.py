@@ -33,7 +33,7 @@ def load_script() -> ModuleType:
 script = load_script()
 ENTRIES = catalogue().items()
 OTHERS = ("E330", "E331", "E332", "E390", "E403")  # their number is that of where they arise, not that of their class
-OWED = {f"E{number}" for number in (257, 258, 263, 282, 283, *range(310, 323), 325, 326, 327, 331, 332)}
+OWED = {f"E{number}" for number in (282, 283, *range(310, 323), 325, 326, 327, 331, 332)}
 GENERAL = {kind.default_code: kind for name in errors.__all__ if (kind := getattr(errors, name))}
 
 

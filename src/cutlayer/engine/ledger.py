@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from cutlayer.core.program import Tag
@@ -70,8 +71,8 @@ class Ledger:
         """
         row: dict[str, dict[str, float]] = {"bytes": {}, "messages": {}, "seconds": {}, "flops": {}}
         for part, names, amount in self.step:
-            name = " ".join(map(str, names)).rstrip()
-            row[part][name] = row[part].get(name, 0) + amount
+            name, sums = _label(names), row[part]
+            sums[name] = sums.get(name, 0) + amount
         self.step.clear()
         return row
 
@@ -122,3 +123,8 @@ class Ledger:
         row.add(size, frame.framing)
         self.step.append(("bytes", name, size))
         self.step.append(("messages", name, 1))
+
+
+@lru_cache(maxsize=4096)  # a run has few names, and notes about forty amounts a step
+def _label(names: tuple[str | int, ...]) -> str:
+    return " ".join(map(str, names)).rstrip()

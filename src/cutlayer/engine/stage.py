@@ -78,18 +78,7 @@ class StageProtocol(Protocol):
         """Drop what forwards have kept, for a roll-back in mid-step."""
 
 
-class _Enter(torch.autograd.Function):
-    """Lets a value into a stage: new graph, in-place operations allowed, gradient put into `sink[place]`."""
-
-    @staticmethod
-    def forward(ctx: Any, _handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int) -> Tensor:  # noqa: ANN401
-        ctx.sink, ctx.place = sink, place
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # noqa: ANN401
-        ctx.sink[ctx.place] = gradient
-        return None, None, None, None
+_alias = torch.ops.aten._unsafe_view.default  # the same memory, and for autograd no view of it
 
 
 def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
@@ -100,8 +89,9 @@ def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
     _engine_run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _enter(handle: Tensor, value: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
-    entered: Tensor = _Enter.apply(handle, value, sink, place)  # type: ignore[no-untyped-call]
+def _enter(leaf: Tensor) -> Tensor:
+    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves."""
+    entered: Tensor = _alias(leaf, leaf.shape)
     return entered
 
 
@@ -110,9 +100,8 @@ class _Kept:
     """What a forward leaves for its backward."""
 
     outputs: tuple[Tensor, ...]
-    inputs: list[Tensor]
     wanted: tuple[bool, ...]
-    sink: list[Tensor | None]
+    leaves: list[Tensor]
     shapes: _Shapes
 
 
@@ -154,7 +143,6 @@ class ModuleStage:
         self.spent = 0
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
-        self._handle = torch.zeros((), requires_grad=True)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters, in the module's order."""
@@ -167,19 +155,19 @@ class ModuleStage:
         """
         if self.module.training != context.training:
             self.module.train(context.training)
-        inputs = [value.to(self.device) for value in inputs]
+        inputs = [value if value.device == self.device else value.to(self.device) for value in inputs]
         shapes: _Shapes = tuple([value.shape for value in inputs])
-        sink: list[Tensor | None] = [None] * len(inputs)
+        leaves = [value.detach() for value in inputs]
         with torch.set_grad_enabled(context.training):
             entered = [
-                _enter(self._handle, value, sink, place) if wanted and context.training else value.detach()
-                for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True))
+                _enter(leaf.requires_grad_()) if wanted and context.training else leaf
+                for leaf, wanted in zip(leaves, context.wanted, strict=True)
             ]
             mode = "forward" if context.training else "evaluate"
             given = self._guarded(mode, shapes, self._with_generator, entered, context.training)
         outputs = self._named(given, context.batch, shapes)
         if context.training:
-            self._kept[context.key] = _Kept(outputs, inputs, context.wanted, sink, shapes)
+            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, shapes)
         return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
@@ -198,10 +186,7 @@ class ModuleStage:
         roots, seeds = self._roots(kept, gradients)
         if roots:
             self._guarded("backward", kept.shapes, _go_back, tuple(roots), tuple(seeds))
-        return [
-            torch.zeros_like(value) if wanted and gradient is None else gradient  # an input that the module did not use
-            for value, wanted, gradient in zip(kept.inputs, kept.wanted, kept.sink, strict=True)
-        ]
+        return [_gradient(leaf) if wanted else None for leaf, wanted in zip(kept.leaves, kept.wanted, strict=True)]
 
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
@@ -226,7 +211,8 @@ class ModuleStage:
                     code="E305",
                 )
             roots.append(output)
-            seeds.append(gradient.to(device=self.device, dtype=output.dtype))
+            alike = gradient.dtype == output.dtype and gradient.device == self.device
+            seeds.append(gradient if alike else gradient.to(device=self.device, dtype=output.dtype))
         return roots, seeds
 
     def _with_generator(self, inputs: list[Tensor], advance: bool) -> object:
@@ -319,6 +305,11 @@ def _called(stage: ModuleStage, inputs: list[Tensor]) -> object:
         return stage.module(*inputs)
     with torch.autocast(stage.device.type, dtype=stage.autocast):
         return stage.module(*inputs)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """Return the gradient at an input; zeros for one that the module did not use."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _kinds(given: object) -> str:

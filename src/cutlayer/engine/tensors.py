@@ -18,6 +18,9 @@ from cutlayer.errors import ContractError, NonFiniteError
 __all__ = ["dtype_name", "from_payload", "pack", "to_payload", "torch_dtype", "unpack"]
 
 
+_NOT_IN_NUMPY = frozenset({torch.bfloat16})
+
+
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a torch dtype's name without "torch."."""
@@ -35,8 +38,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def to_payload(value: Tensor) -> memoryview:
     """Return a tensor's bytes in C order. Shares memory with the tensor where it is contiguous and on the CPU."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data.cast("B") if flat.numel() else memoryview(b"")
+    value = value.detach()
+    if value.device.type != "cpu":
+        value = value.cpu()
+    if not value.is_contiguous():
+        value = value.contiguous()
+    if not value.numel():
+        return memoryview(b"")
+    if value.dtype in _NOT_IN_NUMPY or not value.ndim:
+        value = value.reshape(-1).view(torch.uint8)
+    return value.numpy().data.cast("B")
 
 
 def from_payload(payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -53,6 +64,8 @@ def check_finite(value: Tensor, where: Callable[[], str]) -> None:
     """Raise `NonFiniteError` if a floating tensor holds a NaN or an infinity. Says where, never a value."""
     if not value.is_floating_point() or not value.numel():
         return
+    if isfinite(value.sum().item()):
+        return  # a NaN or an infinity would be in the sum; finite numbers may overflow in it, and are looked at below
     low, high = torch.aminmax(value)
     if not (isfinite(low.item()) and isfinite(high.item())):
         raise NonFiniteError(

@@ -21,6 +21,7 @@ from cutlayer.engine.snapshot import restore, snapshot
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, CutlayerError, PeerError, StageError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
+from cutlayer.run.memory import keep_freed_memory
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.simulate import gathered
@@ -85,6 +86,7 @@ def take_part(
     tell: Notify = notify or (lambda _event, _details: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(party.threads)
+    keep_freed_memory()
     begin = time.perf_counter()
     try:
         with Network(network, tell) as link:

@@ -1,0 +1,240 @@
+"""A cut by hand, for scale: what two halves cost with nothing of cutlayer around them, in one process and in two.
+
+In two processes they talk over one TCP connection, plain or with mutual TLS by Python's `ssl`: raw bytes, sizes known
+beforehand, received into the same memory each time. No checks, no names, no recovery: no engine can be faster. `bare`
+does the same over a bidirectional gRPC stream and nothing else, one message each way a step: no engine on gRPC's Python
+package can be faster.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import ssl
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import torch
+from parties import WARM, digest
+from torch import Tensor, nn
+from workloads import WORKLOADS, Workload, optimizer
+
+import cutlayer as cl
+from cutlayer.core.batching import batch_slice, permutation
+from cutlayer.transport.grpc_common import channel_to, server_credentials, server_options
+
+__all__ = ["bare", "half", "timed", "whole"]
+
+
+def batches(workload: Workload, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give each batch, input and label, in the plan's order."""
+    plan, data = workload.plan(), workload.data(steps)
+    rows = permutation(plan.training.seed, 1, 0, len(data))
+    for number in range(steps):
+        batch = data.batch(rows[batch_slice(number, len(rows), workload.batch)])
+        yield batch["x"], batch["y"]
+
+
+def timed(workload: Workload, steps: int, step: Callable[[Tensor, Tensor], None]) -> float:
+    """Run a step on each batch; return the seconds of all but the first `WARM`."""
+    begin = 0.0
+    for number, (x, y) in enumerate(batches(workload, WARM + steps)):
+        if number == WARM:
+            begin = time.perf_counter()
+        step(x, y)
+    return time.perf_counter() - begin
+
+
+def whole(workload: Workload, steps: int) -> tuple[float, list[str]]:
+    """Train the cut network in this process: two optimizers, two backwards, a copy of what crosses."""
+    head, body = workload.parts()
+    trainers = [optimizer(list(head.parameters())), optimizer(list(body.parameters()))]
+    loss_sum = torch.zeros(())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        nonlocal loss_sum
+        activation = head(x)
+        received = activation.detach().clone().requires_grad_()
+        loss = nn.functional.cross_entropy(body(received), y)
+        loss.backward()
+        activation.backward(received.grad.clone())
+        for trainer in trainers:
+            trainer.step()
+            trainer.zero_grad()
+        loss_sum += loss.detach()
+
+    return timed(workload, steps, step), digest(head, body)
+
+
+class Lines(Protocol):
+    """What carries bytes between the two halves."""
+
+    def send(self, *parts: memoryview) -> None:
+        """Send these bytes."""
+
+    def receive(self, *parts: memoryview) -> None:
+        """Fill this memory with what comes."""
+
+
+def half(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Be the client or the server of a cut by hand in two processes; `network` says where, and whether with TLS."""
+    port = int(network.addresses["server"].rpartition(":")[2])
+    with _connected(name, port, folder if network.credentials else None) as link:
+        return (_client if name == "client" else _server)(_Socket(link), WORKLOADS[letter], steps)
+
+
+def bare(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, folder: Path) -> dict[str, Any]:  # noqa: ARG001
+    """Be the client or the server of a cut by hand over a gRPC stream."""
+    workload, address = WORKLOADS[letter], network.addresses["server"]
+    outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    if name == "client":
+        with channel_to("server", address, network.credentials) as channel:
+            incoming = channel.stream_stream("/bare/Stream")(iter(outgoing.get, None), wait_for_ready=True)
+            found = _client(_Stream(outgoing.put, incoming), workload, steps)
+            outgoing.put(None)
+            next(incoming, None)
+        return found
+    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def serve(incoming: Iterator[bytes], _context: object) -> Iterator[bytes]:
+        sent: list[bytes] = []
+        found = yield from _served(_Stream(sent.append, incoming), sent, workload, steps)
+        answers.put(found)
+
+    pool = ThreadPoolExecutor(2)
+    server = grpc.server(pool, options=server_options())
+    handlers = {"Stream": grpc.stream_stream_rpc_method_handler(serve)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+    if network.credentials is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, server_credentials(network.credentials))
+    server.start()
+    answer = answers.get()
+    server.stop(5).wait()
+    return answer
+
+
+class _Socket:
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+
+    def send(self, *parts: memoryview) -> None:
+        for part in parts:
+            self._line.sendall(part)
+
+    def receive(self, *parts: memoryview) -> None:
+        for part in parts:
+            left = part
+            while left.nbytes:
+                left = left[self._line.recv_into(left) :]
+
+
+class _Stream:
+    def __init__(self, put: Callable[[bytes], None], incoming: Iterator[bytes]) -> None:
+        self._put, self._incoming = put, incoming
+
+    def send(self, *parts: memoryview) -> None:
+        self._put(b"".join(parts))
+
+    def receive(self, *parts: memoryview) -> None:
+        message = memoryview(next(self._incoming))
+        for part in parts:
+            part[:], message = message[: part.nbytes], message[part.nbytes :]
+
+
+def _client(lines: Lines, workload: Workload, steps: int) -> dict[str, Any]:
+    head, _ = workload.parts()
+    trainer = optimizer(list(head.parameters()))
+    gradient = torch.empty(workload.batch, *workload.cut)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        activation = head(x)
+        lines.send(_bytes(activation.detach()), _bytes(y))
+        lines.receive(_bytes(gradient))
+        activation.backward(gradient)
+        trainer.step()
+        trainer.zero_grad()
+
+    return {"seconds": timed(workload, steps, step), "digest": digest(head), "spent": {}}
+
+
+def _server(lines: Lines, workload: Workload, steps: int) -> dict[str, Any]:
+    *_, answer = _steps(lines, workload, steps)
+    return answer
+
+
+def _served(lines: Lines, sent: list[bytes], workload: Workload, steps: int) -> Generator[bytes, None, dict[str, Any]]:
+    """Be the server within a gRPC handler, which sends by yielding."""
+    answer: dict[str, Any] = {}
+    for found in _steps(lines, workload, steps):
+        answer = found
+        yield from sent
+        sent.clear()
+    return answer
+
+
+def _steps(lines: Lines, workload: Workload, steps: int) -> Iterator[dict[str, Any]]:
+    """Do the server's steps; stop each time that something was sent, and at the end with what is to be answered."""
+    _, body = workload.parts()
+    trainer = optimizer(list(body.parameters()))
+    received, y = torch.empty(workload.batch, *workload.cut), torch.empty(workload.batch, dtype=torch.int64)
+    loss_sum = torch.zeros(())
+    for _ in range(WARM + steps):
+        lines.receive(_bytes(received), _bytes(y))
+        entered = received.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(body(entered), y)
+        loss.backward()
+        lines.send(_bytes(entered.grad))
+        yield {}
+        trainer.step()
+        trainer.zero_grad()
+        loss_sum += loss.detach()
+    yield {"seconds": 0.0, "digest": digest(body), "spent": {}}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's memory."""
+    return tensor.reshape(prod(tensor.shape)).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _connected(name: str, port: int, certificates: Path | None) -> Iterator[socket.socket]:
+    """Connect the two; with certificates, each shows its own and asks for the other's."""
+    if name == "server":
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            listening.settimeout(30)
+            line, _ = listening.accept()
+    else:
+        line = _dialled(port)
+    with line:
+        line.settimeout(None)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if certificates is None:
+            yield line
+            return
+        own = certificates / "certificates" / name
+        role = ssl.PROTOCOL_TLS_SERVER if name == "server" else ssl.PROTOCOL_TLS_CLIENT
+        context = ssl.SSLContext(role)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_REQUIRED
+        context.load_verify_locations(own / "ca.pem")
+        context.load_cert_chain(own / "party.pem", own / "party.key")
+        with context.wrap_socket(line, server_side=name == "server") as secured:
+            yield secured
+
+
+def _dialled(port: int) -> socket.socket:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

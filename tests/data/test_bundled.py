@@ -1,0 +1,33 @@
+"""`cutlayer.data.bundled` names every data set, and reads each without importing the package that brings it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from cutlayer.data import bundled, images, records, texts
+from tests.data.sets import MADE, need
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_loader_is_named_once_and_sorted():
+    loaders = {name for module in (images, records, texts) for name in module.__all__ if name.islower()}
+    assert set(bundled.__all__) == loaders
+    assert bundled.__all__ == sorted(bundled.__all__)
+    assert set(MADE) | {"fashion_mnist"} == loaders
+
+
+def test_no_package_is_imported():
+    for name in MADE:
+        need(name)
+    code = f"""
+import sys
+from cutlayer.data import bundled
+for name in {sorted(MADE)}:
+    getattr(bundled, name)()
+brought = {set(MADE.values())} & set(sys.modules)
+assert not brought, brought
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,0 +1,66 @@
+"""Rows held out by identifier: nobody on both sides, and the same at every party, in any order."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cutlayer.data.holdout import holdout
+from cutlayer.errors import DataError
+
+PEOPLE = [f"person-{number}" for number in range(2000)]
+
+
+def test_all_rows_of_a_person_are_on_one_side():
+    groups = torch.arange(300).repeat(4)
+    split = holdout(groups)
+    train, test = set(groups[split.train].tolist()), set(groups[split.test].tolist())
+    assert not train & test
+    assert train | test == set(range(300))
+    assert sorted([*split.train.tolist(), *split.test.tolist()]) == list(range(1200))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_the_share_is_kept_on_average(share):
+    assert len(holdout(PEOPLE, share=share).test) / len(PEOPLE) == pytest.approx(share, abs=0.03)
+
+
+def test_a_side_is_that_of_the_documented_hash():
+    split = holdout(PEOPLE, share=0.3, seed=9)
+    for place, name in enumerate(PEOPLE[:50]):
+        digest = hashlib.sha256(f"cutlayer:holdout:9:{name}".encode()).hexdigest()
+        assert (place in split.test.tolist()) == (int(digest[:16], 16) / 2**64 < 0.3)
+
+
+@given(st.permutations(range(40)))
+def test_the_order_of_rows_moves_nobody(order):
+    """Two parties of a vertical plan that hold the same people find the same split."""
+    held = {order[place] for place in holdout(order, share=0.4).test.tolist()}
+    assert held == set(holdout(range(40), share=0.4).test.tolist())
+
+
+def test_rows_that_come_later_move_no_other():
+    before, after = holdout(PEOPLE[:500]), holdout(PEOPLE)
+    assert before.test.tolist() == [place for place in after.test.tolist() if place < 500]
+
+
+def test_texts_and_integers_of_a_tensor_are_the_same_names():
+    assert holdout(torch.arange(99)).test.tolist() == holdout([str(number) for number in range(99)]).test.tolist()
+
+
+def test_another_seed_is_another_split():
+    assert holdout(PEOPLE, seed=1).test.tolist() != holdout(PEOPLE).test.tolist()
+
+
+@pytest.mark.provokes("E263")
+@pytest.mark.parametrize(("groups", "share"), [(["one person"] * 5, 0.5), (PEOPLE, 0.0), (PEOPLE, 1.0), ([], 0.2)])
+def test_an_empty_side_is_refused(groups, share):
+    with pytest.raises(DataError, match="a split leaves one side empty") as caught:
+        holdout(groups, share=share)
+    assert caught.value.code == "E263"
+    assert f"share={share}" in caught.value.got
+    assert "person-1" not in str(caught.value)
