@@ -143,7 +143,9 @@ def _encoder_part(stack: nn.Module, layout: Layout, span: tuple[int, int], first
     del layout, first
     part = copy.copy(stack)
     blocks = list(stack._modules["layers"]._modules.items())[slice(*span)]  # type: ignore[union-attr]
-    part._modules = {**stack._modules, "layers": _Some(dict(blocks)), "norm": stack._modules["norm"] if last else None}
+    part._modules = {**stack._modules, "layers": _Some(dict(blocks))}
+    if not last and "norm" in part._modules:
+        part._modules["norm"] = None
     return part
 
 

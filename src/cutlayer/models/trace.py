@@ -102,6 +102,17 @@ class _Proxy(fx.Proxy):
         return int(self.tracer.constant(self, len))  # type: ignore[attr-defined]
 
 
+def _written(operation: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], Any]:
+    def method(self: _Proxy, other: Any) -> Any:  # noqa: ANN401
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior):
+    setattr(_Proxy, f"__{_operation.__name__}__", _written(_operation))  # `x += y` writes to x; fx alone makes it x + y
+
+
 class _Tracer(fx.Tracer):
     """`torch.fx`'s tracer, which computes as it goes and treats nearly all submodules as leaves."""
 

@@ -1,0 +1,261 @@
+"""What cannot be cut, and that the error names the operation and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cutlayer as cl
+from cutlayer.errors import CutlayerError, PlanError, StageError
+from cutlayer.models.cut import compose, cut
+from cutlayer.models.split import tail_point
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Three layers, and a forward that a test gives in one line."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.unused = nn.Linear(2, 2)
+        self.body = forward or (lambda self, x: self.three(self.two(self.one(x))))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(x))
+
+
+def by_value(self: Net, x: Tensor) -> Tensor:
+    y = self.one(x)
+    return self.two(y) if y.sum() > 0 else self.three(y)
+
+
+def by_batch(self: Net, x: Tensor) -> Tensor:
+    y = self.one(x)
+    return self.two(y) if x.shape[0] > 2 else self.three(self.two(y))
+
+
+def by_size(self: Net, x: Tensor) -> Tensor:
+    y = self.one(x)
+    return self.two(y) if x.shape[1] > 3 else self.three(y)
+
+
+def in_place(self: Net, x: Tensor) -> Tensor:
+    y = self.one(x)
+    part = y[:, :3]
+    z = self.two(y.clone())
+    part += 1  # y has changed too; but after the cut it is another tensor
+    return self.three(y + z)
+
+
+def with_list(self: Net, x: Tensor) -> Tensor:
+    y = self.one(x)
+    words = {"a": y, "b": str(type(y))}
+    return self.three(self.two(words["a"]))
+
+
+def in_training(self: Net, x: Tensor) -> Tensor:
+    z = torch.tanh(x)
+    y = self.one(x)
+    return self.three(self.two(y) + z) if self.training else self.three(self.two(y))
+
+
+def lying(self: Net, x: Tensor) -> Tensor:
+    self.calls = getattr(self, "calls", 0) + 1
+    return self.three(self.two(self.one(x)) * (1 if self.calls < 5 else 2))
+
+
+@pytest.mark.provokes(by="code")
+@pytest.mark.parametrize(
+    ("forward", "at", "code", "words"),
+    [
+        (None, "four", "E310", "no submodule to cut after: 'four'.*near names are"),
+        (None, "unused", "E311", "it is never called.*candidates"),
+        (None, "three", "E312", "nothing is computed after 'three'.*leave this cut point out"),
+        (by_value, "one", "E314", "depends on the values of its data.*by_value.*torch.where|torch.where"),
+        (by_batch, "one", "E314", "something else for another batch size"),
+        (in_place, "two", "E316", r"written in place on one side of the cut.*x = x \+ y"),
+        (lambda self, x: (self.two(self.one(x)), x), "one", "E317", "not one tensor.*output=0"),
+        (lying, "one", "E321", "the pieces do not give what the model gives.*hand in the stages by hand"),
+        (lambda self, x: self.three(torch.from_numpy(self.one(x).numpy())), "one", "E313", "cannot be followed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("E3") else "",
+)
+def test_a_cut_that_cannot_be(forward, at: str, code: str, words: str):
+    with pytest.raises(StageError, match=words) as caught:
+        cut(Net(forward), at, example=X)
+    assert caught.value.code == code
+    assert caught.value.remedy
+
+
+@pytest.mark.provokes("E320")
+def test_another_value_crosses_in_evaluation():
+    with pytest.raises(StageError, match=r"E320.*other values across the cut in evaluation than in training"):
+        cut(Net(in_training), "one", example=X, method="fx")
+
+
+class Lists(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"a": x, "length": 3}
+
+
+class Consume(nn.Module):
+    def forward(self, found: dict[str, Any]) -> Tensor:
+        return found["a"] * found["length"]
+
+
+@pytest.mark.provokes("E315")
+def test_what_is_no_tensor_does_not_cross():
+    net = Net(lambda self, x: self.three(self.consume(self.lists(self.one(x)))))
+    net.lists, net.consume = Lists(), Consume()
+    with pytest.raises(StageError, match=r"E315.*is not a tensor.*make it a tensor"):
+        cut(net, "lists", example=X)
+    assert cut(net, "consume", example=X).checked
+
+
+@pytest.mark.provokes("E326")
+def test_a_decision_by_size_needs_an_example():
+    with pytest.raises(StageError, match=r"E326.*control flow depends on a size.*pass example="):
+        cut(Net(by_size), "one")
+    assert cut(Net(by_size), "one", example=X).checked
+
+
+class Scale(nn.Module):
+    """Takes any width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+@pytest.mark.provokes("E322")
+def test_a_batch_of_another_size_is_refused_when_it_comes():
+    net = Net(lambda self, x: self.two(y) if (y := self.one(x)).shape[1] > 3 else y)
+    net.one, net.two = Scale(), Scale()
+    made = cut(net, "one", example=X)
+    assert compose(made, X[:2]).shape == (2, 6)
+    assert torch.equal(compose(made, torch.ones(2, 5)), torch.ones(2, 5))  # the same decision
+    with pytest.raises(StageError, match=r"E322.*cut for another size"):
+        compose(made, torch.ones(2, 3))
+
+
+@pytest.mark.provokes("E318")
+def test_nothing_to_train():
+    with pytest.raises(StageError, match=r"E318.*no parameter to train.*unfreeze"):
+        cut(Net().requires_grad_(False), "one", example=X)
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize("example", [{"y": X}, (X, X), X[:0], {"x": [X]}], ids=["name", "two", "empty", "nested"])
+def test_an_example_that_does_not_fit(example: Any):
+    with pytest.raises(StageError, match=r"E325.*does not fit the model's forward.*at least one sample"):
+        cut(Net(), "one", example=example)
+
+
+@pytest.mark.provokes("E327")
+def test_a_call_that_does_not_say_how():
+    with pytest.raises(StageError, match=r"E327.*no cut point.*name one in at="):
+        cut(Net(), [], example=X)
+    with pytest.raises(StageError, match=r"E327.*unknown method 'magic'.*auto, sequential, fx"):
+        cut(Net(), "one", example=X, method="magic")
+
+
+@pytest.mark.provokes("E313")
+def test_only_a_sequential_can_be_sliced():
+    with pytest.raises(StageError, match=r"E313.*only an nn.Sequential can be sliced"):
+        cut(Net(), "one", example=X, method="sequential")
+
+
+@pytest.mark.provokes("E311")
+def test_a_block_is_kept_whole():
+    with pytest.raises(StageError, match=r"E311.*inside a stack of blocks.*cut after a whole block"):
+        cut(Blocks(), "encoder.layers.0.linear1", example=torch.randn(3, 4, 6))
+
+
+@pytest.mark.provokes("E319")
+def test_what_crosses_begins_with_the_batch():
+    def turned(self: Net, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x).t().contiguous().t()))
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.turn, self.two = nn.Linear(6, 5), Turn(), nn.Linear(6, 5)
+            self.three = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(x) + self.turn(self.one(x)).sum(0)[:, None]
+
+    class Turn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.t()
+
+    assert cut(Net(turned), "one", example=X).checked
+    with pytest.raises(StageError, match=r"E319.*does not begin with the batch.*cut elsewhere"):
+        cl.split(Turned(), "turn", example=X, labels="server", release=["x"])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle, self.out = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.relu(self.middle(self.table(words))))
+
+
+WORDS = torch.arange(8).reshape(4, 2) % 7
+
+
+@pytest.mark.provokes("E332")
+def test_one_weight_at_two_parties():
+    with pytest.raises(PlanError, match=r"E332.*'table.weight' and 'out.weight' are one weight, at two parties"):
+        cl.split(Tied(), "table", example=WORDS, labels="server")
+    assert cl.split(Tied(), "table", example=WORDS, labels="client").places == ("client", "server", "client")
+
+
+@pytest.mark.provokes("E331")
+def test_a_raw_input_stays_at_the_client():
+    class Masked(Net):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.three(self.two(self.one(x) * mask))
+
+    given = {"x": X, "mask": torch.ones(4, 1)}
+    with pytest.raises(PlanError, match=r"E331.*runs at the server and needs the raw input 'mask'.*release=\['mask'\]"):
+        cl.split(Masked(), ("one", "two"), example=given)
+    with pytest.raises(PlanError, match=r"E331.*no input 'masks' to release.*one of x, mask"):
+        cl.split(Masked(), ("one", "two"), example=given, release=["masks"])
+    assert [r.field for r in cl.split(Masked(), ("one", "two"), example=given, release=["mask"]).plan().releases] == [
+        "mask"
+    ]
+
+
+@pytest.mark.provokes("E330")
+def test_a_model_without_a_last_layer():
+    with pytest.raises(PlanError, match=r"E330.*no last layer to keep at the client.*name both cut points"):
+        tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+def test_an_error_says_which_line():
+    with pytest.raises(CutlayerError, match=r"test_refused.py:\d+ `return self.two\(y\) if y.sum\(\) > 0"):
+        cut(Net(by_value), "one", example=X)

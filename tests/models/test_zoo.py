@@ -1,0 +1,116 @@
+"""Models cut everywhere: in a U-shape or with the labels at the server, each trains as the uncut model, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import cutlayer as cl
+from tests.models.zoo import SUBJECTS, Subject
+
+EPOCHS, BATCH = 1, 3  # two steps: the second sees what the first did
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def uncut(subject: Subject) -> dict[str, Tensor]:
+    """Train by a plain loop; dropout is off, as each stage has a generator of its own."""
+    model, output = undropped(subject.make()), None
+    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
+    rows = subject.rows()
+    for _ in range(EPOCHS):
+        for batch in DataLoader(rows, batch_size=BATCH):
+            label = batch.pop("label")
+            output = model(**batch)
+            output = output if isinstance(output, Tensor) else output["logits"]
+            subject.loss(output, label).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def undropped(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+_uncut: dict[str, dict[str, Tensor]] = {}
+
+
+def difference(name: str, at: object, labels: str) -> float:
+    """Return the largest difference of any weight or buffer after training, assembled strictly into a new model."""
+    subject = SUBJECTS[name]
+    if name not in _uncut:
+        _uncut[name] = uncut(subject)
+    model = undropped(subject.make())
+    before = [key for key, _ in model.named_parameters()]
+    example = {key: value[:2] for key, value in subject.inputs.items()}
+    made = cl.split(model, at, example=example, labels=labels, release=subject.release)
+    run = cl.fit(made, DataLoader(subject.rows(), batch_size=BATCH), loss=subject.loss, optimizer=sgd, epochs=EPOCHS)
+    fresh = subject.make()
+    fresh.load_state_dict(run.state_dict(), strict=True)
+    assert [key for key, _ in model.named_parameters()] == before
+    assert _uncut[name].keys() == fresh.state_dict().keys()
+    found = fresh.state_dict()
+    return max(float((found[key].double() - value.double()).abs().max()) for key, value in _uncut[name].items())
+
+
+def boundaries(name: str) -> list[str]:
+    """Return all submodules after which a model might be cut, but its last layer."""
+    model = SUBJECTS[name].make()
+    return [path for path, module in model.named_modules() if path and not isinstance(module, nn.ModuleList)][:-1]
+
+
+RESNET = boundaries("resnet18")
+
+
+@pytest.mark.parametrize("at", RESNET)
+def test_resnet18_at_every_submodule(at: str):
+    last = at in ("avgpool",)
+    assert difference("resnet18", at, "server" if last else "client") == 0.0
+
+
+def test_resnet18_has_all_its_boundaries():
+    assert len(RESNET) == 66
+    assert {"layer1.0.conv1", "layer2.0.downsample.0", "layer4.1.bn2", "maxpool", "avgpool"} <= set(RESNET)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "labels"),
+    [
+        ("densenet121", "features.denseblock2.denselayer3", "client"),
+        ("densenet121", "features.denseblock2.denselayer3.layers.conv1", "client"),
+        ("densenet121", "features.transition1", "server"),
+        *(("unet", at, "client") for at in ("down1", "down1.0", "down2", "bottom", "up2", "join2", "up1")),
+        ("unet", ("down2", "join2"), "client"),
+        ("unet", "bottom", "server"),
+        ("lstm", "table", "client"),
+        ("lstm", "lstm", "client"),
+        ("lstm", "lstm", "server"),
+        ("tied", "table", "client"),
+        ("tied", ("middle", "norm"), "client"),
+        ("tied", "middle.1", "client"),
+    ],
+)
+def test_across_skips_states_and_ties(name: str, at: object, labels: str):
+    assert difference(name, at, labels) == 0.0
+
+
+@pytest.mark.parametrize("labels", ["client", "server"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "encoder"])
+def test_stacks_of_blocks_at_every_block(name: str, block: int, labels: str):
+    if name == "gpt2" and labels == "server":
+        pytest.skip("its embedding and its last layer are one weight: only a U-shape keeps them together")
+    assert difference(name, (1, 2) if block == 2 and labels == "client" else block, labels) == 0.0

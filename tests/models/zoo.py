@@ -1,0 +1,212 @@
+"""Models as users have them, small: each with an example of its inputs, labels and a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to cut.
+
+    Attributes:
+        make: Makes it; the same weights each time.
+        inputs: Argument of forward -> tensor (samples, ...).
+        labels: Tensor (samples, ...).
+        loss: Called with (prediction, label).
+        release: Inputs that pieces at the server need.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    loss: Loss = nn.functional.cross_entropy
+    release: tuple[str, ...] = ()
+
+    def rows(self) -> list[dict[str, Tensor]]:
+        count = len(self.labels)
+        return [{"label": self.labels[i], **{k: v[i] for k, v in self.inputs.items()}} for i in range(count)]
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def classes(count: int, *shape: int, seed: int = 2) -> Tensor:
+    return torch.randint(0, count, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return make()
+
+    return made
+
+
+# --- ResNet-18, as He et al. 2015 and torchvision have it, of another width -----------------------------------------
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet18(nn.Module):
+    def __init__(self, width: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 7, 2, 3, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        inputs = width
+        for place, times in enumerate((1, 2, 4, 8)):
+            outputs, stride = width * times, 1 if place == 0 else 2
+            blocks = nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+            setattr(self, f"layer{place + 1}", blocks)
+            inputs = outputs
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class UNet(nn.Module):
+    """Two levels down, two up, with the long skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.bottom = self.block(1, 4), self.block(4, 8), self.block(8, 8)
+        self.pool = nn.MaxPool2d(2)
+        self.up2, self.up1 = nn.ConvTranspose2d(8, 8, 2, 2), nn.ConvTranspose2d(8, 4, 2, 2)
+        self.join2, self.join1, self.last = self.block(16, 8), self.block(8, 4), nn.Conv2d(4, 2, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.down1(x)
+        two = self.down2(self.pool(one))
+        low = self.bottom(self.pool(two))
+        two = self.join2(torch.cat([self.up2(low), two], 1))
+        return self.last(self.join1(torch.cat([self.up1(two), one], 1)))
+
+
+class Tagger(nn.Module):
+    """An LSTM over words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+        self.drop, self.out = nn.Dropout(0.1), nn.Linear(10, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        states, _ = self.lstm(self.table(words))
+        return self.out(self.drop(states[:, -1]))
+
+
+class Tied(nn.Module):
+    """A small language model with one table for words in and words out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.middle, self.norm = nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 6)), nn.LayerNorm(6)
+        self.out = nn.Linear(6, 9, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.table(words)
+        return self.out(self.norm(x + self.middle(x)))
+
+
+class Encoder(nn.Module):
+    """PyTorch's own transformer, without a last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(self.encoder(self.table(words)).mean(1))
+
+
+def of_words(prediction: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy of the next word; shapes (batch, time, words) and (batch, time)."""
+    return nn.functional.cross_entropy(prediction.flatten(0, 1), label.flatten())
+
+
+def densenet() -> nn.Module:
+    from monai.networks.nets import DenseNet121
+
+    return DenseNet121(spatial_dims=2, in_channels=1, out_channels=3, init_features=8, growth_rate=4, bn_size=2)
+
+
+def transformer(kind: str) -> Callable[[], nn.Module]:
+    """A tiny model of Hugging Face with random weights."""
+
+    def make() -> nn.Module:
+        import transformers as hf
+
+        small: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}
+        if kind == "gpt2":
+            sizes = {"n_layer": 3, "n_head": 2, "n_embd": 8, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+            return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=13, **sizes))
+        if kind == "llama":
+            return hf.LlamaForCausalLM(
+                hf.LlamaConfig(vocab_size=13, intermediate_size=16, num_key_value_heads=1, **small)
+            )
+        if kind == "bert":
+            config = hf.BertConfig(
+                vocab_size=13, intermediate_size=16, max_position_embeddings=16, num_labels=3, **small
+            )
+            return hf.BertForSequenceClassification(config)
+        config = hf.ViTConfig(image_size=8, patch_size=4, num_channels=1, intermediate_size=16, num_labels=3, **small)
+        return hf.ViTForImageClassification(config)
+
+    return make
+
+
+WORDS = classes(9, 6, 5)
+TEXT = {"input_ids": classes(13, 6, 7)}
+SUBJECTS: dict[str, Subject] = {
+    "resnet18": Subject(make=seeded(ResNet18), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
+    "densenet121": Subject(make=seeded(densenet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
+    "unet": Subject(make=seeded(UNet), inputs={"x": drawn(6, 1, 8, 8)}, labels=classes(2, 6, 8, 8)),
+    "lstm": Subject(make=seeded(Tagger), inputs={"words": WORDS}, labels=classes(4, 6)),
+    "tied": Subject(make=seeded(Tied), inputs={"words": WORDS}, labels=WORDS, loss=of_words),
+    "encoder": Subject(make=seeded(Encoder), inputs={"words": WORDS}, labels=classes(3, 6)),
+    "gpt2": Subject(make=seeded(transformer("gpt2")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
+    "llama": Subject(make=seeded(transformer("llama")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
+    "bert": Subject(make=seeded(transformer("bert")), inputs=TEXT, labels=classes(3, 6)),
+    "vit": Subject(make=seeded(transformer("vit")), inputs={"pixel_values": drawn(6, 1, 8, 8)}, labels=classes(3, 6)),
+}
