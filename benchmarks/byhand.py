@@ -2,7 +2,7 @@
 
 In two processes they talk over one TCP connection, plain or with mutual TLS by Python's `ssl`: raw bytes, sizes known
 beforehand, received into the same memory each time. No checks, no names, no recovery: no engine can be faster. `bare`
-does the same over a bidirectional gRPC stream and nothing else, one message each way a step: no engine on gRPC's Python
+does the same over a bidirectional gRPC stream and nothing else, in messages of 1 MiB: no engine on gRPC's Python
 package can be faster.
 """
 
@@ -27,6 +27,7 @@ from workloads import WORKLOADS, Workload, optimizer
 
 import cutlayer as cl
 from cutlayer.core.batching import batch_slice, permutation
+from cutlayer.transport.frames import PIECE
 from cutlayer.transport.grpc_common import channel_to, server_credentials, server_options
 
 __all__ = ["bare", "half", "timed", "whole"]
@@ -100,12 +101,16 @@ def bare(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, fol
             outgoing.put(None)
             next(incoming, None)
         return found
-    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
 
     def serve(incoming: Iterator[bytes], _context: object) -> Iterator[bytes]:
         sent: list[bytes] = []
-        found = yield from _served(_Stream(sent.append, incoming), sent, workload, steps)
-        answers.put(found)
+        try:
+            found = yield from _served(_Stream(sent.append, incoming), sent, workload, steps)
+            answers.put(found)
+        except Exception as error:
+            answers.put(error)
+            raise
 
     pool = ThreadPoolExecutor(2)
     server = grpc.server(pool, options=server_options())
@@ -118,6 +123,8 @@ def bare(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, fol
     server.start()
     answer = answers.get()
     server.stop(5).wait()
+    if isinstance(answer, Exception):
+        raise answer
     return answer
 
 
@@ -137,16 +144,28 @@ class _Socket:
 
 
 class _Stream:
+    """Messages of at most `PIECE` bytes of the first part; the first of them has the other parts with it."""
+
     def __init__(self, put: Callable[[bytes], None], incoming: Iterator[bytes]) -> None:
         self._put, self._incoming = put, incoming
 
     def send(self, *parts: memoryview) -> None:
-        self._put(b"".join(parts))
+        first, *rest = parts
+        self._put(b"".join((*rest, first[:PIECE])))
+        for start in range(PIECE, first.nbytes, PIECE):
+            self._put(bytes(first[start : start + PIECE]))
 
     def receive(self, *parts: memoryview) -> None:
+        first, *rest = parts
         message = memoryview(next(self._incoming))
-        for part in parts:
+        for part in rest:
             part[:], message = message[: part.nbytes], message[part.nbytes :]
+        filled = len(message)
+        first[:filled] = message
+        while filled < first.nbytes:
+            piece = next(self._incoming)
+            first[filled : filled + len(piece)] = piece
+            filled += len(piece)
 
 
 def _client(lines: Lines, workload: Workload, steps: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cutlayer.transport.pki import create_authority, issue
 
 __all__ = ["WARM", "Clock", "Pair", "digest", "pair", "party_of"]
 
+_PATIENCE = 300.0
 WARM = 2
 """Steps at the start of each run that are not measured: FLOPs are counted in the first, buffers are made."""
 
@@ -96,10 +97,15 @@ class Pair:
         port = _free_port()
         for end in self._ends.values():
             end.send((work, self._runs, port, details))
-        answers = {name: end.recv() for name, end in self._ends.items()}
-        for answer in answers.values():
-            if isinstance(answer, BaseException):
-                raise answer
+        answers: dict[str, Any] = {}
+        while len(answers) < len(self._ends):
+            left = {end: name for name, end in self._ends.items() if name not in answers}
+            for end in wait(list(left), _PATIENCE) or [None]:
+                if end is None:
+                    raise TimeoutError(f"{', '.join(left.values())} gave no answer within {_PATIENCE} seconds")
+                answers[left[end]] = answer = end.recv()
+                if isinstance(answer, BaseException):
+                    raise answer  # the other may wait for it
         return answers
 
     def stop(self) -> None:
@@ -107,7 +113,7 @@ class Pair:
         for end in self._ends.values():
             end.close()
         for process in self._processes:
-            process.join(20)
+            process.join(5)
             process.kill()
 
 

@@ -26,7 +26,7 @@ from cutlayer.data.bundled import shakespeare
 from cutlayer.data.holdout import holdout
 
 TIME, WIDTH, HEADS = 64, 64, 4  # characters a sample, numbers a character, attention heads
-STEPS, BATCH, SEED, RATE = 1000, 16, 4, 1e-2
+STEPS, BATCH, SEED, RATE = 1600, 16, 4, 6e-3
 
 
 class Block(nn.Module):

@@ -33,7 +33,7 @@ def idx(path: Path, magic: int, values: np.ndarray) -> None:
         file.write(header + values.astype(np.uint8).tobytes())
 
 
-def fashion_parts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def write_fashion(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Write a test set of the right size; return its images and labels."""
     pixels = np.arange(10_000 * 28 * 28).reshape(10_000, 28, 28) % 251
     labels = np.arange(10_000) % 10
@@ -62,7 +62,7 @@ def test_fashion_mnist_is_balanced(train, count):
 
 
 def test_fashion_mnist_is_read_as_it_is_written_from_the_first_folder_that_has_it(folder):
-    pixels, labels = fashion_parts(folder / "debian")
+    pixels, labels = write_fashion(folder / "debian")
     x, y = fashion_mnist(train=False)
     assert torch.equal(x, torch.from_numpy(pixels).unsqueeze(1).float() / 255)
     assert torch.equal(y, torch.from_numpy(labels))
@@ -85,7 +85,7 @@ def test_without_fashion_mnist_it_says_how_to_get_it(folder):
 @pytest.mark.parametrize("how", ["cut", "other kind", "other size", "short", "no gzip"])
 def test_a_damaged_file_of_fashion_mnist_is_refused(folder, how):
     debian = folder / "debian"
-    pixels, _ = fashion_parts(debian)
+    pixels, _ = write_fashion(debian)
     path = debian / "t10k-images-idx3-ubyte.gz"
     if how == "cut":
         path.write_bytes(path.read_bytes()[:-1000])

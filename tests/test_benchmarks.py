@@ -1,0 +1,51 @@
+"""The benchmark of overhead runs, ends with the uncut network's weights every way, and says what bounds each way."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    known = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in set(sys.modules) - known:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("letter", ["a", "b", "d"])
+def test_one_process_gives_the_uncut_networks_weights(letter, benchmark):
+    rows = benchmark("overhead").measure(letter, ["hand", "process"], 1, 2, None).rows()
+    assert [row["way"] for row in rows] == ["hand", "process"]
+    assert all(0 < row["ratio"] < 3 for row in rows)
+    assert rows[1]["floor"] is not None
+    assert rows[1]["to_bound"] == pytest.approx(rows[0]["ratio"] / rows[1]["ratio"])
+    assert rows[1]["parts_ms"]["compute"] > 0
+
+
+def test_other_weights_stop_the_benchmark(benchmark, monkeypatch):
+    overhead = benchmark("overhead")
+    monkeypatch.setattr(overhead, "by_hand", lambda *_: overhead.Timing(1.0, ["0", "0"]))
+    with pytest.raises(SystemExit, match=r"\(a\) cut by hand, one process: the weights are not those"):
+        overhead.measure("a", ["hand"], 1, 1, None)
+
+
+@pytest.mark.slow
+def test_all_ways_in_two_processes():
+    words = [sys.executable, str(FOLDER / "overhead.py"), "--models", "a", "--quick", "--json"]
+    rows = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, timeout=110).stdout)
+    assert [row["way"] for row in rows] == [
+        "hand", "process", "socket", "grpc", "plain", "socket-tls", "grpc-tls", "mtls"
+    ]  # fmt: skip
