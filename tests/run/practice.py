@@ -16,6 +16,7 @@ from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.probe_listener import ProbeListener, Visit
 from cutlayer.transport.tls import Credentials, load_credentials
 from tests.cli.conftest import CODE, CONTRACT
+from tests.provoking import saw
 from tests.proxies import free_port
 
 SECRET = "s3cr3t-W0rd"
@@ -82,6 +83,7 @@ def by_name(rows: Iterable[Row]) -> dict[str, Row]:
     """Return the rows by name, each of which says what to do if something is wrong, in one line and without secrets."""
     found = list(rows)
     for row in found:
+        saw(f"{row.code} {row.seen}")
         assert bool(row.do) == (row.status in ("warning", "problem")), row
         assert row.seen
         assert row.seen.isprintable()
