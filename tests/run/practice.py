@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
+import pytest
+
 from cutlayer.run.config import Contract, load_contract
+from cutlayer.run.doctor_network import network_rows
 from cutlayer.run.doctor_rows import Row
 from cutlayer.run.partyfile import PartyFile, load_party_file
+from cutlayer.transport import probe
+from cutlayer.transport.grpc_common import server_credentials
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.probe_listener import ProbeListener, Visit
 from cutlayer.transport.tls import Credentials, load_credentials
@@ -20,6 +28,8 @@ from tests.provoking import saw
 from tests.proxies import free_port
 
 SECRET = "s3cr3t-W0rd"
+STEPS = ["name", "connection", "certificate", "accepts ours"]
+MEASURED = ["round trip", "speed", "clock", "contract", "release"]
 LONG_AGO = datetime.now(UTC) - timedelta(days=100)
 
 
@@ -96,3 +106,33 @@ def by_name(rows: Iterable[Row]) -> dict[str, Row]:
 def troubles(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     """Return name -> (status, code) of the rows that are not as they should be."""
     return {row.name: (row.status, row.code) for row in by_name(rows).values() if row.status in ("warning", "problem")}
+
+
+def look(practice: Practice, each: float = 5.0, party: str = "hospital") -> dict[str, Row]:
+    """Return what is found of a party's network, within the time that this may take."""
+    begin = time.monotonic()
+    rows = by_name(network_rows(practice.contract, practice.file(party), each=each))
+    assert time.monotonic() - begin < 8 * each
+    return rows
+
+
+@contextmanager
+def grpc_server(port: int, credentials: Credentials | None) -> Iterator[None]:
+    """A server of gRPC that knows nothing of cutlayer."""
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        address = f"127.0.0.1:{port}"
+        if credentials is None:
+            server.add_insecure_port(address)
+        else:
+            server.add_secure_port(address, server_credentials(credentials))
+        server.start()
+        try:
+            yield
+        finally:
+            server.stop(0).wait(10)
+
+
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a measurement move little, where its numbers do not matter."""
+    monkeypatch.setattr(probe, "_EACH_WAY", 64 * 1024)
