@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ def _words(incomplete: str) -> Iterator[tuple[str, Path]]:
     """Yield what there is that begins with what was typed: as it would be typed, and as a path."""
     base = incomplete[: incomplete.rfind("/") + 1]
     try:
-        paths = list(Path(base or ".").iterdir())
+        paths = [path for path in Path(base or ".").iterdir() if os.access(path, os.R_OK)]
     except OSError:
         return
     yield from ((word, path) for path in paths if (word := base + path.name).startswith(incomplete))
@@ -62,5 +63,5 @@ def _table(file: Path) -> dict[str, Any]:
     """Return a file's tables; none if it cannot be read: what is wrong with it is for the command to say."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= _SIZE_LIMIT else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

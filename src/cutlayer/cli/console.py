@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 INTERRUPTED = 130
+_document: ContextVar[TextIO | None] = ContextVar("document", default=None)  # where it goes while stdout is not its own
 EXIT_CODES: Mapping[int, tuple[type[CutlayerError], ...]] = {
     2: (PlanError, ConfigError, DataError),
     3: (StageError, NonFiniteError),
@@ -84,29 +87,29 @@ class Output:
     def say(self, text: str) -> None:
         """Print a part of the result, for people."""
         if not (self.json or self.quiet):
-            typer.echo(text)
+            _write(text)
 
     def note(self, text: str) -> None:
         """Print something on the way to the result, on stderr."""
         if not self.quiet:
-            typer.echo(text, err=True)
+            _write(text, err=True)
 
     def last(self, text: str) -> None:
         """Print the last line for people; -q keeps it."""
         if not self.json:
-            typer.echo(text)
+            _write(text)
 
     def document(self, value: Mapping[str, Any]) -> None:
         """Print the JSON document, if it was asked for."""
         if self.json:
-            typer.echo(json.dumps(value))
+            _write(json.dumps(value), to=_document.get())
 
     def fail(self, error: CutlayerError) -> None:
         """Print an error: four lines on stderr, and the JSON document if it was asked for."""
         if self.verbose:
             traceback.print_exception(error, file=sys.stderr)
         for line in error.lines():
-            typer.echo(line, err=True)
+            _write(line, err=True)
         self.document({"error": error_document(error)})
 
 
@@ -123,7 +126,26 @@ def exit_code(error: CutlayerError) -> int:
 
 @contextmanager
 def reporting(output: Output) -> Iterator[None]:
-    """Turn every error within into words and an exit code."""
+    """Turn every error within into words and an exit code.
+
+    With --json, what modules, data sets and libraries print goes to stderr: stdout is the document's.
+    """
+    with _document_alone() if output.json else nullcontext(), _reported(output):
+        yield
+
+
+@contextmanager
+def _document_alone() -> Iterator[None]:
+    kept = _document.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _document.reset(kept)
+
+
+@contextmanager
+def _reported(output: Output) -> Iterator[None]:
     try:
         yield
     except CutlayerError as error:
@@ -141,6 +163,26 @@ def reporting(output: Output) -> Iterator[None]:
         unexpected.__cause__ = error
         output.fail(unexpected)
         raise typer.Exit(1) from None
+
+
+def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
+    """Print a line. If nobody reads any more, such as after `| head -1`, end without a word."""
+    try:
+        typer.echo(text, file=to, err=err)
+    except BrokenPipeError:
+        for stream in (sys.__stdout__, sys.__stderr__):
+            _to_nowhere(stream)  # what is still kept there would fail as the process ends
+        raise typer.Exit(1) from None
+
+
+def _to_nowhere(stream: TextIO | None) -> None:
+    with suppress(OSError, ValueError, AttributeError):
+        stream.flush()  # type: ignore[union-attr]
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
 
 
 def shown_path(folder: Path) -> str:

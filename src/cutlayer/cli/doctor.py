@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,9 +62,10 @@ def _examine(contract: Path | None, party: Path | None, output: Output) -> None:
     from cutlayer.run.doctor import examine
 
     rows: list[Row] = []
-    for row in examine(contract, party):
-        rows.append(row)
-        _show(row, output)
+    with _nothing_to_read():
+        for row in examine(contract, party):
+            rows.append(row)
+            _show(row, output)
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "warning", "problem", "skipped")}
     fields = ("name", "status", "seen", "do", "code")
     output.document(
@@ -71,6 +76,17 @@ def _examine(contract: Path | None, party: Path | None, output: Output) -> None:
     output.last(f"{', '.join(found) or 'all is well'}{missing}")
     if counts["problem"]:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _nothing_to_read() -> Iterator[None]:
+    """Let nobody ask anything: a builder that does so would wait for ever, and hold the terminal."""
+    kept = sys.stdin
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = kept
 
 
 def _show(row: Row, output: Output) -> None:
@@ -95,7 +111,8 @@ def _serve(contract_path: Path | None, party_path: Path | None, minutes: float, 
     from cutlayer.transport.tls import check_credentials
 
     if contract_path is None or party_path is None:
-        raise _unable("the contract and --party FILE", "one of them only")
+        given = [name for name, path in (("the contract", contract_path), ("--party FILE", party_path)) if path]
+        raise _unable("the contract and --party FILE", f"{given[0]} only" if given else "neither")
     contract, file = load_contract(contract_path), load_party_file(party_path)
     settings = network_settings(contract, file)
     if settings.credentials is None or not settings.port:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from cutlayer.cli.console import Output
 from cutlayer.data.files import data_folders
+from cutlayer.run.machine import installed_memory, memory_limit, usable_processors
 
 __all__ = ["DATA_SETS", "environment", "show_environment"]
 
@@ -28,7 +29,6 @@ DATA_SETS: Final = {
 }
 """Loader of `cutlayer.data.bundled` -> the package, or Debian's folder, that its files come in."""
 _DEBIAN: Final = Path("/usr/share/datasets")
-_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def show_environment(output: Output) -> None:
@@ -51,8 +51,8 @@ def environment() -> dict[str, Any]:
         "cutlayer": _version("cutlayer"),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.platform(),
-        "processors": {"present": os.cpu_count(), "usable": _usable_processors()},
-        "memory": {"installed": _installed_memory(), "limit": _memory_limit()},
+        "processors": {"present": os.cpu_count(), "usable": usable_processors()},
+        "memory": {"installed": installed_memory(), "limit": memory_limit()},
         "torch": _torch(),
         "libraries": {name: _version(name) for name in _libraries()},
         "proxies": sorted(urllib.request.getproxies()),
@@ -81,30 +81,6 @@ def _libraries() -> list[str]:
     required = [text for text in metadata.requires("cutlayer") or () if "extra == 'dev'" not in text.replace('"', "'")]
     names = {re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0] for text in required}
     return sorted(names - {"torch"}, key=str.lower)
-
-
-def _usable_processors() -> int | None:
-    """Return how many processors this process may run on; fewer than there are in a container."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _installed_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
-
-
-def _memory_limit() -> int | None:
-    """Return the limit of the container that this runs in, if there is one."""
-    for path in _LIMITS:
-        try:
-            limit = int(path.read_text())
-        except (OSError, ValueError):
-            continue  # no such file, or "max"
-        return limit if limit < 2**60 else None  # an older kernel's way to say that there is none
-    return None
 
 
 def _torch() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,10 +50,15 @@ def show_check(path: Path, party_files: Sequence[Path], output: Output) -> None:
     rows, first = [], None
     for finding in preflight(contract, files, now=datetime.now(UTC)):
         output.say(f"{finding.level:<4}  {finding.subject}: {finding.text}")
+        if finding.do:
+            output.say(f"      do: {finding.do}")
         error = error_document(finding.error) if finding.error else None
-        rows.append({"level": finding.level, "subject": finding.subject, "text": finding.text, "error": error})
+        row = {"level": finding.level, "subject": finding.subject, "text": finding.text, "do": finding.do}
+        rows.append({**row, "error": error})
         if finding.error is not None:
             first = first or finding.error
+            if output.verbose:
+                traceback.print_exception(finding.error, file=sys.stderr)
             for line in finding.error.lines():
                 typer.echo(f"      {line}", err=True)
     failures = sum(row["level"] == "fail" for row in rows)

@@ -23,7 +23,7 @@ from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
-from cutlayer.errors import ContractError, DataError
+from cutlayer.errors import ContractError, CutlayerError, DataError
 
 __all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
 
@@ -91,7 +91,12 @@ class Worker:
                 code="E252",
             )
         epoch = self.round if self.mode == "train" else 0
-        batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+        try:
+            batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+        except CutlayerError:
+            raise
+        except Exception as error:
+            raise _unread(error, where) from error
         batch = self.site.preprocess.prepare(batch, where)
         for name in job.fields:
             value = _field(batch, name, sum(job.sizes), where)
@@ -225,6 +230,17 @@ class Worker:
             )
         if self.parts.finite:
             check_finite(value, where)
+
+
+def _unread(error: Exception, where: str) -> DataError:
+    """Return the error of data that cannot be read; what the data set says of it stays at this party."""
+    return DataError(
+        "the data set failed at a batch",
+        where=where,
+        got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
+        remedy="read this batch's samples alone, as data[index]; check that its files are there and can be read",
+        code="E268",
+    )
 
 
 def _field(batch: Mapping[str, Tensor], name: str, size: int, where: str) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from cutlayer.errors import CutlayerError
 from cutlayer.run.config import Contract
-from cutlayer.run.doctor_rows import Row, of_error, size
-from cutlayer.run.launch import leaving
+from cutlayer.run.doctor_rows import Row, in_time, of_error, size
+from cutlayer.run.launch import leaving, network_settings
 from cutlayer.run.partyfile import PartyFile
 from cutlayer.transport.addresses import host_port
 from cutlayer.transport.contact import Target, contact
@@ -30,36 +31,68 @@ _TITLES: Final = {
     "server": "certificate",
     "certificate": "accepts ours",
 }
+_STEPS: Final = 8  # on the way to one party; the measurement is one
 _ASK: Final = ("E601", "E609", "E621")  # nobody is there, or nobody answers
 _FAR: Final = 0.25  # seconds
 _SLOW: Final = 5e6 / 8  # bytes a second
 _OFF, _FAR_OFF = 60.0, 300.0  # seconds between clocks
 
 
-def network_rows(contract: Contract, file: PartyFile, settings: NetworkSettings, *, each: float) -> Iterator[Row]:
+def network_rows(contract: Contract, file: PartyFile, *, each: float) -> Iterator[Row]:
     """Yield what is found on the way to each party that this one dials; each step takes at most `each` seconds."""
+    try:
+        settings = network_settings(contract, file)
+    except CutlayerError as error:
+        yield of_error("network", error)
+        return
     for name in settings.others:
         if route(settings, name) == "dial":
-            host, port = host_port(settings.addresses[name])
-            target = Target(party=name, host=host, port=port, proxy=proxy_to(settings, name))
-            reached = yield from _way(target, settings.credentials, file.name, each)
-            if settings.credentials is None:
-                yield Row(f"{name}: certificate", "skipped", "this party has no certificates (insecure = true)")
-            elif reached:
-                yield from _measured(contract, file, target, settings.credentials, each)
-            else:
-                yield _own_clock(name)
+            yield from _bounded(name, partial(_dialled, contract, file, settings, name, each), each)
+        else:
+            yield _not_dialled(settings, name)
     if settings.port:
-        yield listening_row(settings.port)
+        late = Row("listening", "problem", f"{settings.port}: no answer in time", "look at this machine's name service")
+        yield from in_time("listening", lambda: [listening_row(settings.port)], each, late)
 
 
 def address_rows(contract: Contract, *, each: float) -> Iterator[Row]:
     """Yield what is found on the way to the contract's addresses, for a site that has no party file yet."""
+    yield Row("contract", "ok", f"digest {contract.digest()}")
     for name, address in contract.addresses.items():
-        host, port = host_port(address)
-        target = Target(party=name, host=host, port=port, proxy=find_proxy("", host, port))
-        yield from _way(target, None, "", each)
+        yield from _bounded(name, partial(_address, name, address, each), each)
         yield Row(f"{name}: certificate", "skipped", "give --party FILE, whose certificate is then shown to the server")
+
+
+def _bounded(name: str, look: Callable[[], Iterator[Row]], each: float) -> Iterator[Row]:
+    """Look at the way to one party, which has an end and never keeps the others from being looked at."""
+    seconds = _STEPS * each
+    late = Row(f"{name}: way", "problem", f"no end within {seconds:g} seconds", "look at this machine's network")
+    yield from in_time(f"{name}: way", look, seconds, late)
+
+
+def _address(name: str, address: str, each: float) -> Iterator[Row]:
+    host, port = host_port(address)
+    yield from _way(Target(party=name, host=host, port=port, proxy=find_proxy("", host, port)), None, "", each)
+
+
+def _dialled(contract: Contract, file: PartyFile, settings: NetworkSettings, name: str, each: float) -> Iterator[Row]:
+    host, port = host_port(settings.addresses[name])
+    target = Target(party=name, host=host, port=port, proxy=proxy_to(settings, name))
+    reached = yield from _way(target, settings.credentials, file.name, each)
+    if settings.credentials is None:
+        yield Row(f"{name}: certificate", "skipped", "this party has no certificates (insecure = true)")
+    elif reached:
+        yield from _measured(contract, file, target, settings.credentials, each)
+    else:
+        yield _own_clock(name)
+
+
+def _not_dialled(settings: NetworkSettings, name: str) -> Row:
+    if route(settings, name) == "await":
+        seen = f"{name} dials this party: start `--serve` here, and let {name} run its doctor"
+    else:
+        seen = f"neither has an address: {settings.coordinator} passes on, sealed, what the two send"
+    return Row(f"{name}: way", "skipped", seen)
 
 
 def _measured(
@@ -97,7 +130,7 @@ def _way(target: Target, credentials: Credentials | None, party: str, each: floa
     for step in contact(target, credentials, each=each):
         title = f"{name}: {_TITLES.get(step.name, step.name)}"
         if step.error is not None:
-            yield of_error(title, step.error, _ask(target, party, step.error.code))
+            yield of_error(title, step.error, _ask(target, party, step.name, step.error.code))
             yield Row(f"{name}: all else", "skipped", f"not looked at, as {title!r} failed")
             return False
         if step.name != "files":  # `cutlayer check` has told that
@@ -105,10 +138,12 @@ def _way(target: Target, credentials: Credentials | None, party: str, each: floa
     return True
 
 
-def _ask(target: Target, party: str, code: str) -> str:
+def _ask(target: Target, party: str, step: str, code: str) -> str:
     """Return whom to ask what, where nobody answers; empty for what has a remedy of its own."""
     if code not in _ASK:
         return ""
+    if step == "name":
+        return f"ask your network's people why this machine's name service (DNS) does not answer for {target.host}"
     own = f" of {party}" if party else ""
     return (
         f"ask the people of {target.party} to start `cutlayer doctor CONTRACT --party FILE --serve`, or the run, and "

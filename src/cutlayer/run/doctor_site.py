@@ -17,6 +17,7 @@ from cutlayer.run.partyfile import PartyFile
 __all__ = ["acceptance_row", "check_rows", "key_row", "secret_row"]
 
 _STATUS: Final[dict[str, Status]] = {"ok": "ok", "warn": "warning", "fail": "problem"}
+_WHERE: Final = "correct the builder in the party file; `cutlayer check -v` shows where in its code it failed"
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -27,11 +28,10 @@ def check_rows(contract: Contract, file: PartyFile, *, now: datetime) -> Iterato
     for finding in preflight(contract, [file], now=now):
         name = "contract" if finding.subject == "contract" else f"check of {finding.subject}"
         if finding.error is not None:
-            yield of_error(name, finding.error)
+            do = _WHERE if finding.error.code == "E204" else ""  # the builder, or what it calls
+            yield of_error(name, finding.error, do)
         else:
-            do = "ask the authority of this run for a new certificate" if "certificate valid" in finding.text else ""
-            status = _STATUS[finding.level]
-            yield Row(name, status, finding.text, do if status != "ok" else "")
+            yield Row(name, _STATUS[finding.level], finding.text, finding.do)
 
 
 def acceptance_row(contract: Contract, file: PartyFile) -> Row:
@@ -57,12 +57,11 @@ def key_row(folder: Path) -> Row:
     return Row("private key", "ok", f"{path}: only this user may read it")
 
 
-def secret_row(file: PartyFile) -> Row | None:
-    """Look whether others may read a party file with a proxy's password; None if it has none."""
-    if "@" not in file.proxy:
-        return None
+def secret_row(file: PartyFile) -> Row:
+    """Look whether others may read a party file that holds a password."""
+    held = [name for name, text in (("proxy", file.proxy), ("mlflow", file.mlflow)) if "@" in text]
     mode = file.path.stat().st_mode
-    if mode & _OTHERS:
-        seen = f"{file.path}: mode {stat.S_IMODE(mode):04o}, and it holds the proxy's password"
-        return Row("party file", "warning", seen, f"chmod 600 {file.path}")
-    return Row("party file", "ok", f"{file.path}: only this user may read it")
+    if held and mode & _OTHERS:
+        seen = f"{file.path}: mode {stat.S_IMODE(mode):04o}, and it holds a password ({' and '.join(held)})"
+        return Row("party file", "warning", seen, f"chmod 600 {file.path}; if it was ever read, change the password")
+    return Row("party file", "ok", f"{file.path}: {'only this user may read it' if held else 'it holds no password'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Final
 __all__ = ["free_memory", "installed_memory", "memory_limit", "room_in", "usable_processors"]
 
 _LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_USED: Final = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+_MEMORY: Final = Path("/proc/meminfo")
+_AVAILABLE: Final = re.compile(r"(?m)^MemAvailable:\s+(\d+) kB$")
 _NO_LIMIT: Final = 2**60  # an older kernel's way to say that there is none is larger
 _TRIAL: Final = b"cutlayer\n" * 100
 
@@ -27,19 +31,23 @@ def installed_memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Return the memory that is free; None where the system does not say."""
-    return _pages("SC_AVPHYS_PAGES")
+    """Return the memory that a new program can have; None where the system does not say.
+
+    Linux counts in what it keeps of files only until somebody needs the room. In a container it is what is left of its
+    limit, if that is less.
+    """
+    free = _available()
+    limit, used = memory_limit(), _first_number(_USED)
+    if limit is None or used is None:
+        return free
+    left = max(0, limit - used)
+    return left if free is None else min(left, free)
 
 
 def memory_limit() -> int | None:
     """Return the limit of the container that this runs in; None if there is none."""
-    for path in _LIMITS:
-        try:
-            limit = int(path.read_text())
-        except (OSError, ValueError):
-            continue  # no such file, or "max"
-        return limit if limit < _NO_LIMIT else None
-    return None
+    limit = _first_number(_LIMITS)
+    return limit if limit is not None and limit < _NO_LIMIT else None
 
 
 def room_in(folder: Path) -> tuple[Path, int]:
@@ -55,6 +63,24 @@ def room_in(folder: Path) -> tuple[Path, int]:
         file.flush()
         os.fsync(file.fileno())
     return place, shutil.disk_usage(place).free
+
+
+def _available() -> int | None:
+    try:
+        found = _AVAILABLE.search(_MEMORY.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        found = None
+    return int(found[1]) * 1024 if found else _pages("SC_AVPHYS_PAGES")
+
+
+def _first_number(paths: tuple[Path, ...]) -> int | None:
+    """Return the number that the first readable file holds; None if there is none, or it says "max"."""
+    for path in paths:
+        try:
+            return int(path.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _pages(name: str) -> int | None:

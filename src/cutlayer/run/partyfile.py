@@ -120,7 +120,7 @@ class PartyFile:
                 party = function(self.name)
             except CutlayerError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _bad_builder("the builder failed", where, "a Party", _said(error)) from error
         if not isinstance(party, Party):
             raise _bad_builder("the builder gives no Party", where, "cutlayer.Party", type(party).__name__)

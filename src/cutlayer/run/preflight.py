@@ -24,22 +24,31 @@ from cutlayer.run.config import Contract
 from cutlayer.run.launch import assumed_roster, network_settings
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.partyfile import PartyFile
+from cutlayer.transport.certificates import parse_chain
 from cutlayer.transport.pki import describe
 from cutlayer.transport.tls import check_credentials
 
 __all__ = ["Finding", "preflight", "try_party"]
 
 _SOON = 30  # days before a certificate's end at which to warn
+_CERTIFY = (
+    "ask the authority of this run for the folder that `cutlayer pki issue {}` makes, and name it as `credentials` in "
+    "[network] of the party file"
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `level` is "ok", "warn" or "fail"; a failure carries its error."""
+    """One thing that was looked at. `level` is "ok", "warn" or "fail".
+
+    A failure carries its error, and a warning what to do about it, in `do`.
+    """
 
     level: str
     subject: str
     text: str
     error: CutlayerError | None = None
+    do: str = ""
 
 
 def preflight(contract: Contract, files: Sequence[PartyFile], *, now: datetime) -> Iterator[Finding]:
@@ -130,22 +139,31 @@ def _parcel(job: Recv, made_up: torch.Generator, worker: Worker) -> Parcel:
 
 def _network(contract: Contract, file: PartyFile, now: datetime) -> Iterator[Finding]:
     if file.credentials is None and not file.insecure:
-        yield Finding("warn", file.name, "no certificates: enough for `cutlayer run`, not for `cutlayer join`")
+        text = "no certificates: enough for `cutlayer run`, not for `cutlayer join`"
+        yield Finding("warn", file.name, text, do=_CERTIFY.format(file.name))
         return
     try:
         settings = network_settings(contract, file)
         if settings.credentials is None or file.credentials is None:
-            yield Finding("warn", file.name, "no certificates: plaintext, between processes of this machine only")
+            text = "no certificates: plaintext, between processes of this machine only"
+            yield Finding("warn", file.name, text, do=f"for a trial nothing; else {_CERTIFY.format(file.name)}")
             return
         check_credentials(settings.credentials, now=now)
         ends = describe(file.credentials / "party.pem").not_after
+        authority = max(one.not_valid_after_utc for one in parse_chain(settings.credentials.authority, where=file.name))
     except CutlayerError as error:
         yield _failure(file.name, error)
         return
+    yield _valid(file.name, "certificate", ends, now, "ask the authority of this run for a new certificate")
+    if (authority - now).days < _SOON:
+        do = "ask the authority of this run: all parties need new certificates, and its new ca.pem"
+        yield _valid(file.name, "the authority's certificate", authority, now, do)
+
+
+def _valid(party: str, whose: str, ends: datetime, now: datetime, do: str) -> Finding:
     days = (ends - now).days
-    yield Finding(
-        "warn" if days < _SOON else "ok", file.name, f"certificate valid until {ends:%Y-%m-%d}, {days} more days"
-    )
+    text = f"{whose} valid until {ends:%Y-%m-%d}, {days} more days"
+    return Finding("warn", party, text, do=do) if days < _SOON else Finding("ok", party, text)
 
 
 def _failure(subject: str, error: CutlayerError) -> Finding:

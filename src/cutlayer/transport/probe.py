@@ -10,6 +10,7 @@ plan nor session. The bytes sent are random filler. `cutlayer.transport.probe_se
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import secrets
 import time
@@ -120,7 +121,10 @@ def measure(
     questions: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     try:
         call = channel.stream_stream(f"/{SERVICE}/{PROBE}")(iter(questions.get, None), timeout=seconds)
-        return _converse(_Talk(questions, call), digest, deadline, clock)
+        talk = _Talk(questions, call)
+        found = _converse(talk, digest, deadline, clock)
+        talk.end()
+        return found
     except (grpc.RpcError, StopIteration, msgspec.MsgspecError) as error:
         raise _unanswered(target, credentials.party, error) from error
     finally:
@@ -143,6 +147,13 @@ class _Talk:
         got = [next(self._call) for _ in questions]
         return [msgspec.msgpack.decode(one, type=Answer) for one in got], time.monotonic() - begin
 
+    def end(self) -> None:
+        """Wait for the server to end the call, so that it has done with it and takes the next one."""
+        self._questions.put(None)
+        with contextlib.suppress(grpc.RpcError):  # what was wanted is there
+            for _ in self._call:
+                continue
+
 
 def _converse(talk: _Talk, digest: str, deadline: float, clock: Callable[[], float]) -> Measured:
     hello = Question("hello", digest)
@@ -160,7 +171,7 @@ def _converse(talk: _Talk, digest: str, deadline: float, clock: Callable[[], flo
         up=up,
         down=down,
         ahead=ahead,
-        release=first.release,
+        release=printable(first.release),
         protocol_same=first.protocol == PROTOCOL,
         plan=first.plan,
     )

@@ -136,7 +136,10 @@ class ProbeListener:
         while not self._stop.is_set():
             try:
                 plain, peer = self._outside.accept()
-            except OSError:  # nobody came just now
+            except TimeoutError:  # nobody came just now
+                continue
+            except OSError:  # such as too many open files
+                self._stop.wait(_LOOK)
                 continue
             if not self._room.acquire(blocking=False):
                 plain.close()
@@ -187,8 +190,10 @@ class ProbeListener:
         (name,) = names_of(stream.getpeercert(binary_form=True) or b"")
         known = name in self._parties
         text = "its certificate is good" if known else "its certificate is good, but it is no party of the contract"
-        self._visited(Visit(address=address, name=name, result="accepted", text=text))
+        self._visited(Visit(address=address, name=printable(name), result="accepted", text=text))
         with socket.create_connection(("127.0.0.1", self._inside_port), _HANDSHAKE) as inside:
+            for one in (stream, inside):  # small pieces at once, or the round trip is not that of the way
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             port = int(inside.getsockname()[1])
             self._known[port] = (name, address)
             try:
@@ -217,7 +222,7 @@ class ProbeListener:
         finally:
             if passed:
                 text = f"it has measured its way here, {passed:,} bytes back"
-                self._visited(Visit(address=address, name=name, result="measured", text=text))
+                self._visited(Visit(address=address, name=printable(name), result="measured", text=text))
 
 
 def _not_yet(_incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
