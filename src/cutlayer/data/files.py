@@ -16,6 +16,8 @@ from cutlayer.errors import DataError
 
 __all__ = ["check_rows", "data_folders", "missing", "package_file", "reading"]
 
+_READING = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
+
 
 def data_folders(name: str) -> list[Path]:
     """Return the places `.data/<name>` beside and above the working directory, the nearest first."""
@@ -58,9 +60,10 @@ def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
 
     `kinds` are a library's own exceptions, beyond those of the standard library.
     """
+    expected: tuple[type[Exception], ...] = (*_READING, *kinds)
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error, *kinds) as error:
+    except expected as error:
         raise _damaged(path, got=f"{type(error).__name__}: {error}"[:200]) from error
 
 

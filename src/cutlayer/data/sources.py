@@ -175,7 +175,8 @@ class OrderedBatches:
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
         if self._whole:
-            return self._dataset.batch(rows)
+            batch: Mapping[str, Tensor] = self._dataset.batch(rows)
+            return batch
         return _named(default_collate([self._dataset[row] for row in rows]), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
