@@ -36,6 +36,16 @@ def test_the_tutorials_plan_runs_and_learns(capsys):
     assert names["result"].metrics("evaluate")["loss"]["loss"] < 0.1
 
 
+def test_the_page_on_loops_runs_as_it_stands():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "own-loop.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(compile(block, "own-loop.md", "exec"), names)  # noqa: S102 - our own page
+    losses = [row["metrics"]["loss"] for row in names["session"].result().history]
+    assert len(losses) == 3
+    assert losses[2] < 0.8 * losses[0]
+
+
 def test_the_page_on_extending_runs_as_it_stands(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "extend.md").read_text(), re.S)
     names: dict[str, Any] = {}

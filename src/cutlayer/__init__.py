@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cutlayer.fitting import fit
     from cutlayer.models.split import split
     from cutlayer.run.export import assemble
+    from cutlayer.run.loop import session
     from cutlayer.run.outcome import Result
     from cutlayer.run.party import Party
     from cutlayer.run.prediction import predict
@@ -54,6 +55,7 @@ __all__ = [
     "multihop",
     "multitask",
     "predict",
+    "session",
     "simulate",
     "split",
     "u_shaped",
@@ -85,6 +87,7 @@ _HOMES = {
     "multihop": "core.topologies",
     "multitask": "core.topologies",
     "predict": "run.prediction",
+    "session": "run.loop",
     "simulate": "run.simulate",
     "split": "models.split",
     "u_shaped": "core.topologies",

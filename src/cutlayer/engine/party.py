@@ -85,7 +85,7 @@ class Cursor(msgspec.Struct, frozen=True):
 
 def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
     """Run one round of a program, from the cursor on."""
-    party = _Interpreter(program, cursor, worker)
+    party = Interpreter(program, cursor, worker)
     for block in party.rest():
         for _ in range(block.repeat):
             for job in block.instructions:
@@ -105,7 +105,7 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
             party.step += 1
 
 
-class _Interpreter:
+class Interpreter:
     """What a party remembers while it runs a program.
 
     `step` counts through the round; `owed`: by peer, the steps since the last checkpoint not yet credited.

@@ -69,7 +69,7 @@ class Worker:
         self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
         self.mode: Mode = "start"
         self.round = 0
-        self._values = Values(self.graph, self.party)
+        self.values = Values(self.graph, self.party)
         self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
@@ -102,19 +102,19 @@ class Worker:
             value = _field(batch, name, sum(job.sizes), where)
             parts = torch.split(value, list(job.sizes)) if len(job.sizes) > 1 else (value,)
             for micro, part in enumerate(parts):
-                self._values.put_field(name, job.lane, micro, part)
+                self.values.put_field(name, job.lane, micro, part)
 
     def forward(self, job: Forward) -> None:
         """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
         role = self._role(job.stage, job.lane)
-        inputs = self._values.inputs(job.stage, job.lane, job.micro)
+        inputs = self.values.inputs(job.stage, job.lane, job.micro)
         context = Context(key=(job.lane, job.micro), batch=job.size, training=self.mode == "train", wanted=role.wanted)
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
             role.book.update(outputs[0], inputs, job.size, role.reduction)
             return
-        self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
+        self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
             for port, output in zip(self.graph.by_name[job.stage].ports, outputs, strict=True):
                 if port in self.graph.output_ports[job.stage]:
@@ -126,13 +126,13 @@ class Worker:
         role = self._role(job.stage, job.lane)
         gradients: Gradients = job.scale
         if role.book is None:
-            self._values.drop_outputs(job.stage, job.lane, job.micro)
-            gradients = self._values.added(job.stage, job.lane, job.micro, role.stage.device)
+            self.values.drop_outputs(job.stage, job.lane, job.micro)
+            gradients = self.values.added(job.stage, job.lane, job.micro, role.stage.device)
         found = role.stage.backward(gradients, (job.lane, job.micro))
         self.ledger.compute("backward", job.stage, role.stage.spent)
         for edge, value in zip(role.edges, found, strict=True):
             if edge.trained and value is not None:
-                self._values.put_gradient(edge.index, job.lane, job.micro, value)
+                self.values.put_gradient(edge.index, job.lane, job.micro, value)
 
     def parcel(self, job: Send, step: int) -> Parcel:
         """SEND: return the value or gradient of an edge as bytes, defended and encoded; `step` counts in the round.
@@ -142,30 +142,40 @@ class Worker:
         """
         edge = self.graph.edges[job.edge]
         if job.direction == "down":
-            value = self._values.take_gradient(job.edge, job.lane, job.micro)
+            value = self.values.take_gradient(job.edge, job.lane, job.micro)
         else:
-            value = self._values.get(edge, job.lane, job.micro)
-            if self._values.used_here(edge, job.lane):
+            value = self.values.get(edge, job.lane, job.micro)
+            if self.values.used_here(edge, job.lane):
                 value = value.clone()  # an in-place operation of a consumer here must not reach bytes on their way
-        self._check_leaving(job, value, edge.spec)
+        return self.packed(job, step, value)
+
+    def packed(self, job: Send, step: int, value: Tensor) -> Parcel:
+        """Return a value or gradient as it leaves: checked, defended, encoded. Raises what `parcel` raises."""
+        edge = self.graph.edges[job.edge]
+        _check_leaving(self, job, value, edge.spec)
         if edge.crossing is not None:
             place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
             value = self.coder.leaving(edge, job.direction, value, place)
-            self._check_leaving(job, value, edge.wire(job.direction))
+            _check_leaving(self, job, value, edge.wire(job.direction))
         return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
 
     def deliver(self, job: Recv, parcel: Parcel) -> None:
         """RECV: take in the value or gradient of an edge. Raises `NonFiniteError` if it holds a NaN or an infinity."""
+        value = self.opened(job, parcel)
+        if job.direction == "down":
+            self.values.put_gradient(job.edge, job.lane, job.micro, value)
+        else:
+            self.values.put(self.graph.edges[job.edge], job.lane, job.micro, value)
+
+    def opened(self, job: Recv, parcel: Parcel) -> Tensor:
+        """Return the value or gradient of a parcel: decoded, checked. Raises what `deliver` raises."""
         edge = self.graph.edges[job.edge]
         value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device)
         if edge.crossing is not None:
             value = self.coder.coming(edge, job.direction, value, job.size)
         if self.parts.finite:
             check_finite(value, lambda: f"party {self.party}, from {job.source} at {edge.label}")
-        if job.direction == "down":
-            self._values.put_gradient(job.edge, job.lane, job.micro, value)
-        else:
-            self._values.put(edge, job.lane, job.micro, value)
+        return value
 
     def step(self, job: Step) -> None:
         """STEP: clip, and update parameters."""
@@ -178,7 +188,7 @@ class Worker:
 
     def end_step(self) -> None:
         """Drop all values of a step: none is needed after it."""
-        self._values.clear()
+        self.values.clear()
         for stage in self.site.stages.values():
             stage.forget()
 
@@ -196,7 +206,7 @@ class Worker:
 
     def clear(self) -> None:
         """Forget everything of an unfinished step, for a roll-back."""
-        self._values.clear()
+        self.values.clear()
         self.site.clear()
 
     def _role(self, stage: str, lane: int) -> _Role:
@@ -212,24 +222,25 @@ class Worker:
             )
         return role
 
-    def _check_leaving(self, job: Send, value: Tensor, spec: TensorSpec | None) -> None:
-        edge = self.graph.edges[job.edge]
 
-        def where() -> str:
-            return f"party {self.party}, cut {edge.label}, {self.mode} round {self.round}, microbatch {job.micro}"
+def _check_leaving(worker: Worker, job: Send, value: Tensor, spec: TensorSpec | None) -> None:
+    edge = worker.graph.edges[job.edge]
 
-        wrong = check_spec(value, spec, job.size) if spec else "no spec"
-        if wrong:
-            raise ContractError(
-                "a tensor about to leave is not what the plan says",
-                where=where(),
-                expected=str(spec),
-                got=wrong,
-                remedy="correct the spec in the plan, or the data",
-                code="E522",
-            )
-        if self.parts.finite:
-            check_finite(value, where)
+    def where() -> str:
+        return f"party {worker.party}, cut {edge.label}, {worker.mode} round {worker.round}, microbatch {job.micro}"
+
+    wrong = check_spec(value, spec, job.size) if spec else "no spec"
+    if wrong:
+        raise ContractError(
+            "a tensor about to leave is not what the plan says",
+            where=where(),
+            expected=str(spec),
+            got=wrong,
+            remedy="correct the spec in the plan, or the data",
+            code="E522",
+        )
+    if worker.parts.finite:
+        check_finite(value, where)
 
 
 def _unread(error: Exception, where: str) -> DataError:

@@ -19,7 +19,7 @@ from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.transport.local import run_together
 
-__all__ = ["Result", "gathered", "roster_of", "run_phases", "simulate"]
+__all__ = ["Result", "check_parties", "gathered", "handler", "roster_of", "run_phases", "simulate"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 
@@ -64,7 +64,7 @@ def run_phases(
 
     Raises what `simulate` raises.
     """
-    _check_parties(plan, parties)
+    check_parties(plan, parties)
     programs = compile_plan(plan, roster)
     workers = {party.name: build(plan, party, roster) for party in parties}
     if prepare is not None:
@@ -76,7 +76,7 @@ def run_phases(
             worker.begin(mode, number)
         cursor = Cursor(round=number)
         talks = {name: interpret(programs[name][mode], cursor, worker) for name, worker in workers.items()}
-        run_together(talks, _handler(workers, mode, number, notify))
+        run_together(talks, handler(workers, mode, number, notify))
         if notify:
             rows = [row for row in history_rows(workers) if (row["mode"], row["round"]) == (mode, number)]
             notify("round", {"mode": mode, "round": number, "history": rows})
@@ -91,9 +91,11 @@ def run_phases(
     )
 
 
-def _handler(
+def handler(
     workers: Mapping[str, Worker], mode: Mode, number: int, notify: Notify | None
 ) -> Callable[[str, Do | EndStep], object]:
+    """Return a function that fulfils the instructions of these workers in one round."""
+
     def handle(party: str, effect: Do | EndStep) -> object:
         if isinstance(effect, Do):
             return fulfil(workers[party], effect, time.perf_counter)
@@ -133,7 +135,8 @@ def gathered(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
     return {stage: torch.cat(parts) for stage, parts in stages.items()}
 
 
-def _check_parties(plan: Plan, parties: Sequence[Party]) -> None:
+def check_parties(plan: Plan, parties: Sequence[Party]) -> None:
+    """Raise `ConfigError` unless the parties given are those of the plan."""
     names = [party.name for party in parties]
     if sorted(names) != sorted(plan.parties):
         raise ConfigError(

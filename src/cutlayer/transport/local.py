@@ -13,7 +13,7 @@ from cutlayer.engine.party import Do, Effect, EndStep, Post, Take
 from cutlayer.engine.wire import Frame
 from cutlayer.errors import ContractError, ProgramError
 
-__all__ = ["run_together"]
+__all__ = ["Others", "run_together"]
 
 Talk = Generator[Effect, Any, None]
 Handler = Callable[[str, Do | EndStep], object]
@@ -59,6 +59,10 @@ def run_together(talks: Mapping[str, Talk], handle: Handler) -> None:
         torch.set_rng_state(outer)
         for member in members.values():
             member.talk.close()
+    _check_empty(mail)
+
+
+def _check_empty(mail: Mapping[tuple[str, str, Tag], Frame]) -> None:
     if mail:
         sender, receiver, tag = next(iter(mail))
         raise ContractError(
@@ -119,3 +123,67 @@ def _deadlock(members: Mapping[str, _Member]) -> ProgramError:
     return ProgramError(
         "no party can go on (deadlock)", where=waiting, remedy="compare the parties' programs and plans", code="E402"
     )
+
+
+class Others:
+    """All parties but one, run in this thread whenever that one waits for a frame. A `base.Transport` for it.
+
+    Args:
+        party: The party that drives itself.
+        handle: Fulfils `Do` and `EndStep` of the others.
+    """
+
+    def __init__(self, party: str, handle: Handler) -> None:
+        """Nobody runs yet: see `begin`."""
+        self.party, self._handle = party, handle
+        self._members: dict[str, _Member] = {}
+        self._mail: dict[tuple[str, str, Tag], Frame] = {}
+
+    def begin(self, talks: Mapping[str, Talk]) -> None:
+        """Start a round of the others."""
+        self._members = {name: _Member(talk) for name, talk in talks.items()}
+
+    def send(self, to: str, frame: Frame) -> None:
+        """Leave a frame for a party; it shares no memory with the sender's."""
+        _put(self.party, Post(to, frame), self._mail)
+
+    def recv(self, source: str, tag: Tag) -> Frame:
+        """Run the others until the frame is there. Raises `ProgramError` E402 if none of them can go on."""
+        key = (source, self.party, tag)
+        while key not in self._mail:
+            if not self._turn():
+                waiting = {self.party: _Member(_nothing())}
+                waiting[self.party].waits = Take(source, tag)
+                raise _deadlock({**self._members, **waiting})
+        return self._mail.pop(key)
+
+    def finish(self) -> None:
+        """Run the others to the end of their round. Raises `ProgramError` E402, `ContractError` E403."""
+        while not all(member.done for member in self._members.values()):
+            if not self._turn():
+                raise _deadlock(self._members)
+        _check_empty(self._mail)
+
+    def close(self) -> None:
+        """End the others where they are."""
+        for member in self._members.values():
+            member.talk.close()
+
+    def _turn(self) -> bool:
+        """Let each of the others go on as far as it can; say whether anyone could. Leaves torch as it was."""
+        moved, outer = False, torch.get_rng_state()
+        try:
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                for name, member in self._members.items():
+                    if not member.done and _ready(name, member, self._mail):
+                        torch.set_rng_state(member.random)
+                        _advance(name, member, self._mail, self._handle)
+                        member.random = torch.get_rng_state()
+                        moved = True
+        finally:
+            torch.set_rng_state(outer)
+        return moved
+
+
+def _nothing() -> Talk:
+    yield from ()

@@ -1,0 +1,186 @@
+"""The other parties of a user's own loop: run in this process, or met over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from cutlayer.core.admission import Admission
+from cutlayer.core.bounds import mailbox_bounds
+from cutlayer.core.compile import Roster, agenda, compile_plan
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Mode, Program
+from cutlayer.engine.party import Cursor, interpret
+from cutlayer.engine.worker import Worker
+from cutlayer.errors import CutlayerError, StageError
+from cutlayer.run.course import Course
+from cutlayer.run.hands import Hands
+from cutlayer.run.hooks import Hooks
+from cutlayer.run.party import Party, build, counts
+from cutlayer.run.simulate import check_parties, handler, roster_of
+from cutlayer.run.walk import Walk
+from cutlayer.transport.base import Transport
+from cutlayer.transport.local import Others
+from cutlayer.transport.network import Network, Ready
+from cutlayer.transport.settings import NetworkSettings
+
+__all__ = ["Company", "Here", "There"]
+
+
+class Company(Protocol):
+    """What a loop asks of the other parties."""
+
+    worker: Worker
+    roster: Roster
+
+    @property
+    def workers(self) -> Mapping[str, Worker]:
+        """Return the workers that are known here."""
+
+    def meet(self) -> None:
+        """Find all parties, and build this one."""
+
+    def begin(self, mode: Mode, number: int) -> None:
+        """Begin a round."""
+
+    def walk(self, mode: Mode, number: int, hooks: Hooks | None) -> Walk:
+        """Return this party's way through the round."""
+
+    def end(self) -> None:
+        """End a round."""
+
+    def finish(self) -> None:
+        """End the run, all of it done."""
+
+    def leave(self, error: BaseException | None) -> None:
+        """Free everything; tell the others of an error."""
+
+
+class Here:
+    """All parties in this process; the others run whenever this one waits."""
+
+    def __init__(self, plan: Plan, party: Party, others: Sequence[Party]) -> None:
+        """Build nothing yet."""
+        self.plan, self.party, self._others = plan, party, others
+        self.roster = Roster({})
+        self._workers: dict[str, Worker] = {}
+        self._link: Others | None = None
+        self._mode: tuple[Mode, int] = ("start", 0)
+
+    @property
+    def workers(self) -> dict[str, Worker]:
+        """Return all parties' workers."""
+        return self._workers
+
+    def meet(self) -> None:
+        """Build all parties. Raises what `simulate` raises."""
+        parties = [self.party, *self._others]
+        check_parties(self.plan, parties)
+        self.roster = roster_of(parties)
+        self._programs = compile_plan(self.plan, self.roster)
+        self._workers = {one.name: build(self.plan, one, self.roster) for one in parties}
+        self.worker = self.workers[self.party.name]
+
+    def begin(self, mode: Mode, number: int) -> None:
+        """Begin a round of all parties."""
+        for worker in self.workers.values():
+            worker.begin(mode, number)
+        self._link = Others(self.party.name, handler(self.workers, mode, number, None))
+        self._link.begin(
+            {
+                name: interpret(self._programs[name][mode], Cursor(round=number), worker)
+                for name, worker in self.workers.items()
+                if name != self.party.name
+            }
+        )
+
+    def walk(self, mode: Mode, number: int, hooks: Hooks | None) -> Walk:
+        """Return this party's way through the round."""
+        program, cursor = self._programs[self.party.name][mode], Cursor(round=number)
+        return _walk(program, cursor, self.worker, self._linked(), hooks)
+
+    def end(self) -> None:
+        """Let the others come to the end of the round."""
+        self._linked().finish()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def leave(self, error: BaseException | None) -> None:
+        """End the others where they are."""
+        del error
+        if self._link is not None:
+            self._link.close()
+
+    def _linked(self) -> Others:
+        if self._link is None:
+            raise RuntimeError("no round has begun")
+        return self._link
+
+
+class There:
+    """The other parties over the network; this one keeps no checkpoints, so after a restart all begin anew."""
+
+    def __init__(self, plan: Plan, party: Party, settings: NetworkSettings) -> None:
+        """Dial nobody yet."""
+        self.plan, self.party, self._settings = plan, party, settings
+        self.roster = Roster({})
+        self._session = 0
+
+    @property
+    def workers(self) -> dict[str, Worker]:
+        """Return this party's worker, the only one that is known here."""
+        return {self.party.name: self.worker}
+
+    def meet(self) -> None:
+        """Meet all parties. Raises what `join` raises."""
+        self._network = Network(self._settings, lambda _event, _details: None)
+        self._network.__enter__()
+        try:
+            start = self._network.rendezvous(Ready(counts(self.party), ()))
+            self.roster, self._session = Roster(start.counts), start.session
+            self.worker = build(self.plan, self.party, self.roster)
+            programs = compile_plan(self.plan, self.roster)
+            self._programs: Mapping[Mode, Program] = programs[self.party.name]
+            bounds = mailbox_bounds(programs, self.plan.training.window)
+            admitted = {sender: most for (sender, receiver), most in bounds.items() if receiver == self.party.name}
+            self._network.open(Admission(self._programs, agenda(self.plan, self.roster)), admitted)
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def begin(self, mode: Mode, number: int) -> None:
+        """Begin a round of this party."""
+        self.worker.begin(mode, number)
+
+    def walk(self, mode: Mode, number: int, hooks: Hooks | None) -> Walk:
+        """Return this party's way through the round."""
+        return _walk(self._programs[mode], Cursor(self._session, number), self.worker, self._network, hooks)
+
+    def end(self) -> None:
+        """Go on to the next round: others are where they are."""
+
+    def finish(self) -> None:
+        """Wait until all have finished."""
+        self._network.finish()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Close the network; tell the others of an error of this party."""
+        if isinstance(error, CutlayerError):
+            self._network.abort(error)
+        elif isinstance(error, Exception):
+            self._network.abort(
+                StageError(
+                    f"the loop of party {self.party.name!r} failed",
+                    got=type(error).__name__,
+                    remedy="look at its terminal: the error there is its own code's",
+                    code="E390",
+                )
+            )
+        self._network.close()
+
+
+def _walk(program: Program, cursor: Cursor, worker: Worker, link: Transport, hooks: Hooks | None) -> Walk:
+    hands = Hands(program, cursor, worker, link, lambda _step: worker.ledger.step.clear())
+    ran = hooks.ran if hooks is not None else lambda _stage: True
+    return Walk(Course(program, worker.graph), hands, ran, training=program.mode == "train")

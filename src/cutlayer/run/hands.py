@@ -1,0 +1,95 @@
+"""What a user's loop leaves to the engine: frames, exchanges, credits, data, the end of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlayer.core.program import Checkpoint, Credit, Exchange, Load, Program, Recv, Send
+from cutlayer.engine.party import Cursor, Do, EndStep, Interpreter, Post, Take, fulfil
+from cutlayer.engine.worker import Worker
+from cutlayer.run.course import Item
+from cutlayer.transport.base import Transport
+
+__all__ = ["Hands"]
+
+
+class Hands:
+    """Does single instructions of a party's program.
+
+    Args:
+        program: Of the mode.
+        cursor: Session and round.
+        worker: The party's.
+        link: Carries frames.
+        told: Called at the end of each step, with its number.
+    """
+
+    def __init__(
+        self, program: Program, cursor: Cursor, worker: Worker, link: Transport, told: Callable[[int], None]
+    ) -> None:
+        """Begin at the first step."""
+        self._party, self.worker, self.link, self._told = Interpreter(program, cursor, worker), worker, link, told
+
+    @property
+    def step(self) -> int:
+        """Return the number of the step in the round."""
+        return self._party.step
+
+    def do(self, job: Item) -> None:
+        """Do an instruction that the loop has no part in."""
+        if isinstance(job, EndStep):
+            self.worker.end_step()
+            self._told(self._party.step)
+            self._party.step += 1
+        elif isinstance(job, Load):
+            fulfil(self.worker, Do(job, self._party.batch(job.lane)), time.perf_counter)
+        elif isinstance(job, Exchange | Credit | Checkpoint):
+            self._converse(self._party.talk(job))
+
+    def post(self, job: Send, value: Tensor) -> None:
+        """Send a value or gradient that the loop has computed; the loop may write to it afterwards."""
+        parcel = self.worker.packed(job, self._party.step, value.detach().clone())
+        post = self._party.post(job.to, self._party.tag(job), parcel)
+        self.link.send(post.to, post.frame)
+
+    def take(self, job: Recv) -> Tensor:
+        """Wait for a value or gradient, and return it."""
+        begin = time.perf_counter()
+        frame = self.link.recv(job.source, self._party.tag(job))
+        self.worker.ledger.spend("wait", job.source, time.perf_counter() - begin)
+        return self.worker.opened(job, self._party.taken(job.source, frame))
+
+    def send_field(self, job: Send) -> None:
+        """Send a field of this party's data, which the plan releases."""
+        self.post(job, self.worker.values.get(self.worker.graph.edges[job.edge], job.lane, job.micro))
+
+    def take_field(self, job: Recv) -> None:
+        """Wait for a field of another party's data, and keep it for this step."""
+        self.worker.values.put(self.worker.graph.edges[job.edge], job.lane, job.micro, self.take(job))
+
+    def zeros(self, job: Send) -> Tensor:
+        """Return a gradient of zeros, for a value that the loop did not use."""
+        spec = self.worker.graph.edges[job.edge].spec
+        return torch.zeros(spec.concrete(job.size) if spec else ())
+
+    def _converse(self, talk: Generator[Any, Any, None]) -> None:
+        answer: object = None
+        try:
+            while True:
+                effect = talk.send(answer)
+                answer = None
+                if isinstance(effect, Post):
+                    self.link.send(effect.to, effect.frame)
+                elif isinstance(effect, Take):
+                    answer = self.link.recv(effect.source, effect.tag)
+                else:
+                    answer = fulfil(self.worker, effect, time.perf_counter)
+        except StopIteration:
+            return
+        finally:
+            talk.close()

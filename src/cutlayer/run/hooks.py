@@ -1,0 +1,83 @@
+"""What happens around a module that a user's own loop calls: its stage's generator, its metrics, a note that it ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cutlayer.core.parts import Loss
+from cutlayer.engine.stage import ModuleStage
+from cutlayer.engine.worker import Worker
+
+__all__ = ["Hooks"]
+
+
+class Hooks:
+    """Hooks on the modules of a party's stages; none is left after `remove`.
+
+    Each call of a stage's module draws from the stage's own generator, as the engine does, so that dropout gives the
+    same bits; a call of a loss's module is added to its metrics.
+
+    Args:
+        worker: The party's.
+        called: Stages whose modules are the user's own and not functions: only these can be noticed.
+    """
+
+    def __init__(self, worker: Worker, called: set[str]) -> None:
+        """Put a hook before and after each module."""
+        self._worker, self._called = worker, called
+        self._ran: dict[str, int] = {}
+        self._outer: dict[str, list[Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        for (name, lane), stage in worker.site.stages.items():
+            if isinstance(stage, ModuleStage) and name in called:
+                self._hook(name, lane, stage)
+
+    def ran(self, stage: str) -> bool:
+        """Say whether a stage has run once more since this was last asked of it."""
+        if stage not in self._called:
+            return True
+        times = self._ran.get(stage, 0)
+        self._ran[stage] = max(0, times - 1)
+        return times > 0
+
+    def forget(self) -> None:
+        """Begin anew, at the start of a round."""
+        self._ran.clear()
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str, lane: int, stage: ModuleStage) -> None:
+        def before(_module: nn.Module, _inputs: Any) -> None:  # noqa: ANN401
+            self._outer.setdefault(name, []).append(torch.get_rng_state())
+            torch.set_rng_state(stage.generator)
+            if stage.cuda_generator is not None:
+                self._outer[name].append(torch.cuda.get_rng_state(stage.device))
+                torch.cuda.set_rng_state(stage.cuda_generator, stage.device)
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
+            if stage.cuda_generator is not None:
+                if module.training:
+                    stage.cuda_generator = torch.cuda.get_rng_state(stage.device)
+                torch.cuda.set_rng_state(self._outer[name].pop(), stage.device)
+            if module.training:
+                stage.generator = torch.get_rng_state()
+            torch.set_rng_state(self._outer[name].pop())
+            self._ran[name] = self._ran.get(name, 0) + 1
+            self._count(name, lane, inputs, output)
+
+        module = stage.module
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _count(self, name: str, lane: int, inputs: Any, output: Any) -> None:  # noqa: ANN401
+        book, part = self._worker.site.books.get((name, lane)), self._worker.graph.by_name[name]
+        if book is not None and isinstance(part, Loss) and isinstance(output, Tensor) and isinstance(inputs, tuple):
+            with torch.no_grad():
+                book.update(output.detach(), list(inputs), len(inputs[0]), part.reduction)

@@ -1,0 +1,438 @@
+"""One's own training loop: the bits, bytes and metrics of `simulate`, in process and over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import cutlayer as cl
+from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError, StageError
+from tests.provoking import saw
+from tests.run import plans
+from tests.run.trial import Trial
+
+pytestmark = pytest.mark.timeout(60)
+Loop = Callable[[Any, cl.Party], None]
+
+
+def called(modules: Any, names: list[str]) -> Any:
+    return [modules[name] for name in names]
+
+
+def learn(session: Any, round: Any, part: Any, loss: Tensor) -> None:
+    if round.training:
+        (loss * part.scale).backward()
+        if part.last:
+            session.optimizer.step()
+            session.optimizer.zero_grad()
+
+
+def u_shaped(session: Any, party: cl.Party) -> None:
+    head, tail, criterion = called(party.modules, ["head", "tail", "loss"])
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, criterion(tail(session.remote(head(part["x"]))), part["y"]))
+
+
+def middle(session: Any, party: cl.Party) -> None:
+    body = party.modules["body"]
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, session.remote(body(session.remote())))
+
+
+def first(session: Any, party: cl.Party) -> None:
+    (head,) = party.modules.values()
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, session.remote(head(part["x"])))
+
+
+def merged(session: Any, party: cl.Party) -> None:
+    """The server of a vertical plan: two values come, the labels are its own."""
+    merge, criterion = party.modules["body"], party.modules["loss"]
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, criterion(merge(*session.remote()), part["y"]))
+
+
+def middle_hop(session: Any, party: cl.Party) -> None:
+    (hop,) = party.modules.values()
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, session.remote(hop(session.remote())))
+
+
+def with_raw(session: Any, party: cl.Party) -> None:
+    """The server gets raw inputs and labels, which the plan releases."""
+    body, criterion = party.modules["body"], party.modules["loss"]
+    for round in session.rounds():
+        for part in round:
+            with torch.set_grad_enabled(round.training):
+                learn(session, round, part, criterion(body(session.remote(), part["x"]), part["y"]))
+
+
+def ends(result: cl.Result) -> dict[str, dict[str, Tensor]]:
+    return {
+        f"{party}/{name}": stage.module.state_dict()
+        for party, worker in result.workers.items()
+        for (name, _), stage in worker.site.stages.items()
+    }
+
+
+def same(one: cl.Result, other: cl.Result, party: str) -> None:
+    mine, theirs = ends(one), ends(other)
+    for key, state in mine.items():
+        assert all(torch.equal(state[name], theirs[key][name]) for name in state), key
+    for name, ledger in one.ledgers.items():
+        assert {k: (f.payload, f.messages) for k, f in ledger.flows.items()} == {
+            k: (f.payload, f.messages) for k, f in other.ledgers[name].flows.items()
+        }
+    for row in one.history:
+        assert row in other.history
+
+
+CASES: dict[str, tuple[Callable[..., plans.Case], str, Loop]] = {
+    "u-shaped client": (plans.u_shaped, "alpha", u_shaped),
+    "u-shaped server": (plans.u_shaped, "server", middle),
+    "relay client": (plans.relay, "beta", u_shaped),
+    "parallel client": (plans.parallel, "gamma", u_shaped),
+    "relay server": (plans.relay, "server", middle),
+    "parallel server": (plans.parallel, "server", middle),
+    "vertical client": (plans.vertical, "clinic", first),
+    "vertical server": (plans.vertical, "registry", merged),
+    "hop one": (plans.hops, "one", first),
+    "hop two": (plans.hops, "two", middle_hop),
+    "raw client": (plans.raw, "alpha", first),
+    "raw server": (plans.raw, "server", with_raw),
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"microbatches": 1}, {"microbatches": 2, "batch_size": 6}, {"evaluate_every": 1, "microbatches": 1}],
+    ids=["", "micro", "evaluate"],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_simulate(name: str, settings: dict[str, Any]):
+    make, party, loop = CASES[name]
+    case = make(**{"epochs": 2, "schedule": "sequential", **settings})
+    expected = cl.simulate(case.plan, case.parties())
+    mine, others = case.build(party), [case.build(one) for one in case.plan.parties if one != party]
+    with cl.session(case.plan, mine, others=others) as session:
+        loop(session, mine)
+    same(session.result(), expected, party)
+
+
+# --- a loop with all that PyTorch has --------------------------------------------------------------------------------
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+
+
+class Net(nn.Module):
+    """What a user has, for `cl.split`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU())
+        self.deep = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 8))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.deep(self.stem(x)))
+
+
+def rows(count: int = 46) -> TensorDataset:
+    dice = torch.Generator().manual_seed(7)
+    x, y = torch.randn(count, 6, generator=dice), torch.randint(0, 3, (count,), generator=dice)
+    return TensorDataset(x, y)
+
+
+SETTINGS = {"epochs": 3, "batch_size": 8, "microbatches": 2, "clip_norm": 0.5, "schedule": "sequential"}
+
+
+def modern(session: Any, head: nn.Module, tail: nn.Module, criterion: nn.Module) -> None:
+    """Autocast, gradient accumulation, clipping and a scheduler, as one writes them."""
+    optimizer = session.optimizer
+    scheduler = cosine(optimizer)
+    parameters = [*head.parameters(), *tail.parameters()]
+    for round in session.rounds():
+        for part in round:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                sent = head(part["x"])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                prediction = tail(session.remote(sent))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = criterion(prediction, part["label"])
+            (loss * part.scale).backward()
+            if part.last:
+                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+
+
+def fitted() -> tuple[Any, cl.Result]:
+    made = cl.split(Net(), ("stem", "deep"), example=torch.zeros(2, 6), autocast="bfloat16")
+    given = {"scheduler": cosine, "autocast": "bfloat16", "seed": 1}
+    run = cl.fit(made, rows(), loss=nn.CrossEntropyLoss(), optimizer=sgd, party=given, **SETTINGS)
+    return run.state_dict(), run.result
+
+
+def halves() -> tuple[cl.Plan, cl.Party, cl.Party]:
+    net = Net()
+    made = cl.split(net, ("stem", "deep"), example=torch.zeros(2, 6), autocast="bfloat16")
+    plan = made.plan("client", "server", training=cl.Training(**SETTINGS))
+    own = {"optimizer": sgd, "autocast": "bfloat16", "seed": 1}
+    client = cl.Party(
+        "client",
+        modules={**made.modules("client"), "loss": nn.CrossEntropyLoss()},
+        data=rows(),
+        fields=["x", "label"],
+        **own,
+    )
+    return plan, client, cl.Party("server", modules=made.modules("server"), scheduler=cosine, **own)
+
+
+def test_autocast_accumulation_clipping_and_a_scheduler_give_the_bits_of_fit():
+    expected, _ = fitted()
+    plan, client, server = halves()
+    with cl.session(plan, client, others=[server]) as session:
+        modern(session, *called(client.modules, ["head", "tail", "loss"]))
+    found: dict[str, Tensor] = {}
+    for worker in session.result().workers.values():
+        for (name, _), stage in worker.site.stages.items():
+            found |= stage.module.state_dict() if name != "loss" else {}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_same_over_the_network(tmp_path: Path):
+    expected, result = fitted()
+    plan, client, server = halves()
+    trial = Trial(plan, tmp_path)
+    ledgers: dict[str, Any] = {}
+
+    def mine() -> None:
+        with cl.session(plan, client, network=trial.settings("client")) as session:
+            modern(session, *called(client.modules, ["head", "tail", "loss"]))
+        ledgers["client"] = session.result().ledgers["client"]
+
+    def theirs() -> None:
+        joined = cl.join(plan, server, network=trial.settings("server"), folder=tmp_path / "run")
+        ledgers["server"] = joined.ledgers["server"]
+
+    assert trial.play({"client": mine, "server": theirs}) == {"client": None, "server": None}
+    found = {**client.modules["head"].state_dict(), **client.modules["tail"].state_dict()}
+    found |= server.modules["body"].state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for name, ledger in ledgers.items():
+        assert {key: flow.payload for key, flow in ledger.flows.items()} == {
+            key: flow.payload for key, flow in result.ledgers[name].flows.items()
+        }
+
+
+def test_two_loops_of_ones_own_meet(tmp_path: Path):
+    case = plans.u_shaped(schedule="sequential")
+    expected = cl.simulate(case.plan, case.parties())
+    trial = Trial(case.plan, tmp_path)
+    results: dict[str, cl.Result] = {}
+
+    def part(name: str, loop: Loop) -> Callable[[], None]:
+        def run() -> None:
+            party = case.build(name)
+            with cl.session(case.plan, party, network=trial.settings(name)) as session:
+                loop(session, party)
+            results[name] = session.result()
+
+        return run
+
+    found = trial.play({"alpha": part("alpha", u_shaped), "server": part("server", middle)})
+    assert found == {"alpha": None, "server": None}
+    for result in results.values():
+        same(result, expected, "")
+
+
+def test_global_clipping_and_sums_of_replicas_come_before_the_step():
+    case = plans.parallel(clip_norm=0.1, clip="global")
+    expected = cl.simulate(case.plan, case.parties())
+    party = case.build("alpha")
+    others = [case.build(name) for name in case.plan.parties if name != "alpha"]
+    with cl.session(case.plan, party, others=others) as session:
+        u_shaped(session, party)
+    same(session.result(), expected, "alpha")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def opened(settings: dict[str, Any] | None = None) -> tuple[Any, dict[str, nn.Module], cl.Party]:
+    case = plans.u_shaped(**{"schedule": "sequential", "microbatches": 1, "epochs": 1, **(settings or {})})
+    party = case.build("alpha")
+    return cl.session(case.plan, party, others=[case.build("server")]), dict(party.modules), party
+
+
+def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
+    for round in session.rounds():
+        for part in round:
+            head = modules["head"](part["x"])
+            if kind == "no remote":
+                continue
+            if kind == "two values":
+                session.remote(head, head)
+            if kind == "a wrong name":
+                session.remote(hed=head)
+            if kind == "early step":
+                session.optimizer.step()
+            back = session.remote(head)
+            if kind == "twice":
+                session.remote(head)
+            if kind == "another module":
+                loss = modules["loss"](nn.Linear(5, 3)(back), part["y"])
+            else:
+                loss = modules["loss"](modules["tail"](back), part["y"])
+            if kind == "no backward":
+                continue
+            loss.backward()
+            if kind == "no step":
+                continue
+            session.optimizer.step()
+            session.optimizer.zero_grad()
+
+
+@pytest.mark.provokes("E440")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no remote", r"expected remote\(...\) with the value of head, got the next batch"),
+        ("two values", r"expected .*, got remote\(head, value 1\)"),
+        ("a wrong name", r"expected remote\(...\) with the value of head, got remote\(hed\)"),
+        ("early step", r"expected remote\(...\) with the value of head, got optimizer.step\(\)"),
+        ("twice", r"expected backward\(\) of the loss|stage 'tail' to be run"),
+        ("another module", r"expected stage 'tail' to be run: call the module that was given to Party"),
+        ("no backward", r"expected backward\(\) of the loss, or of what remote gave, got the next batch"),
+        ("no step", r"expected optimizer.step\(\), got the next batch"),
+    ],
+)
+def test_a_call_out_of_order_names_the_one_that_is_due(kind: str, words: str):
+    session, modules, _ = opened()
+    with pytest.raises(ProgramError, match=rf"E440.*party alpha, train round 1, step \d.*{words}"), session:
+        misstep(session, modules, kind)
+
+
+@pytest.mark.provokes("E440")
+def test_remote_outside_of_a_round():
+    session, _, _ = opened()
+    with pytest.raises(ProgramError, match=r"E440.*no round has begun"), session:
+        session.remote(torch.zeros(1))
+
+
+def left_in_a_round(session: Any, modules: dict[str, nn.Module]) -> None:
+    with session:
+        for round in session.rounds():
+            for part in round:
+                session.remote(modules["head"](part["x"]))
+                return
+
+
+def left_between_batches(session: Any, _modules: dict[str, nn.Module]) -> None:
+    with session:
+        for _ in session.rounds():
+            continue
+
+
+@pytest.mark.provokes("E441")
+@pytest.mark.parametrize(
+    ("leave", "words"),
+    [
+        (left_in_a_round, "ended before the rounds of the plan"),
+        (left_between_batches, "a round was left before its end.*train round 1"),
+    ],
+)
+def test_a_loop_that_leaves_early(leave: Any, words: str):
+    session, modules, _ = opened()
+    with pytest.raises(ProgramError, match=rf"E441.*{words}"):
+        leave(session, modules)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
+
+
+@pytest.mark.provokes("E442")
+@pytest.mark.parametrize(
+    "settings", [{"schedule": "1f1b", "microbatches": 2}, {"schedule": "gpipe", "microbatches": 3}]
+)
+def test_schedules_that_mix_microbatches(settings: dict[str, Any]):
+    with pytest.raises(PlanError, match=r"E442.*cannot drive this plan.*schedule='sequential'.*simulate and join"):
+        opened(settings)
+
+
+@pytest.mark.provokes("E443")
+def test_the_other_parties_must_be_somewhere(tmp_path: Path):
+    case = plans.u_shaped(schedule="sequential")
+    with pytest.raises(ConfigError, match=r"E443.*needs the other parties.*got neither"):
+        cl.session(case.plan, case.build("alpha"))
+
+
+def dividing(session: Any, _party: cl.Party) -> None:
+    for _ in session.rounds():
+        print(1 / 0)
+
+
+def test_an_error_of_the_users_is_the_users_and_a_stages_is_the_stages():
+    session, _, party = opened()
+    with pytest.raises(ZeroDivisionError), session:
+        dividing(session, party)
+    case = plans.u_shaped(schedule="sequential", microbatches=1)
+    party, server = case.build("alpha"), replace(case.build("server"), modules={"body": nn.Linear(9, 9)})
+    session = cl.session(case.plan, party, others=[server])
+    with pytest.raises(StageError, match=r"E304.*stage 'body' failed"), session:
+        u_shaped(session, party)
+
+
+@pytest.mark.provokes("E390")
+def test_the_others_are_told_of_an_error_in_the_loop(tmp_path: Path):
+    case = plans.u_shaped(schedule="sequential")
+    trial = Trial(case.plan, tmp_path)
+
+    def mine() -> None:
+        with cl.session(case.plan, case.build("alpha"), network=trial.settings("alpha")) as session:
+            for _ in session.rounds():
+                raise KeyError("a secret")
+
+    def theirs() -> None:
+        cl.join(case.plan, case.build("server"), network=trial.settings("server"), folder=tmp_path / "run")
+
+    found = trial.play({"alpha": mine, "server": theirs})
+    assert isinstance(found["alpha"], KeyError)
+    assert isinstance(found["server"], PeerError)
+    told = saw(str(found["server"]))
+    assert "the loop of party 'alpha' failed" in told
+    assert "E390" in told
+    assert "secret" not in told
+
+
+@pytest.mark.provokes("E444")
+def test_a_restart_of_another_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from cutlayer.transport.session import SessionReset
+
+    session, _, _ = opened()
+    with pytest.raises(PeerError, match=r"E444.*started again.*got server restarted.*start this loop again"), session:
+        raise SessionReset("server restarted")
