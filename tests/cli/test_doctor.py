@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from cutlayer.cli.catalogue import catalogue
 from cutlayer.run import doctor as examination
+from cutlayer.run.doctor_network import _TITLES
 from tests.cli.conftest import CODE, CONTRACT, write_site
 from tests.proxies import free_port
 
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 Call = Callable[..., Any]
 ROW = {"name", "status", "seen", "do", "code"}
 SECRET = "s3cr3t-W0rd"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "check-before-a-run.md"
 
 
 @pytest.fixture
@@ -124,11 +128,35 @@ def test_a_check_that_never_ends_does_not_keep_the_process(study: Path):
     (study / "parties.py").write_text(f"{CODE}\nwhile True:\n    torch.randn(200, 200) @ torch.randn(200, 200)\n")
     script = (
         "import sys\nimport cutlayer.run.doctor as doctor\nfrom cutlayer.cli import main\n"
-        "doctor.CODE = 4.0\nsys.argv[1:] = ['doctor', 'contract.toml', '--party', 'hospital.toml', '--json']\nmain()\n"
+        "doctor.CODE = 3.0\nsys.argv[1:] = ['doctor', 'contract.toml', '--party', 'hospital.toml', '--json']\nmain()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "")
     assert statuses(json.loads(done.stdout))["check of hospital"] == "warning"
+
+
+# --- the page that tells of it ----------------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_row_and_its_commands_are_right(call: Call, study: Path):
+    page = PAGE.read_text()
+    commands = re.findall(r"(?m)^cutlayer (doctor.*)$", page)
+    assert len(commands) == 4
+    named: set[str] = set()
+    for command in commands:
+        words = [*command.split(), *(["--minutes", "0.01"] if "--serve" in command else ["--json"])]
+        result = call(*words)
+        assert result.code in (0, 1), result.err
+        if "--json" in words:
+            named |= {name.rpartition(": ")[2] for name in statuses(result.json())}
+    named |= {*_TITLES.values(), "round trip", "speed", "release", "listening", "way", "dialled through"}
+    rows = {name for row in re.findall(r"(?m)^\| (`.*?) \|", page) for name in re.findall(r"`([^`]+)`", row)}
+    aside = {"way", "listening"}
+    assert all(f"`{name}`" in page for name in aside)
+    assert {name.replace("PARTY", "hospital") for name in rows} | aside | {"all else"} >= named
+    assert rows - {name.replace("hospital", "PARTY") for name in named} == set()
+    assert {"E601", "E667"} <= set(re.findall(r"E\d{3}", page)) <= set(catalogue())
+    assert f"({PAGE.name})" in PAGE.with_name("three-organisations.md").read_text()
 
 
 # --- for others -------------------------------------------------------------------------------------------------------
