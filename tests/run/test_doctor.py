@@ -7,13 +7,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cutlayer.run import doctor, doctor_machine
 from cutlayer.run.doctor import examine
-from cutlayer.run.doctor_rows import Row
+from cutlayer.run.doctor_rows import Row, still_looking
 from tests.cli.conftest import CODE
 from tests.run.practice import MEASURED, SECRET, STEPS, Practice, by_name, few_bytes, troubles
 
@@ -23,10 +24,14 @@ SITE = ["party file", "private key", "acceptance", "contract", "check of hospita
 
 
 @pytest.fixture
-def practice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Practice:
+def practice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Practice]:
     few_bytes(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    return Practice(tmp_path)
+    yield Practice(tmp_path)
+    deadline = time.monotonic() + 10
+    while still_looking():  # what a test has let go
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def all_rows(practice: Practice, contract: str = "contract.toml", party: str = "hospital.toml") -> dict[str, Row]:
@@ -109,7 +114,10 @@ def test_a_file_that_never_answers(practice: Practice, monkeypatch: pytest.Monke
 
 def test_a_builder_that_never_ends(practice: Practice, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "CODE", 0.5)
-    wait = "\nimport pathlib, time\ndef hospital(name):\n    while not pathlib.Path('go').exists(): time.sleep(0.02)\n"
+    wait = (
+        "\nimport pathlib, time\ndef hospital(name):\n"
+        "    while not pathlib.Path(__file__).with_name('go').exists(): time.sleep(0.02)\n"
+    )
     practice.edit("parties.py", CODE + wait)
     begin = time.monotonic()
     rows = all_rows(practice)

@@ -102,7 +102,7 @@ def test_a_slow_link(practice: Practice, monkeypatch: pytest.MonkeyPatch):
     usual = probe_service.ProbeService._answers
     monkeypatch.setattr(probe_service.ProbeService, "_answers", answers)
     with practice.listening():
-        rows = look(practice, 1.0)
+        rows = look(practice, 3.0)
     assert troubles(rows.values()) == {"server: speed": ("warning", "")}
     assert "Mbit/s" in rows["server: speed"].seen
     assert "a deeper cut or a smaller dtype" in rows["server: speed"].do

@@ -38,11 +38,11 @@ def test_rows_pass_one_by_one():
 def test_a_check_that_hangs_is_given_up_and_known_to_go_on():
     gate = threading.Event()
     begin = time.monotonic()
-    assert list(in_time("x", lambda: (gate.wait(20) and GOOD for _ in range(1)), 0.2, LATE)) == [LATE]
+    assert list(in_time("x", lambda: (gate.wait(60) and GOOD for _ in range(1)), 0.2, LATE)) == [LATE]
     assert 0.1 < time.monotonic() - begin < 5
     assert still_looking()
     gate.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while still_looking() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not still_looking()

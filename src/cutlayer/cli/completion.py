@@ -30,12 +30,18 @@ def complete_run(incomplete: str) -> list[str]:
 
 
 def complete_code(incomplete: str) -> list[tuple[str, str]]:
-    """Offer the error codes, with their titles."""
+    """Offer the error codes with their titles, written as they were begun: E351, e351 or 351.
+
+    A shell takes only what begins with what was typed.
+    """
     from cutlayer.cli.catalogue import catalogue
 
-    begun = incomplete.upper()
-    begun = f"E{begun}" if begun.isdecimal() else begun
-    return [(code, entry.title) for code, entry in catalogue().items() if code.startswith(begun)]
+    words = [(code, entry.title) for code, entry in catalogue().items()]
+    if incomplete[:1].isdecimal():
+        words = [(code[1:], title) for code, title in words]
+    elif incomplete[:1].islower():
+        words = [(code.lower(), title) for code, title in words]
+    return [(word, title) for word, title in words if word.startswith(incomplete)]
 
 
 def _offer(incomplete: str, fits: Callable[[Path], bool]) -> list[str]:

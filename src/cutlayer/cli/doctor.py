@@ -69,7 +69,11 @@ def _examine(contract: Path | None, party: Path | None, output: Output) -> None:
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "warning", "problem", "skipped")}
     fields = ("name", "status", "seen", "do", "code")
     output.document(
-        {"ok": not counts["problem"], **counts, "rows": [{name: getattr(row, name) for name in fields} for row in rows]}
+        {
+            "ok": not counts["problem"],
+            "counts": counts,
+            "rows": [{name: getattr(row, name) for name in fields} for row in rows],
+        }
     )
     found = [_plural(counts[status], status) for status in ("problem", "warning") if counts[status]]
     missing = f"; {counts['skipped']} not looked at" if counts["skipped"] else ""

@@ -1,0 +1,91 @@
+"""Wrong usage in detail: whatever is typed, four lines, an exit code, and a document where it was asked for.
+
+tests/cli/test_app.py has the common cases of every kind.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer.cli.usage import _sentence
+from tests.cli.tree import COMMANDS
+
+Call = Callable[..., Any]
+
+
+@pytest.mark.provokes("E210")
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_an_option_that_does_not_exist(call: Call, words: tuple[str, ...]):
+    result = call(*words, "--no-such-option")
+    assert (result.code, len(result.err), result.out) == (2, 4, [])
+    assert result.err[0] == "E210 no such option: --no-such-option"
+    assert result.err[1] == f"  where: cutlayer {' '.join(words)}"
+    error = call(*words, "--no-such-option", "--json").json()["error"]
+    assert (error["code"], error["kind"]) == ("E210", "ConfigError")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("doctor", "a", "b"), "got unexpected extra argument"),
+        (("doctor", "--party"), "option '--party' requires an argument"),
+        (("doctor", "--minutes", "soon"), "invalid value for '--minutes'"),
+        (("doctor", "--minutes", "0"), "invalid value for '--minutes'"),
+        (("doctor", "--minutes", "9999"), "invalid value for '--minutes'"),
+        (("doctor", "--serv"), "no such option: --serv"),
+        (("env", "x"), "got unexpected extra argument"),
+        (("pki", "issue"), "missing argument 'parties'"),
+        (("--no-such",), "no such option: --no-such"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.provokes("E210")
+def test_what_is_wrong_is_said(call: Call, words: tuple[str, ...], what: str):
+    result = call(*words)
+    assert (result.code, len(result.err)) == (2, 4)
+    assert result.err[0].startswith(f"E210 {what}")
+    assert not result.err[0].endswith(".")
+    assert "--help` (more: cutlayer explain E210)" in result.err[3]
+
+
+def test_a_near_miss_names_what_may_be_meant(call: Call):
+    assert "--serve" in call("doctor", "--serv").err[0]
+
+
+def test_an_option_of_the_words_after_the_command_is_no_wish_for_json(call: Call):
+    """Without --json nothing goes to stdout, whatever else is typed."""
+    assert call("explain", "--jsn").out == []
+
+
+def test_messages_of_several_lines_become_one():
+    assert _sentence("Missing argument\n  'X'.\n") == "missing argument 'X'"
+    assert _sentence("") == ""
+
+
+@pytest.mark.parametrize("words", ["explain", "doctor"])
+def test_a_reader_that_leaves_is_no_error(words: str):
+    """As `| head -1` does: no message, and none of Python's own as the process ends."""
+    line = f"{sys.executable} -m cutlayer {words} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout in ("0\n", "1\n")  # 0 if all was written before the reader left
+
+
+def test_json_is_alone_on_stdout_whatever_a_builder_prints(call: Call, demo: Path):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(f'print("loading scans")\n{text}')
+    for words in (
+        ("check", "contract.toml", "hospital.toml"),
+        ("run", "contract.toml", "hospital.toml", "server.toml"),
+    ):
+        result = call(*words, "--json")
+        assert result.code == 0
+        assert "error" not in result.json()
+        if words[0] == "check":  # the module is loaded once
+            assert "loading scans" in result.err
