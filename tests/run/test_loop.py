@@ -375,19 +375,19 @@ def test_a_loop_that_leaves_early(leave: Any, words: str):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
 
 
-@pytest.mark.provokes("E442")
+@pytest.mark.provokes("E133")
 @pytest.mark.parametrize(
     "settings", [{"schedule": "1f1b", "microbatches": 2}, {"schedule": "gpipe", "microbatches": 3}]
 )
 def test_schedules_that_mix_microbatches(settings: dict[str, Any]):
-    with pytest.raises(PlanError, match=r"E442.*cannot drive this plan.*schedule='sequential'.*simulate and join"):
+    with pytest.raises(PlanError, match=r"E133.*cannot drive this plan.*schedule='sequential'.*simulate and join"):
         opened(settings)
 
 
-@pytest.mark.provokes("E443")
+@pytest.mark.provokes("E244")
 def test_the_other_parties_must_be_somewhere(tmp_path: Path):
     case = plans.u_shaped(schedule="sequential")
-    with pytest.raises(ConfigError, match=r"E443.*needs the other parties.*got neither"):
+    with pytest.raises(ConfigError, match=r"E244.*needs the other parties.*got neither"):
         cl.session(case.plan, case.build("alpha"))
 
 
@@ -429,10 +429,10 @@ def test_the_others_are_told_of_an_error_in_the_loop(tmp_path: Path):
     assert "secret" not in told
 
 
-@pytest.mark.provokes("E444")
+@pytest.mark.provokes("E710")
 def test_a_restart_of_another_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from cutlayer.transport.session import SessionReset
 
     session, _, _ = opened()
-    with pytest.raises(PeerError, match=r"E444.*started again.*got server restarted.*start this loop again"), session:
+    with pytest.raises(PeerError, match=r"E710.*started again.*got server restarted.*start this loop again"), session:
         raise SessionReset("server restarted")

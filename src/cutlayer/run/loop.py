@@ -2,10 +2,11 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E440 | ProgramError | a call outside of any round |
 | E441 | ProgramError | the loop ended before the rounds of the plan |
-| E442 | PlanError | the plan cannot be driven by a loop |
-| E443 | ConfigError | the other parties are neither here nor on a network |
-| E444 | PeerError | a party has started again, and a loop cannot go back |
+| E133 | PlanError | the plan cannot be driven by a loop |
+| E244 | ConfigError | the other parties are neither here nor on a network |
+| E710 | PeerError | a party has started again, and a loop cannot go back |
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def session(
         network: Where they are; each runs `cutlayer.join`, or a loop of its own.
 
     Raises:
-        PlanError: E442, several replicas of a stage at this party, or a schedule that mixes microbatches.
-        ConfigError: E443, neither `others` nor `network`, or both.
+        PlanError: E133, several replicas of a stage at this party, or a schedule that mixes microbatches.
+        ConfigError: E244, neither `others` nor `network`, or both.
     """
     return Session(plan, party, others, network)
 
@@ -115,7 +116,7 @@ class Session:
                 expected="others=[...], to run them here, or network=..., to meet them",
                 got="both" if others else "neither",
                 remedy="give one of the two",
-                code="E443",
+                code="E244",
             )
         self.plan, self.party = plan, party
         self._company: Company = There(plan, party, network) if network else Here(plan, party, others)
@@ -162,7 +163,7 @@ class Session:
                 where=f"party {self.party.name}",
                 got=str(error),
                 remedy="start this loop again, and the other parties; cutlayer join goes on by itself",
-                code="E444",
+                code="E710",
             ) from error
         if early is not None:
             raise early
@@ -179,14 +180,14 @@ class Session:
 
     @property
     def optimizer(self) -> Optimizer:
-        """Return the one optimizer. Raises `ConfigError` E443 if there is none, or another number."""
+        """Return the one optimizer. Raises `ConfigError` E244 if there is none, or another number."""
         found = self.optimizers
         if len(found) != 1:
             raise ConfigError(
                 f"this party has {len(found)} optimizers",
                 where=f"party {self.party.name}",
                 remedy="use session.optimizers: replicas of a stage step apart from other stages",
-                code="E443",
+                code="E244",
             )
         return found[0]
 
@@ -331,7 +332,7 @@ def _check(plan: Plan, party: str) -> None:
             expected="one replica of each stage at a party, and schedule='sequential' with several microbatches",
             got=f"replicas of {', '.join(several)}" if several else f"schedule {plan.training.schedule!r}",
             remedy="change the plan, or use simulate and join",
-            code="E442",
+            code="E133",
         )
     names = {stage.name: isinstance(stage, Loss) for stage in own}
     twice = [
@@ -349,5 +350,5 @@ def _check(plan: Plan, party: str) -> None:
             expected="each value that comes to be taken by one of its stages",
             got=f"{twice[0]} taken by several",
             remedy="let one stage take it, or use simulate and join",
-            code="E442",
+            code="E133",
         )
