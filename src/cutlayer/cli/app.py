@@ -263,6 +263,30 @@ def env(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOp
         show_environment(output)
 
 
+@app.command(epilog="Example: cutlayer cut model.py:resnet --input 'float32[batch, 3, 32, 32]'")
+@spread
+def cut(
+    model: Annotated[
+        str, typer.Argument(help="file.py:function or package.module:function; gives a model.", show_default=False)
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="[NAME=]SPEC", help="An argument of forward; once for each.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a step.")] = 32,
+    refused: Annotated[bool, typer.Option("--refused", help="Also say where it cannot be cut, and why.")] = False,
+    told: Told = _TOLD,
+) -> None:
+    """Show where a model can be cut: bytes a step, operations, parameters and memory of each side."""
+    output = told.output()
+    with reporting(output):
+        from cutlayer.cli.cutting import show_cuts
+
+        show_cuts(model, inputs or [], batch, refused, output)
+
+
 @app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")
 def export(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],

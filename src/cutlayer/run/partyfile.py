@@ -30,7 +30,7 @@ from cutlayer.transport.proxy import NO_PROXY, check_proxy
 if TYPE_CHECKING:
     from cutlayer.run.party import Party
 
-__all__ = ["PartyFile", "load_party_file", "write_party_file"]
+__all__ = ["PartyFile", "call_function", "load_party_file", "write_party_file"]
 
 _BUILDER = re.compile(r"^(?P<module>[^:]+):(?P<function>[A-Za-z_]\w*)$")
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
@@ -127,6 +127,28 @@ class PartyFile:
         if party.name != self.name:
             raise _bad_builder("the builder gives another party than the file says", where, self.name, party.name)
         return party
+
+
+def call_function(text: str, home: Path) -> object:
+    """Call "file.py:function" (a file counts from `home`) or "package.module:function" without arguments.
+
+    Raises:
+        ConfigError: E204, it cannot be loaded, or fails.
+    """
+    match = _BUILDER.match(text)
+    if match is None:
+        raise _bad_builder(
+            "the function cannot be read", text[:200], "'file.py:function' or 'package.module:function'", text[:80]
+        )
+    source = home / match["module"] if match["module"].endswith(".py") else None
+    with _importable(source, text):
+        function: Callable[[], object] = _function(source or match["module"], match["function"], text)  # type: ignore[assignment]
+        try:
+            return function()
+        except CutlayerError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _bad_builder("the function failed", text, "a model", _said(error)) from error
 
 
 def load_party_file(path: Path) -> PartyFile:

@@ -1,0 +1,114 @@
+"""`cutlayer cut`: where a model can be cut, and what each cut would cost.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E237 | ConfigError | the function gives no model, or no example of its inputs |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cutlayer.cli.console import Output
+from cutlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cutlayer.models.costs import CutCost
+
+__all__ = ["show_cuts"]
+
+_HEAD = ("cut after", "up", "down", "client params", "client FLOPs", "client memory", "server FLOPs", "what crosses")
+_STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def show_cuts(text: str, inputs: Sequence[str], batch: int, refused: bool, output: Output) -> None:
+    """Print a table of cuts: those that can be, and on request those that cannot, with the reason."""
+    from cutlayer.models.costs import costs
+
+    model, example = _model(text, inputs)
+    rows: list[CutCost] = []
+    errors: list[CutCost] = []
+    for one in costs(model, example, batch=batch):
+        (errors if one.error is not None else rows).append(one)
+        if output.verbose:
+            output.note(f"{one.point}: {'cannot be cut' if one.error else 'can be cut'}")
+    output.say(f"{type(model).__name__}: a step of {batch} samples, forwards and backwards")
+    output.say(_table([_HEAD, *(_cells(one) for one in rows)]))
+    for one in errors if refused else ():
+        output.say(f"  not after {one.point}: {one.error.code} {one.error.what}" if one.error else "")
+    document = {"model": type(model).__name__, "batch": batch, "cuts": [_row(one) for one in rows]}
+    output.document({**document, "refused": [{"point": e.point, "code": e.error.code} for e in errors if e.error]})
+    hint = "" if refused or not errors else f"; {len(errors)} more cannot be: --refused says why"
+    output.last(f"{len(rows)} places to cut{hint}")
+
+
+def _model(text: str, inputs: Sequence[str]) -> tuple[nn.Module, Any]:
+    """Call the function, and return a model with an example of its inputs."""
+    from torch import nn
+
+    from cutlayer.run.partyfile import call_function
+
+    found = call_function(text, Path.cwd())
+    model, example = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if inputs:
+        example = dict(_input(one) for one in inputs)
+        example = example.get("", example)
+    if not isinstance(model, nn.Module) or example is None:
+        raise ConfigError(
+            "there is no model to cut, or no example of its inputs",
+            where=text,
+            expected="a function that gives the model, or (model, example); --input 'float32[batch, 3, 32, 32]'",
+            got=f"{type(model).__name__}, {'no example' if example is None else 'an example'}",
+            remedy="give --input for each argument of forward: --input NAME=SPEC",
+            code="E237",
+        )
+    return model, example
+
+
+def _input(text: str) -> tuple[str, Tensor]:
+    """Return name and example tensor of "NAME=SPEC" or "SPEC": random numbers; zeros for whole ones."""
+    import torch
+
+    from cutlayer.core.spec import TensorSpec
+    from cutlayer.engine.tensors import torch_dtype
+
+    name, _, spec = text.rpartition("=") if "=" in text.partition("[")[0] else ("", "", text)
+    parsed = TensorSpec.parse(spec)
+    dice, shape = torch.Generator().manual_seed(0), parsed.concrete(3)
+    value = torch.randn(shape, generator=dice) if parsed.floating else torch.zeros(shape)
+    return name.strip(), value.to(torch_dtype(parsed.dtype))
+
+
+def _row(one: CutCost) -> dict[str, Any]:
+    row = asdict(one)
+    del row["error"]
+    return row
+
+
+def _cells(one: CutCost) -> tuple[str, ...]:
+    client, server = one.client, one.server
+    sides = ("", "", "", "")
+    if client is not None and server is not None:
+        sides = (_short(client.parameters), _short(client.flops), f"{_short(client.memory)}B", _short(server.flops))
+    return (one.point, f"{_short(one.up)}B", f"{_short(one.down)}B", *sides, ", ".join(one.tensors))
+
+
+def _short(number: int) -> str:
+    for size, name in _STEPS:
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number} "
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)), row[-1]]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""What a cut costs: against numbers worked out by hand, and for each model where it can be cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cutlayer import models
+from cutlayer.models.costs import candidates, costs
+from tests.models.zoo import SUBJECTS
+
+
+def test_costs_of_a_small_network_worked_out_by_hand():
+    net = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    found = {one.point: one for one in costs(net, torch.zeros(2, 6), batch=4)}
+    assert [one.point for one in found.values() if one.error is None] == ["0", "1"]
+    assert found["2"].error is not None
+    assert found["2"].error.code == "E312"
+    one = found["0"]
+    assert one.tensors == ("float32[batch, 5]",)
+    assert (one.up, one.down) == (4 * 5 * 4, 4 * 5 * 4)
+    assert one.client is not None
+    assert one.server is not None
+    assert (one.client.parameters, one.server.parameters) == (30, 15)
+    assert one.client.flops == 3 * 2 * 4 * 6 * 5  # forward, and backward for the weights and for the input
+    assert one.server.flops == 3 * 2 * 4 * 5 * 3
+    assert one.client.memory == 30 * 4 * 4 + 4 * 6 * 4  # Adam's four, and the input
+    assert one.server.memory == 15 * 4 * 4 + 2 * 4 * 5 * 4 or one.server.memory == 15 * 4 * 4 + 4 * 5 * 4
+
+
+def test_a_skip_is_paid_for():
+    found = {one.point: one for one in costs(SUBJECTS["unet"].make(), SUBJECTS["unet"].inputs["x"], batch=2)}
+    assert len(found["bottom"].tensors) == 3  # the bottom, and the two long skips
+    assert found["bottom"].up == 2 * 4 * (8 * 2 * 2 + 8 * 4 * 4 + 4 * 8 * 8)
+    assert found["down1"].up == 2 * 4 * 4 * 8 * 8
+
+
+def test_whole_numbers_that_cross_bring_no_gradient_back():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = (x[:, :1] * 10).long()
+            return self.two(self.one(x)) * chosen
+
+    (one,) = [c for c in costs(Masked(), torch.rand(3, 3), batch=2) if c.point == "one"]
+    assert one.up == 2 * (4 * 4 + 8)
+    assert one.down == 2 * 4 * 4
+
+
+@pytest.mark.parametrize(("name", "least"), [("unet", 20), ("lstm", 3), ("gpt2", 4), ("tied", 4)])
+def test_candidates_are_those_that_can_be_cut(name: str, least: int):
+    subject = SUBJECTS[name]
+    model = subject.make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    names = candidates(model, dict(subject.inputs))
+    assert len(names) >= least
+    assert models.candidates is candidates
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
