@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +64,18 @@ def test_candidates_are_those_that_can_be_cut(name: str, least: int):
     assert len(names) >= least
     assert models.candidates is candidates
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_page_of_cuts_is_current_for_small_models():
+    path = Path(__file__).parents[2] / "scripts" / "cuts_page.py"
+    spec = importlib.util.spec_from_file_location("cuts_page", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"(?m)^## (\w+)$", text)) == set(SUBJECTS) == set(script.TITLES)
+    for name in ("unet", "lstm", "tied", "encoder"):
+        row, section = script.section(name, SUBJECTS[name])
+        assert row in text, "run python scripts/cuts_page.py"
+        assert section in text, "run python scripts/cuts_page.py"
