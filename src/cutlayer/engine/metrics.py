@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cutlayer.errors import ConfigError, ContractError
+from cutlayer.errors import ConfigError, ContractError, StageError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
@@ -42,8 +42,18 @@ class MetricBook:
         factor = batch if reduction == "mean" else 1
         self.loss_sum += loss.item() * factor
         self.samples += batch
-        for metric in self.metrics.values():
-            metric.update(inputs[0].detach().cpu(), inputs[-1].detach().cpu())
+        for name, metric in self.metrics.items():
+            try:
+                metric.update(inputs[0].detach().cpu(), inputs[-1].detach().cpu())
+            except Exception as error:
+                raise StageError(
+                    f"the metric {name!r} cannot take what the loss takes",
+                    where=f"loss {self.stage}, prediction {_form(inputs[0])}, label {_form(inputs[-1])}",
+                    expected=f"a prediction and a label as {type(metric).__name__} takes them",
+                    got=type(error).__name__,
+                    remedy="choose the metric of this task, or give the label in its form; see docs/reference/data.md",
+                    code="E308",
+                ) from error
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
@@ -126,3 +136,7 @@ def _check_sums(stage: str, name: str, metric: Metric) -> None:
                 remedy="choose another metric: only sums may leave a party",
                 code="E222",
             )
+
+
+def _form(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
