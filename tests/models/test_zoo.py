@@ -114,3 +114,36 @@ def test_stacks_of_blocks_at_every_block(name: str, block: int, labels: str):
     if name == "gpt2" and labels == "server":
         pytest.skip("its embedding and its last layer are one weight: only a U-shape keeps them together")
     assert difference(name, (1, 2) if block == 2 and labels == "client" else block, labels) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_are_kept(dtype: torch.dtype):
+    subject = SUBJECTS["unet"]
+    inputs = subject.inputs["x"].to(dtype)
+    model, uncut_model = subject.make().to(dtype), subject.make().to(dtype)
+    made = cl.split(model, "down2", example=inputs[:2])
+    assert {spec.dtype for ports in made.ports for spec in ports.specs.values()} == {str(dtype).removeprefix("torch.")}
+    rows = [{"x": x, "label": y} for x, y in zip(inputs, subject.labels, strict=True)]
+    run = cl.fit(made, DataLoader(rows, batch_size=BATCH), loss=subject.loss, optimizer=sgd)
+    optimizer = sgd(list(uncut_model.parameters()))
+    for batch in DataLoader(rows, batch_size=BATCH):
+        subject.loss(uncut_model(batch["x"]), batch["label"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = uncut_model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in run.state_dict().items())
+
+
+def test_frozen_parts_stay_as_they_are_and_cost_no_gradient():
+    subject = SUBJECTS["resnet18"]
+    model = subject.make()
+    for part in (model.conv1, model.bn1, model.layer1):
+        part.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.named_parameters() if not value.requires_grad}
+    made = cl.split(model, "layer1", example=subject.inputs["x"][:2])
+    assert made.plan().stage("head").frozen
+    run = cl.fit(made, DataLoader(subject.rows(), batch_size=BATCH), loss=subject.loss, optimizer=sgd)
+    assert all(torch.equal(run.state_dict()[key], value) for key, value in before.items())
+    edge = made.plan().graph.inputs_of["body"][0]
+    assert not edge.trained
+    assert not [key for key in run.result.ledgers["server"].flows if key[3] == "down" and key[4] == edge.index]
