@@ -46,9 +46,10 @@ class StageProtocol(Protocol):
     `forward` gives the outputs, in the order of the stage's ports, for the inputs. `backward` takes the gradients at
     the outputs (None where there is none) and gives those at the inputs (None where not wanted), and keeps gradients
     of its parameters until the party's optimizer steps. `spent` is the number of floating-point operations of the
-    last call.
+    last call; gradients at the outputs are wanted on `device`.
     """
 
+    device: torch.device
     spent: int
 
     def forward(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:

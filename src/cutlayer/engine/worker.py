@@ -17,7 +17,7 @@ from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Ste
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
-from cutlayer.engine.stage import Context, Gradients, ModuleStage
+from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
@@ -38,7 +38,7 @@ class Parcel(msgspec.Struct, frozen=True):
 class _Role:
     """What calls of a stage need, found once. `book` and `reduction`: of a loss."""
 
-    stage: ModuleStage
+    stage: StageProtocol
     edges: tuple[Edge, ...]
     wanted: tuple[bool, ...]
     book: MetricBook | None
@@ -51,16 +51,17 @@ class Worker:
     Args:
         plan: The plan, known to all.
         parts: This party's modules, data and optimizer.
+        site: What the party has, if it is there already: workers of served sessions share it.
 
     Raises:
         ConfigError: a stage of this party has no module, or parameters have no optimizer.
     """
 
-    def __init__(self, plan: Plan, parts: Parts) -> None:
-        """Build the site."""
+    def __init__(self, plan: Plan, parts: Parts, site: Site | None = None) -> None:
+        """Build the site, if none is given."""
         self.plan, self.parts, self.graph = plan, parts, plan.graph
         self.party = parts.party
-        self.site = Site(plan, parts)
+        self.site = site or Site(plan, parts)
         self.ledger = Ledger(parts.party)
         self.history: list[dict[str, Any]] = []
         self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
