@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
+    from cutlayer.core.quota import Quota, Serving
     from cutlayer.core.spec import TensorSpec
     from cutlayer.core.topologies import extended_vanilla, hybrid, multihop, multitask, u_shaped, vanilla, vertical
     from cutlayer.data.sources import TensorTable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cutlayer.run.outcome import Result
     from cutlayer.run.party import Party
     from cutlayer.run.prediction import predict
+    from cutlayer.run.serving import Served, serve
     from cutlayer.run.session import join
     from cutlayer.run.simulate import simulate
     from cutlayer.transport.settings import NetworkSettings
@@ -35,8 +37,11 @@ __all__ = [
     "NetworkSettings",
     "Party",
     "Plan",
+    "Quota",
     "Release",
     "Result",
+    "Served",
+    "Serving",
     "Shared",
     "Stage",
     "TensorSpec",
@@ -51,6 +56,7 @@ __all__ = [
     "multihop",
     "multitask",
     "predict",
+    "serve",
     "simulate",
     "split",
     "u_shaped",
@@ -64,8 +70,11 @@ _HOMES = {
     "NetworkSettings": "transport.settings",
     "Party": "run.party",
     "Plan": "core.plan",
+    "Quota": "core.quota",
     "Release": "core.parts",
     "Result": "run.outcome",
+    "Served": "run.serving",
+    "Serving": "core.quota",
     "Shared": "core.parts",
     "Stage": "core.parts",
     "TensorSpec": "core.spec",
@@ -80,6 +89,7 @@ _HOMES = {
     "multihop": "core.topologies",
     "multitask": "core.topologies",
     "predict": "run.prediction",
+    "serve": "run.serving",
     "simulate": "run.simulate",
     "split": "models.split",
     "u_shaped": "core.topologies",

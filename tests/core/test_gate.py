@@ -72,9 +72,12 @@ def test_who_has_used_up_all_does_not_come_in():
 
 def test_what_never_fits_is_said_so():
     gate = Gate(Serving(quota=Quota(samples=10), longest=20), "server")
-    for samples, most in ((11, "at most 10 samples in 60 s"), (21, "at most 20 samples in one session")):
+    for ask, most in (
+        (lambda: gate.charge("anna", 1, 11, now=0), "at most 10 samples in 60 s"),
+        (lambda: gate.measure("anna", 21), "at most 20 samples in one session"),
+    ):
         with pytest.raises(LinkError) as caught:
-            gate.charge("anna", 1, samples, now=0)
+            ask()
         assert (caught.value.code, caught.value.expected) == ("E614", most)
         assert retry_after(caught.value) is None
     gate.charge("anna", 1, 10, now=0)  # the refused ones did not count

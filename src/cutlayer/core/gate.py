@@ -88,15 +88,18 @@ class Gate:
         if self._inside[identity] <= 0:
             del self._inside[identity]
 
+    def measure(self, identity: str, samples: int) -> None:
+        """Check the length of a session, before its programs are made. Raises `LinkError` E614."""
+        longest = self._serving.longest
+        if samples > longest:
+            raise self._too_much(identity, "samples", samples, longest, "in one session")
+
     def charge(self, identity: str, requests: int, samples: int, now: float) -> None:
         """Count what a session asks for, all of it before it begins.
 
         Raises:
             LinkError: E614, it is more than the identity may ask for now, or ever.
         """
-        longest = self._serving.longest
-        if samples > longest:
-            raise self._too_much(identity, "samples", samples, longest, "in one session")
         quota = self._serving.quota_of(identity)
         for what, amount, most in (("requests", requests, quota.requests), ("samples", samples, quota.samples)):
             if most and amount > most:

@@ -83,7 +83,7 @@ def served_programs(plan: Plan, roster: Roster, pair: tuple[str, str]) -> Progra
     Raises:
         DataError, PlanError: the roster does not fit the plan.
     """
-    whole = compile_plan(plan, roster)
+    whole = compile_plan(plan, Roster({"predict": roster.samples.get("predict", {})}))
     return {party: {"predict": _without_barrier(whole[party]["predict"])} for party in pair}
 
 
