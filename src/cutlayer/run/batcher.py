@@ -127,7 +127,7 @@ class Batcher:
         if not request.done.wait(self._serving.deadline):
             with self._changed:
                 if not request.taken:
-                    error = self._late(place[0])
+                    error = _late(self._party, place[0], self._serving.deadline, len(self._queue))
                     self._queue.remove(request)
                     raise error
             request.done.wait()  # it runs just now
@@ -221,16 +221,6 @@ class Batcher:
             self._sessions += change
             self._changed.notify_all()
 
-    def _late(self, stage: str) -> ProgramError:
-        return ProgramError(
-            f"the stage {stage!r} did not take a request in time",
-            where=f"party {self._party}",
-            expected=f"a forward within {self._serving.deadline:g} seconds",
-            got=f"{len(self._queue)} requests waiting",
-            remedy="ask again later; let fewer sessions in, or raise deadline in [serving]",
-            code="E450",
-        )
-
 
 class SharedStage:
     """A stage as one session sees it: forwards only, by the batcher. A `StageProtocol`."""
@@ -281,4 +271,15 @@ def _closed(party: str, stage: str) -> ProgramError:
         where=f"party {party}",
         remedy="start the service again",
         code="E451",
+    )
+
+
+def _late(party: str, stage: str, seconds: float, waiting: int) -> ProgramError:
+    return ProgramError(
+        f"the stage {stage!r} did not take a request in time",
+        where=f"party {party}",
+        expected=f"a forward within {seconds:g} seconds",
+        got=f"{waiting} requests waiting",
+        remedy="ask again later; let fewer sessions in, or raise deadline in [serving]",
+        code="E450",
     )

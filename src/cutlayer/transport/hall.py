@@ -121,10 +121,7 @@ class Hall:
 
     def refused(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
         """Tell people who was not let in. Nobody else's session ends by it."""
-        if names is not None and len(names) != 1:
-            identity = "?"
-        else:
-            identity = names[0] if names else _role_of(first)
+        identity = _role_of(first) if names is None else ", ".join(names) or "?"
         self._notify("refused", {"identity": tidy(identity), "code": error.code, "what": error.what})
 
     def leave(self, guest: Guest) -> None:
