@@ -429,6 +429,12 @@ class ThreadOf:
         return found
 
 
+def meet(link: Network, counts: Mapping[str, int]) -> None:
+    """Say these counts, and wait for what the server says to them."""
+    link.rendezvous(Ready(counts, ()))
+    link.finish()
+
+
 def refusal(job: Callable[[], Any]) -> CutlayerError:
     with pytest.raises(CutlayerError) as caught:
         job()

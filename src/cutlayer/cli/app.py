@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from cutlayer.cli.console import (
     reporting,
 )
 from cutlayer.cli.doctor import doctor
+from cutlayer.cli.spread import Told, spread
 from cutlayer.cli.usage import Commands
 
 __all__ = ["app"]
@@ -52,6 +54,21 @@ WeightsOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the parties of a prediction are."""
+
+    processes: Annotated[
+        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
+    ] = False
+    join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False
+    served: Annotated[bool, typer.Option("--served", help="One party here; ask a server that runs serve.")] = False
+    accept: AcceptOption = ""
+
+
+_TOLD, _HERE = Told(), Where()
 
 
 def _version(wanted: bool) -> None:
@@ -132,30 +149,46 @@ def resume(
 @app.command(
     epilog="Example: cutlayer predict contract.toml hospital.toml cloud.toml --weights runs/20260101-090000-scans"
 )
+@spread
 def predict(
     contract: ContractArgument,
     party_files: PartyFilesArgument,
     weights: WeightsOption = None,
-    processes: Annotated[
-        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
-    ] = False,
-    join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False,
-    accept: AcceptOption = "",
+    where: Where = _HERE,
     folder: FolderOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Predict with trained weights, for the data that parties give as `prediction`. Needs no labels.
 
-    With --join, shows what may leave this party and asks once whether it may, unless --accept says so.
+    With --join or --served, shows what may leave this party and asks once whether it may, unless --accept says so.
     """
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.predicting import How, predict_command
 
-        how = How(processes=processes, join=join, accept=accept)
+        how = How(processes=where.processes, join=where.join, served=where.served, accept=where.accept)
         predict_command(contract, party_files, weights, folder, output, how)
+
+
+@app.command(epilog="Example: cutlayer serve contract.toml cloud.toml --weights runs/20260101-090000-scans")
+@spread
+def serve(
+    contract: ContractArgument,
+    party_file: PartyFileArgument,
+    weights: WeightsOption = None,
+    accept: AcceptOption = "",
+    told: Told = _TOLD,
+) -> None:
+    """Serve this party's trained stage to many clients, which ask with `predict --served`, until Ctrl-C.
+
+    Limits and quotas are in [serving] of the party file. Shows what may leave this party and asks once whether it may,
+    unless --accept says so. After Ctrl-C or SIGTERM nobody comes in, and who is there may end.
+    """
+    output = told.output()
+    with reporting(output):
+        from cutlayer.cli.serving import serve_party
+
+        serve_party(contract, party_file, weights, output, accepted=accept)
 
 
 @app.command(epilog="Example: cutlayer report runs/20260101-090000-digits --open")
