@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cutlayer.core.crossing import Crossing, PlannedExchange
     from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
+    from cutlayer.core.quota import Quota, Serving
     from cutlayer.core.spec import TensorSpec
     from cutlayer.core.topologies import extended_vanilla, hybrid, multihop, multitask, u_shaped, vanilla, vertical
     from cutlayer.data.sources import TensorTable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cutlayer.run.outcome import Result
     from cutlayer.run.party import Party
     from cutlayer.run.prediction import predict
+    from cutlayer.run.serving import Served, serve
     from cutlayer.run.session import join
     from cutlayer.run.simulate import simulate
     from cutlayer.transport.settings import NetworkSettings
@@ -39,8 +41,11 @@ __all__ = [
     "Party",
     "Plan",
     "PlannedExchange",
+    "Quota",
     "Release",
     "Result",
+    "Served",
+    "Serving",
     "Shared",
     "Stage",
     "TensorSpec",
@@ -55,6 +60,7 @@ __all__ = [
     "multihop",
     "multitask",
     "predict",
+    "serve",
     "session",
     "simulate",
     "split",
@@ -71,8 +77,11 @@ _HOMES = {
     "Party": "run.party",
     "Plan": "core.plan",
     "PlannedExchange": "core.crossing",
+    "Quota": "core.quota",
     "Release": "core.parts",
     "Result": "run.outcome",
+    "Served": "run.serving",
+    "Serving": "core.quota",
     "Shared": "core.parts",
     "Stage": "core.parts",
     "TensorSpec": "core.spec",
@@ -87,6 +96,7 @@ _HOMES = {
     "multihop": "core.topologies",
     "multitask": "core.topologies",
     "predict": "run.prediction",
+    "serve": "run.serving",
     "session": "run.loop",
     "simulate": "run.simulate",
     "split": "models.split",

@@ -146,7 +146,7 @@ def test_reference_party_file_has_every_key_and_works(call: Call, here: Path):
         for name in names:
             if path or name == "party":
                 assert f"| `{name}` |" in page
-                assert re.search(rf"(?m)^{name} = ", example)
+                assert re.search(rf"(?m)^({name} = |\[\w+\.{name}\b)", example)
 
 
 def test_reference_has_every_command_option_and_exit_code():

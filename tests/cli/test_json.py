@@ -26,6 +26,8 @@ CASES: dict[Words, tuple[list[Words], Words | None, Words, str]] = {
     ("join",): ([], None, ("contract.toml", "hospital.toml"), "E207"),
     ("resume",): ([RUN], ("out",), ("nowhere",), "E208"),
     ("predict",): ([RUN], (*ALL, "--weights", "out"), (*ALL, "--join"), "E210"),
+    # its success ends with a signal: tests/cli/test_serving.py reads the document
+    ("serve",): ([], None, ("contract.toml", "nowhere.toml"), "E203"),
     ("report",): ([RUN], ("out",), ("nowhere",), "E281"),
     ("plan",): ([], ("contract.toml", "--grid"), ("nowhere.toml",), "E203"),
     ("check",): ([], ALL, ("nowhere.toml",), "E203"),

@@ -47,18 +47,6 @@ AcceptOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Where:
-    """Where the parties of a prediction are."""
-
-    processes: Annotated[
-        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
-    ] = False
-    join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False
-    accept: AcceptOption = ""
-
-
-_TOLD, _HERE = Told(), Where()
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
@@ -68,6 +56,21 @@ WeightsOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the parties of a prediction are."""
+
+    processes: Annotated[
+        bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
+    ] = False
+    join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False
+    served: Annotated[bool, typer.Option("--served", help="One party here; ask a server that runs serve.")] = False
+    accept: AcceptOption = ""
+
+
+_TOLD, _HERE = Told(), Where()
 
 
 def _version(wanted: bool) -> None:
@@ -159,14 +162,35 @@ def predict(
 ) -> None:
     """Predict with trained weights, for the data that parties give as `prediction`. Needs no labels.
 
-    With --join, shows what may leave this party and asks once whether it may, unless --accept says so.
+    With --join or --served, shows what may leave this party and asks once whether it may, unless --accept says so.
     """
     output = told.output()
     with reporting(output):
         from cutlayer.cli.predicting import How, predict_command
 
-        how = How(processes=where.processes, join=where.join, accept=where.accept)
+        how = How(processes=where.processes, join=where.join, served=where.served, accept=where.accept)
         predict_command(contract, party_files, weights, folder, output, how)
+
+
+@app.command(epilog="Example: cutlayer serve contract.toml cloud.toml --weights runs/20260101-090000-scans")
+@spread
+def serve(
+    contract: ContractArgument,
+    party_file: PartyFileArgument,
+    weights: WeightsOption = None,
+    accept: AcceptOption = "",
+    told: Told = _TOLD,
+) -> None:
+    """Serve this party's trained stage to many clients, which ask with `predict --served`, until Ctrl-C.
+
+    Limits and quotas are in [serving] of the party file. Shows what may leave this party and asks once whether it may,
+    unless --accept says so. After Ctrl-C or SIGTERM nobody comes in, and who is there may end.
+    """
+    output = told.output()
+    with reporting(output):
+        from cutlayer.cli.serving import serve_party
+
+        serve_party(contract, party_file, weights, output, accepted=accept)
 
 
 @app.command(epilog="Example: cutlayer report runs/20260101-090000-digits --open")

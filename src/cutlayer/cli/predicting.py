@@ -12,6 +12,7 @@ from cutlayer.cli.processes import in_processes
 from cutlayer.cli.progress import RunProgress
 from cutlayer.cli.running import both, check_names, consent
 from cutlayer.core.inference import describe_prediction, prediction_bytes
+from cutlayer.core.serving import server_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, load_contract
 from cutlayer.run.launch import network_settings
@@ -32,11 +33,13 @@ class How:
     Attributes:
         processes: All here, each in a process of its own.
         join: One here, the others predict from where they are.
-        accept: The digest of the contract that this site has accepted; for `join`.
+        served: One here, which asks a server that runs `cutlayer serve`.
+        accept: The digest of the contract that this site has accepted; for `join` and `served`.
     """
 
     processes: bool = False
     join: bool = False
+    served: bool = False
     accept: str = ""
 
 
@@ -46,17 +49,18 @@ def predict_command(
     """Predict, write the outputs that this side holds, and say where they are."""
     contract = load_contract(path)
     files = [load_party_file(file) for file in party_files]
-    if (how.processes and how.join) or (how.join and len(files) != 1):
+    single = how.join or how.served
+    if how.processes + how.join + how.served > 1 or (single and len(files) != 1):
         raise ConfigError(
             "these options do not go together",
             where="cutlayer predict",
-            expected="one of --processes and --join; the latter with one party file",
+            expected="one of --processes, --join and --served; the last two with one party file",
             got=f"{len(files)} party files",
             remedy="choose where the parties are: all here, or one here and the others elsewhere",
             code="E210",
         )
-    if how.join:
-        _join(contract, files[0], weights, folder, output, how.accept)
+    if single:
+        _from_here(contract, files[0], weights, folder, output, how)
     else:
         check_names(contract, files)
         _all_here(contract, files, weights, folder, output, processes=how.processes)
@@ -87,26 +91,29 @@ def _all_here(
     finish(contract, result.predictions, result.seconds, folder, output, moved(result))
 
 
-def _join(
-    contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, accepted: str
+def _from_here(
+    contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, how: How
 ) -> None:
     from cutlayer.run.party import counts
-    from cutlayer.run.prediction import predict_with_others
+    from cutlayer.run.prediction import ask, predict_with_others
     from cutlayer.run.results import EventLog
 
     network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    if how.served:
+        server_of(contract.plan, file.name)
     party = file.party()
     samples = counts(party).get("predict", 0)
     text = describe_prediction(contract.plan, file.name)
     if samples:
         most = prediction_bytes(contract.plan, file.name, samples)
         text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
-    consent(contract, file, output, accepted, f"{text}\nprediction of {contract.plan.name}")
+    consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
     folder = new_folder(folder, file.folder, contract)
     output.note(f"folder: {shown_path(folder)}")
     progress = RunProgress(output, epochs=contract.plan.training.epochs)
     with progress, EventLog(folder / "metrics.jsonl") as log:
-        result = predict_with_others(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
+        way = ask if how.served else predict_with_others
+        result = way(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
     finish(contract, result.predictions, result.seconds, folder, output, moved(result))
 
 

@@ -53,16 +53,17 @@ class Worker:
     Args:
         plan: The plan, known to all.
         parts: This party's modules, data and optimizer.
+        site: What the party has, if it is there already: workers of served sessions share it.
 
     Raises:
         ConfigError: a stage of this party has no module, or parameters have no optimizer.
     """
 
-    def __init__(self, plan: Plan, parts: Parts) -> None:
-        """Build the site."""
+    def __init__(self, plan: Plan, parts: Parts, site: Site | None = None) -> None:
+        """Build the site, if none is given."""
         self.plan, self.parts, self.graph = plan, parts, plan.graph
         self.party = parts.party
-        self.site = Site(plan, parts)
+        self.site = site or Site(plan, parts)
         self.coder = Coder(self.graph, self.party, parts.plugs, parts.seed)
         self.ledger = Ledger(parts.party)
         self.history: list[dict[str, Any]] = []

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cutlayer.core.quota import Serving
 from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.run.limits import ServingTable
 from cutlayer.run.tables import parse_table, read_text, write_table
 from cutlayer.transport.proxy import NO_PROXY, check_proxy
 
@@ -47,6 +49,7 @@ class _NetworkTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     credentials: str = ""
     insecure: bool = False
     proxy: str = ""
+    identity: str = ""
 
 
 class _RunTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -65,6 +68,7 @@ class _PartyTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     network: _NetworkTable = _NetworkTable()
     run: _RunTable = _RunTable()
     logging: _LoggingTable = _LoggingTable()
+    serving: ServingTable = ServingTable()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ class PartyFile:
         accept: "ask", or the digest of the contract that this site has accepted.
         tensorboard: Write the run's events as TensorBoard files, into its folder.
         mlflow: Address of an MLflow server or store that gets the run's events, or empty: none.
+        identity: Name of its certificate as a client of a served stage, if that is not the party's.
+        serving: Limits and quotas of `cutlayer serve`.
     """
 
     path: Path
@@ -96,6 +102,8 @@ class PartyFile:
     proxy: str = field(default="", repr=False)
     tensorboard: bool = False
     mlflow: str = field(default="", repr=False)  # may hold a password
+    identity: str = ""
+    serving: Serving = field(default_factory=Serving)
 
     def party(self) -> Party:
         """Call the builder and return what it gives.
@@ -186,6 +194,8 @@ def load_party_file(path: Path) -> PartyFile:
         proxy=network.proxy,
         tensorboard=table.logging.tensorboard,
         mlflow=_store(table.logging.mlflow, home),
+        identity=network.identity,
+        serving=table.serving.limits(),
     )
 
 
@@ -201,10 +211,15 @@ def write_party_file(file: PartyFile) -> str:
             party=file.name,
             code=_CodeTable(builder=builder),
             network=_NetworkTable(
-                listen=file.listen, credentials=credentials, insecure=file.insecure, proxy=file.proxy
+                listen=file.listen,
+                credentials=credentials,
+                insecure=file.insecure,
+                proxy=file.proxy,
+                identity=file.identity,
             ),
             run=_RunTable(folder=str(file.folder), accept=file.accept),
             logging=_LoggingTable(tensorboard=file.tensorboard, mlflow=file.mlflow),
+            serving=ServingTable.of(file.serving),
         )
     )
 

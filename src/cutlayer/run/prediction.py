@@ -12,6 +12,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
-from cutlayer.core.program import Mode
+from cutlayer.core.program import Mode, Program
+from cutlayer.core.serving import served_programs, server_of
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
@@ -34,10 +36,13 @@ from cutlayer.run.simulate import roster_of, run_phases
 from cutlayer.run.trained import load_trained
 from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["idle", "predict", "predict_here", "predict_with_others", "write_predictions"]
+__all__ = ["SERVED", "agenda", "ask", "idle", "predict", "predict_here", "predict_with_others", "write_predictions"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
+Programs = Callable[[Plan, Roster], Mapping[str, Mapping[Mode, Program]]]
 _TASK: Final = " (prediction)"  # behind the run's name: a training and a prediction of one plan do not meet
+SERVED: Final = " (served)"
+"""Stands behind the run's name where a stage is served: who predicts with all parties does not meet it."""
 _COLUMNS_MAX: Final = 64  # values a sample of an output that is written to predictions.csv too
 
 
@@ -47,6 +52,7 @@ def predict(
     *,
     weights: Path | None = None,
     network: NetworkSettings | None = None,
+    served: bool = False,
     notify: Notify | None = None,
 ) -> dict[str, Tensor]:
     """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
@@ -60,6 +66,7 @@ def predict(
         weights: Folder that a run has left; each party here reads `<party>.safetensors` in it. None: the modules are
             used as they are.
         network: Addresses, certificates and deadlines of this party.
+        served: Over the network: ask a server that runs `cutlayer serve`, alone; see `ask`.
         notify: Called with events as the prediction goes on; output only.
 
     Returns:
@@ -72,17 +79,18 @@ def predict(
         CutlayerError: as `simulate` and `join` raise.
     """
     alone = [parties] if isinstance(parties, Party) else list(parties)
-    if network is None:
+    if network is None and not served:
         return dict(predict_here(plan, alone, weights=weights, notify=notify).predictions)
-    if len(alone) != 1:
+    if network is None or len(alone) != 1:
         raise ConfigError(
             "over the network a process predicts as one party",
-            expected="one Party",
-            got=f"{len(alone)}",
+            expected="one Party, and its network",
+            got=f"{len(alone)}, and {'no network' if network is None else 'a network'}",
             remedy="give this process's party; the others run where they are",
             code="E225",
         )
-    return dict(predict_with_others(plan, alone[0], network=network, weights=weights, notify=notify).predictions)
+    way = ask if served else predict_with_others
+    return dict(way(plan, alone[0], network=network, weights=weights, notify=notify).predictions)
 
 
 def predict_here(
@@ -91,7 +99,7 @@ def predict_here(
     """Predict with all parties in this process; see `predict`."""
     parties = [idle(party) for party in parties]
     roster = roster_of(parties)
-    return run_phases(plan, parties, roster, _agenda(plan, roster), notify=notify, prepare=_prepare(weights))
+    return run_phases(plan, parties, roster, agenda(plan, roster), notify=notify, prepare=_prepare(weights))
 
 
 def predict_with_others(
@@ -104,8 +112,43 @@ def predict_with_others(
 ) -> Result:
     """Predict as one party; see `predict`. The others are told how many samples it predicts for, and nothing else."""
     party = idle(party)
-    task = Task(_agenda, counts(party), prepare=_prepare(weights))
+    task = Task(agenda, counts(party), prepare=_prepare(weights))
     return take_part(plan, party, task, network=replace(network, run=network.run + _TASK), notify=notify)
+
+
+def ask(
+    plan: Plan,
+    party: Party,
+    *,
+    network: NetworkSettings,
+    weights: Path | None = None,
+    notify: Notify | None = None,
+) -> Result:
+    """Predict as a client of a served stage; see `cutlayer.serve`.
+
+    Only this party and the server take part. The server is told how many samples there are, and gets the activations
+    of this party's cut; nobody else gets anything. The party is a role: several identities may play it, each with a
+    certificate in its own name and the role's weights.
+
+    Raises:
+        ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
+        LinkError: E612 to E615, the server does not let this identity in now: `core.gate.retry_after` says when.
+        CutlayerError: as `join` raises.
+    """
+    party, server = idle(party), server_of(plan, party.name)
+    pair = (server, party.name)
+    settings = replace(
+        network,
+        parties=pair,
+        coordinator=server,
+        addresses={name: address for name, address in network.addresses.items() if name == server},
+        listen="",
+        run=network.run + SERVED,
+        identity=network.credentials.party if network.credentials is not None else "",
+    )
+    programs: Programs = partial(served_programs, pair=pair)
+    task = Task(agenda, counts(party), prepare=_prepare(weights), programs=programs, trains=False)
+    return take_part(plan, party, task, network=settings, notify=notify)
 
 
 def idle(party: Party) -> Party:
@@ -153,7 +196,8 @@ def _table(outputs: Mapping[str, Tensor]) -> str:
     return text.getvalue()
 
 
-def _agenda(_plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
+def agenda(_plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
+    """Return what a prediction runs. Raises `DataError` E252 if nobody has data to predict for."""
     if not any(roster.samples.get("predict", {}).values()):
         raise DataError(
             "no party has data to predict for", remedy="give the parties Party(prediction=...)", code="E252"

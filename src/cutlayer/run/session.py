@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from cutlayer.transport.base import Transport
 
-__all__ = ["Task", "join", "take_part"]
+__all__ = ["Task", "join", "run_session", "take_part"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 _RESETS_MAX = 1000
@@ -71,12 +71,18 @@ class Task:
         counts: This party's numbers of samples by mode, which all others are told.
         store: Keeps checkpoints; None: after a restart of any party, all begin anew.
         prepare: Called with the worker before it runs anything.
+        build: Makes the worker, once the numbers of samples are known. It may refuse them.
+        programs: Gives the programs of those who take part.
+        trains: False: weights stay as they are, so that nothing has to be restored for a new session.
     """
 
     agenda: Callable[[Plan, Roster], list[tuple[Mode, int]]]
     counts: Mapping[str, int]
     store: Store | None = None
     prepare: Callable[[Worker], None] | None = None
+    build: Callable[[Plan, Party, Roster], Worker] = build
+    programs: Callable[[Plan, Roster], Mapping[str, Mapping[Mode, Program]]] = compile_plan
+    trains: bool = True
 
 
 def take_part(
@@ -90,23 +96,7 @@ def take_part(
     begin = time.perf_counter()
     try:
         with Network(network, tell) as link:
-            try:
-                worker, roster = _until_done(_Run(plan, party, task, link, tell))
-            except PeerError:
-                raise
-            except CutlayerError as error:
-                link.abort(error)
-                raise
-            except Exception as error:
-                link.abort(
-                    StageError(
-                        f"party {party.name!r} failed",
-                        got=type(error).__name__,
-                        remedy="look at its terminal: the error there is its own code's",
-                        code="E390",
-                    )
-                )
-                raise
+            worker, roster = run_session(plan, party, task, link, tell)
     finally:
         torch.set_num_threads(threads)
     return Result(
@@ -118,6 +108,31 @@ def take_part(
         seconds=time.perf_counter() - begin,
         samples=roster.samples,
     )
+
+
+def run_session(plan: Plan, party: Party, task: Task, link: Network, tell: Notify) -> tuple[Worker, Roster]:
+    """Do a party's share of a task over an open network; the others are told if this party fails.
+
+    Returns:
+        What did the work, and how many samples each party had. Raises what `join` raises.
+    """
+    try:
+        return _until_done(_Run(plan, party, task, link, tell))
+    except PeerError:
+        raise
+    except CutlayerError as error:
+        link.abort(error)
+        raise
+    except Exception as error:
+        link.abort(
+            StageError(
+                f"party {party.name!r} failed",
+                got=type(error).__name__,
+                remedy="look at its terminal: the error there is its own code's",
+                code="E390",
+            )
+        )
+        raise
 
 
 @dataclass(frozen=True)
@@ -156,10 +171,10 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
             roster = Roster(start.counts)
             if worker is None or roster != known:
                 known = roster
-                worker = build(run.plan, run.party, roster)
+                worker = run.task.build(run.plan, run.party, roster)
                 if run.task.prepare:
                     run.task.prepare(worker)
-                initial = snapshot(worker.site)
+                initial = snapshot(worker.site) if run.task.trains else {}
             session = _open(run, worker, roster, start.session, start.checkpoint, initial)
             _work(run, worker, session)
             run.link.finish()
@@ -182,14 +197,15 @@ def _open(
     run: _Run, worker: Worker, roster: Roster, number: int, checkpoint: int, initial: Mapping[str, Tensor]
 ) -> _Session:
     """Compile the programs, go back to the checkpoint (-1: the beginning), and let frames in."""
-    programs = compile_plan(run.plan, roster)
+    programs = run.task.programs(run.plan, roster)
     mine = programs[run.party.name]
     phases, store = run.task.agenda(run.plan, roster), run.task.store
     phase, cursor = 0, -1
     if store is not None:
         store.drop_after(checkpoint)
     if checkpoint < 0 or store is None:
-        restore(worker.site, initial, "the beginning")
+        if run.task.trains:
+            restore(worker.site, initial, "the beginning")
         worker.ledger.restore({"flows": [], "seconds": [], "flops": []})
         worker.history.clear()
         worker.predictions.clear()

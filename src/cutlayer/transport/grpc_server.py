@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -29,7 +29,7 @@ from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timers
 from cutlayer.transport.watch import Watch
 
-__all__ = ["Desk", "Server"]
+__all__ = ["Desk", "Door", "RunDoor", "Server"]
 
 
 class Desk:
@@ -104,12 +104,64 @@ class Desk:
             self.steward.fail(typed(error, f"party {self.settings.party}, link with {stream.peer.name}"))
 
 
-class Server:
-    """Listens at `settings.port`, if the party has one."""
+class Door(Protocol):
+    """Who lets streams in: to one network's desk (`RunDoor`), or each client to a session of its own (`hall.Hall`).
+
+    Attributes:
+        settings: Where to listen, and as whom.
+        timers: Already running when the first stream comes.
+        streams: Most streams at one time.
+    """
+
+    settings: NetworkSettings
+    timers: Timers
+    streams: int
+
+    def admit(self, stream: Stream, first: bytes, names: tuple[str, ...] | None) -> tuple[Desk, LinkHello]:
+        """Return the desk that a stream is let in at, and this side's hello. Raises what `Desk.admit` raises."""
+        ...
+
+    def refused(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
+        """Take note of who was not let in."""
+        ...
+
+
+class RunDoor:
+    """The door of a run: the parties of its plan, each of them once."""
 
     def __init__(self, desk: Desk) -> None:
+        """Let them in at this desk."""
+        self._desk, self.settings, self.timers = desk, desk.settings, desk.timers
+        self.streams = 2 * len(desk.settings.parties) + 2  # a reconnecting party has two for a moment
+
+    def admit(self, stream: Stream, first: bytes, names: tuple[str, ...] | None) -> tuple[Desk, LinkHello]:
+        """Let a party of the plan in. Raises what `Desk.admit` raises."""
+        return self._desk, self._desk.admit(stream, first, names)
+
+    def refused(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
+        """A party of the plan with which this one cannot talk ends the run, unless it is here already.
+
+        Who it is says its certificate. Without certificates anybody may say anything: that ends no session.
+        """
+        steward = self._desk.steward
+        name = names[0] if names is not None and len(names) == 1 else ""
+        if names is None:
+            with contextlib.suppress(CutlayerError):
+                name = read_hello(first).party
+        waits = name in steward.peers and not steward.peers[name].link.remote
+        if names is None:
+            waits = not steward.member.session and (waits or not name)
+        final = waits and error.code in ("E641", "E642", "E643")
+        if final or error.code == "E511":  # E511: what the link has lost cannot be had back
+            steward.fail(error)
+
+
+class Server:
+    """Listens at `settings.port`, if the party has one, and asks a door who comes in where."""
+
+    def __init__(self, door: Door) -> None:
         """Nothing is opened before `start`."""
-        self._desk = desk
+        self._door = door
         self._pool: ThreadPoolExecutor | None = None
         self._server: Any = None
         self._readers: list[threading.Thread] = []
@@ -117,11 +169,10 @@ class Server:
 
     def start(self) -> None:
         """Listen. Raises `LinkError` E604 if that is not possible."""
-        settings = self._desk.settings
+        settings = self._door.settings
         if not settings.port:
             return
-        streams = 2 * len(settings.parties) + 2  # a reconnecting party has two for a moment
-        calls = streams + CALLS_AT_ONCE
+        calls = self._door.streams + CALLS_AT_ONCE
         self._pool = ThreadPoolExecutor(calls, thread_name_prefix=f"cutlayer-{settings.party}-stream")
         self._server = grpc.server(self._pool, options=server_options(), maximum_concurrent_rpcs=calls)
         methods = {METHOD: grpc.stream_stream_rpc_method_handler(self._serve)}
@@ -160,11 +211,11 @@ class Server:
 
     def _serve(self, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
         """Greet whoever dialled, then write the stream from here and read it in another thread."""
-        desk = self._desk
+        door = self._door
         stream = Stream(cancel=context.cancel)
         if not context.add_callback(stream.end):
             return
-        timer = desk.timers.after(desk.settings.rhythm.hello, context.cancel)
+        timer = door.timers.after(door.settings.rhythm.hello, context.cancel)
         try:
             first = next(incoming, None)
         except grpc.RpcError:
@@ -173,38 +224,21 @@ class Server:
             timer.cancel()
         if first is None:
             return
-        names = _names(context) if desk.settings.credentials is not None else None
+        names = _names(context) if door.settings.credentials is not None else None
         try:
-            own = desk.admit(stream, first, names)
+            desk, own = door.admit(stream, first, names)
         except CutlayerError as error:
-            self._refuse(error, first, names)
-            yield single(abort_of(error, desk.settings.party), desk.settings.run)
+            door.refused(error, first, names)
+            yield single(abort_of(error, door.settings.party), door.settings.run)
             return
         reader = threading.Thread(
-            target=desk.follow, args=(stream, incoming), name=f"cutlayer-{desk.settings.party}-reader", daemon=True
+            target=desk.follow, args=(stream, incoming), name=f"cutlayer-{door.settings.party}-reader", daemon=True
         )
         with self._lock:
             reader.start()
             self._readers = [thread for thread in self._readers if thread.is_alive()] + [reader]
         yield single(own, desk.settings.run)
         yield from desk.speak(stream)
-
-    def _refuse(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
-        """A party of the plan with which this one cannot talk ends the run, unless it is here already.
-
-        Who it is says its certificate. Without certificates anybody may say anything: that ends no session.
-        """
-        steward = self._desk.steward
-        name = names[0] if names is not None and len(names) == 1 else ""
-        if names is None:
-            with contextlib.suppress(CutlayerError):
-                name = read_hello(first).party
-        waits = name in steward.peers and not steward.peers[name].link.remote
-        if names is None:
-            waits = not steward.member.session and (waits or not name)
-        final = waits and error.code in ("E641", "E642", "E643")
-        if final or error.code == "E511":  # E511: what the link has lost cannot be had back
-            steward.fail(error)
 
 
 def _only_name(context: Any) -> str:  # noqa: ANN401 - grpc has no types

@@ -6,6 +6,10 @@
 | E513 | WireError | a hello that is none |
 | E514 | WireError | a hello whose frame is of another run |
 | E605 | LinkError | there is no memory for a frame |
+| E612 | LinkError | no place in a service; E613 to E615 are refusals of one too |
+| E613 | LinkError | a quota of a service |
+| E614 | LinkError | a request that a service does not take |
+| E615 | LinkError | a service that closes |
 | E641 | HandshakeError | another protocol version |
 | E642 | HandshakeError | another plan |
 | E643 | HandshakeError | another run |
@@ -40,7 +44,12 @@ from cutlayer.transport.settings import NetworkSettings
 
 __all__ = ["abort_of", "check_hello", "error_of", "hello_of", "read_hello", "single", "tidy", "typed"]
 
-_AS_IS: Final[Mapping[str, type[CutlayerError]]] = {"E64": HandshakeError, "E66": CertificateError, "E70": PeerError}
+_AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
+    "E64": HandshakeError,
+    "E66": CertificateError,
+    "E70": PeerError,
+    **dict.fromkeys(("E612", "E613", "E614", "E615"), LinkError),  # refusals of a service
+}
 _VERSION_AT: Final = 4  # the frame's version byte
 
 
@@ -151,7 +160,7 @@ def abort_of(error: BaseException, party: str) -> Abort:
     if not isinstance(error, CutlayerError):
         return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
     what = error.what
-    if error.code[:3] in _AS_IS and error.why():
+    if _kind_of(error.code) is not None and error.why():
         what = f"{what}: {error.why()}"
     return Abort(party, error.code, tidy(what), tidy(error.remedy))
 
@@ -159,10 +168,11 @@ def abort_of(error: BaseException, party: str) -> Abort:
 def error_of(abort: Abort, via: str) -> CutlayerError:
     """Return the error to raise where an ABORT arrives; `via` is the party that it came from.
 
-    Errors of the network itself (E64x, E66x, E70x) keep their class and code; others become `PeerError` E703.
+    Errors of the network itself (E64x, E66x, E70x) and refusals of a service (E612 to E615) keep their class and
+    code; others become `PeerError` E703.
     """
     what, remedy, party = tidy(abort.what), tidy(abort.remedy), tidy(abort.party)
-    kind = _AS_IS.get(abort.code[:3])
+    kind = _kind_of(abort.code)
     if kind is not None:
         told = "" if via == party else f", told by {tidy(via)}"
         return kind(what, where=f"reported by {party}{told}", remedy=remedy, code=abort.code)
@@ -173,6 +183,11 @@ def error_of(abort: Abort, via: str) -> CutlayerError:
         remedy=remedy or f"look at {party}'s terminal",
         code="E703",
     )
+
+
+def _kind_of(code: str) -> type[CutlayerError] | None:
+    """Return the class of an error that is the same at all parties."""
+    return _AS_IS.get(code) or _AS_IS.get(code[:3])
 
 
 def typed(error: BaseException, where: str) -> CutlayerError:

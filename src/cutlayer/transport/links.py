@@ -6,7 +6,7 @@ import time
 
 from cutlayer.errors import DeadlineError
 from cutlayer.transport.grpc_dialer import Dialer
-from cutlayer.transport.grpc_server import Desk, Server
+from cutlayer.transport.grpc_server import Desk, RunDoor, Server
 from cutlayer.transport.peer import Peer
 from cutlayer.transport.settings import route
 
@@ -18,15 +18,16 @@ _LEAST = 0.1  # seconds that a thread has to end, when time is up
 class Links:
     """The server, the dialers and the timers of a party. Only the driver's thread calls these methods."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, *, listens: bool = True) -> None:
         """Nothing is opened before `start`."""
         self._desk = desk
-        self._server = Server(desk)
+        self._server = Server(RunDoor(desk)) if listens else None
         self._dialers: dict[str, Dialer] = {}
 
     def start(self) -> None:
         """Listen, and dial the coordinator. Raises `LinkError` E604 if the party cannot listen at its address."""
-        self._server.start()
+        if self._server is not None:
+            self._server.start()
         self._desk.timers.start()
         self._desk.watch.look()
         self.need(self._desk.settings.coordinator)
@@ -75,7 +76,8 @@ class Links:
                 if peer.stream is not None:
                     peer.stream.draining = True
                 peer.changed.notify_all()
-        self._server.stop(max(_LEAST, deadline - time.monotonic()))
+        if self._server is not None:
+            self._server.stop(max(_LEAST, deadline - time.monotonic()))
         for dialer in self._dialers.values():
             dialer.join(max(_LEAST, deadline - time.monotonic()))
         desk.timers.close(max(_LEAST, deadline - time.monotonic()))

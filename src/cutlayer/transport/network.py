@@ -59,13 +59,14 @@ class Network:
         settings: Who and where this party is.
         notify: Called, from a thread of its own, with what people should know: "connected", "lost", "returned"
             (party), "waiting" (parties), "reset" (party, session), "aborted" (party, code, what). Never with data.
+        listens: False: a `Hall` listens, and lets others in at this network's `desk`.
 
     Raises:
         ConfigError: E211 to E213, settings that cannot work.
         CertificateError: this party's own certificate is not usable.
     """
 
-    def __init__(self, settings: NetworkSettings, notify: Notify) -> None:
+    def __init__(self, settings: NetworkSettings, notify: Notify, *, listens: bool = True) -> None:
         """Check the settings; nothing is opened before the `with`."""
         check_settings(settings)
         if settings.credentials is not None:
@@ -78,8 +79,8 @@ class Network:
         self._watch = Watch(settings, self._steward, self._timers)
         self._relays = Relays(settings, self._steward)
         reception = Reception(settings, self._steward, self._watch, self._relays)
-        self._desk = Desk(settings, self._steward, self._watch, reception, self._timers)
-        self._links = Links(self._desk)
+        self.desk = Desk(settings, self._steward, self._watch, reception, self._timers)
+        self._links = Links(self.desk, listens=listens)
 
     def __enter__(self) -> Self:
         """Listen, and dial the coordinator. Raises `LinkError` E604 if the party cannot listen at its address."""
@@ -202,7 +203,7 @@ class Network:
                 steward.check()
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise unfinished(self._desk)
+                    raise unfinished(self.desk)
                 steward.changed.wait(left)
         self.close()
 

@@ -76,6 +76,7 @@ class NetworkSettings:
         addresses: Party -> host:port that others dial. A party without one dials out.
         listen: host:port to listen at, if not this party's own address.
         credentials: This party's certificate; None: plaintext, on this machine only.
+        identity: Name in that certificate, if it is not the party's: several clients of a served stage play one party.
         proxy: "http://host:port" through which others are dialled, "none", or empty: what the machine is set to.
         run, digest: The run's name and the plan's digest, which must be the same everywhere.
         limit: The most bytes of payload that this party relays for others in one piece.
@@ -90,6 +91,7 @@ class NetworkSettings:
     digest: str
     listen: str = ""
     credentials: Credentials | None = field(default=None, repr=False)
+    identity: str = ""
     proxy: str = field(default="", repr=False)  # it may hold a password
     deadlines: Deadlines = Deadlines()
     limit: int = 2**30
@@ -183,11 +185,12 @@ def proxy_to(settings: NetworkSettings, other: str) -> Proxy | None:
 
 
 def _check_texts(settings: NetworkSettings, where: str) -> None:
-    if settings.credentials is not None and settings.credentials.party != settings.party:
+    name = settings.identity or settings.party
+    if settings.credentials is not None and settings.credentials.party != name:
         raise ConfigError(
             "the certificate is another party's",
             where=where,
-            expected=settings.party,
+            expected=name,
             got=settings.credentials.party,
             remedy="give this party's own folder of certificates",
             code="E213",

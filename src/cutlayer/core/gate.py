@@ -1,0 +1,173 @@
+"""Who may come in to a served stage now: places, sessions and quotas of identities. Pure: the caller gives the time.
+
+A refusal says when to ask again; `retry_after` reads it, at whichever end of the link.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E612 | LinkError | all places are taken |
+| E613 | LinkError | the identity has as many sessions as it may have |
+| E614 | LinkError | the identity has used up what it may ask for, or asks for more than it ever may |
+| E615 | LinkError | the server closes |
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from math import ceil
+from typing import Final
+
+from cutlayer.core.quota import Serving
+from cutlayer.errors import CutlayerError, LinkError
+
+__all__ = ["Gate", "closing", "retry_after"]
+
+_AGAIN: Final = 5  # seconds after which a place may be free
+_AFTER: Final = re.compile(r"ask again in (\d+) s\b")
+
+
+class Gate:
+    """Counts sessions, requests and samples by identity.
+
+    Args:
+        serving: The limits.
+        server: Name of the party that serves; for messages.
+    """
+
+    def __init__(self, serving: Serving, server: str) -> None:
+        """Begin with nobody inside."""
+        self._serving, self._server = serving, server
+        self._inside: Counter[str] = Counter()
+        self._used: dict[str, deque[tuple[float, int, int]]] = {}  # identity -> (when, requests, samples)
+
+    @property
+    def inside(self) -> int:
+        """Return how many sessions there are."""
+        return self._inside.total()
+
+    def sessions(self, identity: str) -> int:
+        """Return how many sessions an identity has."""
+        return self._inside[identity]
+
+    def enter(self, identity: str, now: float) -> None:
+        """Take a place for one session. Raises `LinkError` E612, E613 or E614."""
+        quota = self._serving.quota_of(identity)
+        if not quota.sessions:
+            raise LinkError(
+                f"{self._server} serves nothing to {identity!r}",
+                where=f"party {self._server}",
+                expected="an identity with a quota",
+                got=identity,
+                remedy=f"ask {self._server}'s people for a quota",
+                code="E613",
+            )
+        if self._inside[identity] >= quota.sessions:
+            raise LinkError(
+                f"{identity!r} has as many sessions as it may have",
+                where=f"party {self._server}",
+                expected=f"at most {quota.sessions} at one time",
+                got="one more",
+                remedy=f"ask again in {_AGAIN} s, or when one has ended",
+                code="E613",
+            )
+        if self.inside >= self._serving.places:
+            raise LinkError(
+                f"all places at {self._server} are taken",
+                where=f"party {self._server}",
+                expected=f"at most {self._serving.places} sessions at one time",
+                got="one more",
+                remedy=f"ask again in {_AGAIN} s",
+                code="E612",
+            )
+        self._charge(identity, 0, 0, now)  # who has used up all gets no place to say that it wants more
+        self._inside[identity] += 1
+
+    def leave(self, identity: str) -> None:
+        """Give a place back."""
+        self._inside[identity] -= 1
+        if self._inside[identity] <= 0:
+            del self._inside[identity]
+
+    def measure(self, identity: str, samples: int) -> None:
+        """Check the length of a session, before its programs are made. Raises `LinkError` E614."""
+        longest = self._serving.longest
+        if samples > longest:
+            raise self._too_much(identity, "samples", samples, longest, "in one session")
+
+    def charge(self, identity: str, requests: int, samples: int, now: float) -> None:
+        """Count what a session asks for, all of it before it begins.
+
+        Raises:
+            LinkError: E614, it is more than the identity may ask for now, or ever.
+        """
+        quota = self._serving.quota_of(identity)
+        for what, amount, most in (("requests", requests, quota.requests), ("samples", samples, quota.samples)):
+            if most and amount > most:
+                raise self._too_much(identity, what, amount, most, f"in {self._serving.window:g} s")
+        self._charge(identity, requests, samples, now)
+
+    def _charge(self, identity: str, requests: int, samples: int, now: float) -> None:
+        quota, window = self._serving.quota_of(identity), self._serving.window
+        used = self._used.setdefault(identity, deque())
+        while used and used[0][0] <= now - window:
+            used.popleft()
+        wait = max(
+            _until_free([(when, r) for when, r, _ in used], requests, quota.requests, now - window),
+            _until_free([(when, s) for when, _, s in used], samples, quota.samples, now - window),
+        )
+        if wait > 0:
+            raise LinkError(
+                f"{identity!r} has used up its quota",
+                where=f"party {self._server}",
+                expected=_allowance(quota.requests, quota.samples, window),
+                got=f"{sum(r for _, r, _ in used)} requests and {sum(s for _, _, s in used)} samples so far",
+                remedy=f"ask again in {ceil(wait)} s",
+                code="E614",
+            )
+        if requests or samples:
+            used.append((now, requests, samples))
+        if not used:
+            del self._used[identity]
+
+    def _too_much(self, identity: str, what: str, amount: int, most: int, span: str) -> LinkError:
+        return LinkError(
+            f"{identity!r} asks for more than it ever may",
+            where=f"party {self._server}",
+            expected=f"at most {most} {what} {span}",
+            got=f"{amount} {what}",
+            remedy="predict for fewer samples at once, a part after the other",
+            code="E614",
+        )
+
+
+def closing(server: str) -> LinkError:
+    """Return the error for whoever comes, or is still there, when the server closes."""
+    return LinkError(
+        f"{server} closes its service",
+        where=f"party {server}",
+        remedy=f"ask {server}'s people when it will be back",
+        code="E615",
+    )
+
+
+def retry_after(error: CutlayerError) -> int | None:
+    """Return the seconds after which a refused client may ask again; None: asking again the same way does not help."""
+    found = _AFTER.search(error.remedy)
+    return int(found[1]) if found is not None and error.code in ("E612", "E613", "E614") else None
+
+
+def _until_free(used: list[tuple[float, int]], amount: int, most: int, since: float) -> float:
+    """Return the seconds until `amount` more fit into `most`; with nothing asked for, until anything fits at all."""
+    left = sum(number for _, number in used) + max(amount, 1) - most
+    if not most or left <= 0:
+        return 0.0
+    for when, number in used:
+        left -= number
+        if left <= 0:
+            return when - since
+    return 0.0
+
+
+def _allowance(requests: int, samples: int, window: float) -> str:
+    parts = [f"{most} {what}" for what, most in (("requests", requests), ("samples", samples)) if most]
+    return f"at most {' and '.join(parts)} in {window:g} s"

@@ -1,0 +1,294 @@
+"""A trained stage served to many clients over the network, until it is told to stop.
+
+```python
+cl.serve(plan, party, network=settings, weights=Path("runs/20260101-090000-scans"))
+```
+Each client has a session of its own, which runs the plan's prediction program; the stage itself is run by one batcher
+for all of them. Clients ask with `cutlayer.predict(plan, party, network=..., served=True)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from cutlayer.core.compile import Roster
+from cutlayer.core.gate import Gate
+from cutlayer.core.plan import Plan
+from cutlayer.core.program import Mode, Program
+from cutlayer.core.quota import Serving
+from cutlayer.core.serving import clients_of, requests_in, served_programs
+from cutlayer.engine.site import Place
+from cutlayer.engine.worker import Worker
+from cutlayer.errors import CutlayerError
+from cutlayer.run.batcher import Batcher
+from cutlayer.run.party import Party, build
+from cutlayer.run.prediction import SERVED, agenda, idle
+from cutlayer.run.session import Task, run_session
+from cutlayer.run.trained import load_trained
+from cutlayer.transport.hall import Guest, Hall
+from cutlayer.transport.notifier import Notifier
+from cutlayer.transport.settings import NetworkSettings
+
+__all__ = ["Served", "Service", "Tally", "serve"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+_LOOK: Final = 1.0  # seconds between two looks at whether to stop
+_REFUSALS: Final = frozenset({"E612", "E613", "E614", "E615"})
+
+
+@dataclass
+class Tally:
+    """What one identity has asked for: sessions that came to their end, and those that did not.
+
+    Attributes:
+        sessions, failed, refused: Sessions that ended well, that ended otherwise, and that were not begun.
+        requests, samples: Of the sessions that ended well.
+        sent, received: Bytes of all frames, of the sessions that ended well.
+    """
+
+    sessions: int = 0
+    failed: int = 0
+    refused: int = 0
+    requests: int = 0
+    samples: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a service has done.
+
+    Attributes:
+        seconds: From when it listened.
+        identities: Identity -> its tally.
+        forwards, requests: Forwards of the stages, and how many requests were put into them.
+        largest: Most samples in one forward.
+    """
+
+    seconds: float
+    identities: dict[str, Tally] = field(default_factory=dict)
+    forwards: int = 0
+    requests: int = 0
+    largest: int = 0
+
+
+def serve(
+    plan: Plan,
+    party: Party,
+    *,
+    network: NetworkSettings,
+    weights: Path | None = None,
+    serving: Serving | None = None,
+    notify: Notify | None = None,
+    stop: threading.Event | None = None,
+) -> Served:
+    """Serve a party's trained stages to many clients, until `stop` is set or Ctrl-C is pressed; then drain.
+
+    Args:
+        plan: The plan. Each of its predictions must be between this party and one client who gives the data and gets
+            the outputs, as in a U-shape.
+        party: The server, with its modules.
+        network: Its address, certificate and deadlines; `run` and `digest` must be the clients' own.
+        weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
+        serving: Limits; see `Serving`.
+        notify: Called from a thread of its own: "serving" (address, roles), "came" and "went" (identity, session, role,
+            samples...), "refused" (identity, code). Never with data.
+        stop: Set it to end the service. None: only Ctrl-C does.
+
+    Returns:
+        What was done, by identity.
+
+    Raises:
+        ProgramError: E453, E454, the plan or this party cannot be served.
+        LinkError: E604, it cannot listen at its address.
+        CheckpointError: E811, E812, the weights cannot be read, or are not those of the stages.
+        ConfigError: what `build` and the network's settings raise.
+    """
+    stop = stop or threading.Event()
+    with Service(plan, party, network=network, weights=weights, serving=serving, notify=notify) as service:
+        try:
+            while not stop.wait(_LOOK):
+                pass
+        except KeyboardInterrupt:
+            service.tell("closing", {"seconds": service.serving.drain})
+    return service.served()
+
+
+class Service:
+    """A served party, from `with` to its end: then sessions that are there have `Serving.drain` seconds to end."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        party: Party,
+        *,
+        network: NetworkSettings,
+        weights: Path | None = None,
+        serving: Serving | None = None,
+        notify: Notify | None = None,
+    ) -> None:
+        """Build the stages; nothing is opened before the `with`. Raises what `serve` raises."""
+        self.plan, self.party, self.serving = plan, idle(party), serving or Serving()
+        self.roles = clients_of(plan, party.name)
+        self._worker = build(plan, self.party, Roster({}))
+        if weights is not None:
+            load_trained(self._worker.site, weights)
+        stages = self._worker.site.stages
+        self._batcher = Batcher(party.name, stages, plan.graph, self.serving, party.threads)
+        self._gate = Gate(self.serving, party.name)
+        self._notifier = Notifier(f"cutlayer-{party.name}-serving", notify or _silent, _overlook)
+        self.tell = self._notifier.post
+        self._settings = _hall_settings(network, (party.name, *self.roles), self.serving)
+        self._hall = Hall(
+            self._settings, self._gate, places=self.serving.places, receive=self._receive, notify=self._heard
+        )
+        self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas
+        self._tallies: dict[str, Tally] = {}
+        self._threads: set[threading.Thread] = set()
+        self._begun = self._ended = 0.0
+
+    def __enter__(self) -> Self:
+        """Listen. Raises `LinkError` E604 if the party cannot listen at its address."""
+        self._notifier.start()
+        self._batcher.start()
+        try:
+            self._hall.start()
+        except BaseException:
+            self._batcher.close()
+            self._notifier.close(1.0)
+            raise
+        self._begun = time.monotonic()
+        self.tell("serving", {"address": self._settings.port, "roles": self.roles})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let nobody in any more, wait for sessions as long as they may take, and end everything."""
+        self._hall.close(0.0 if error is not None else self.serving.drain)
+        self._batcher.close()
+        for thread in list(self._threads):
+            thread.join(self._settings.deadlines.close)
+        self._ended = time.monotonic()
+        self._notifier.close(self._settings.deadlines.close)
+
+    def served(self) -> Served:
+        """Return what was done so far."""
+        work, until = self._batcher.work, self._ended or time.monotonic()
+        with self._lock:
+            identities = {name: replace(tally) for name, tally in sorted(self._tallies.items())}
+        return Served(until - self._begun, identities, work.forwards, work.requests, work.largest)
+
+    def _receive(self, guest: Guest) -> None:
+        """Begin a guest's session; called by the hall."""
+        name = f"cutlayer-{self.party.name}-session-{guest.number}"
+        thread = threading.Thread(target=self._attend, args=(guest,), name=name, daemon=True)
+        with self._lock:
+            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+        thread.start()
+
+    def _attend(self, guest: Guest) -> None:
+        """Run a session to its end, whatever that is, give its place back, and note what it was."""
+        session = _Session(self, guest)
+        self._batcher.came()
+        begin, code = time.monotonic(), session.run()
+        self._batcher.went()
+        self._hall.leave(guest)
+        with self._lock:
+            session.add_to(self._tallies.setdefault(guest.identity, Tally()), code)
+        facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": session.samples}
+        self.tell("went", {**facts, "seconds": round(time.monotonic() - begin, 3), "code": code})
+
+    def _heard(self, event: str, facts: Mapping[str, object]) -> None:
+        """Pass on what the hall says of those who were not let in; sessions' own networks say nothing new."""
+        if event == "refused":
+            with self._lock:
+                self._tallies.setdefault(str(facts["identity"]), Tally()).refused += 1
+            self.tell(event, facts)
+
+    def worker_for(self, guest: Guest, roster: Roster) -> tuple[Worker, int, int]:
+        """Return a worker for what a guest asks for, its requests and its samples.
+
+        Raises:
+            LinkError: E614, it is more than the guest's quota. DataError: the numbers of samples do not fit the plan.
+        """
+        samples = roster.samples.get("predict", {}).get(guest.role, 0)
+        self._gate.measure(guest.identity, samples)
+        programs = served_programs(self.plan, roster, (self.party.name, guest.role))
+        requests = requests_in(programs[self.party.name]["predict"])
+        with self._lock:
+            self._gate.charge(guest.identity, requests, samples, time.monotonic())
+        site, seats = copy.copy(self._worker.site), dict[Place, Any](self._batcher.seats())
+        site.stages = seats  # the site is shared; its stages are reached through the batcher only
+        facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
+        self.tell("came", {**facts, "requests": requests})
+        return Worker(self.plan, self._worker.parts, site), requests, samples
+
+
+class _Session:
+    """One guest's session: its worker, once it was let begin, and what it asks for."""
+
+    def __init__(self, service: Service, guest: Guest) -> None:
+        self._service, self._guest = service, guest
+        self._worker: Worker | None = None
+        self.samples = self._requests = 0
+
+    def run(self) -> str:
+        """Do what the guest asks for. Returns the code of what went wrong, or ""."""
+        service = self._service
+        task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False)
+        try:
+            with self._guest.network as link:
+                run_session(service.plan, service.party, task, link, _silent)
+        except CutlayerError as error:
+            return error.code
+        except Exception:  # the client was told E390; what a module said of its values stays in this process
+            return "E390"
+        return ""
+
+    def add_to(self, tally: Tally, code: str) -> None:
+        """Count the session, which has ended with this code."""
+        if self._worker is None or code:
+            tally.refused += code in _REFUSALS
+            tally.failed += code not in _REFUSALS
+            return
+        tally.sessions, tally.requests = tally.sessions + 1, tally.requests + self._requests
+        tally.samples += self.samples
+        tally.sent += self._worker.ledger.total("sent")
+        tally.received += self._worker.ledger.total("received")
+
+    def _build(self, _plan: Plan, _party: Party, roster: Roster) -> Worker:
+        self._worker, self._requests, self.samples = self._service.worker_for(self._guest, roster)
+        return self._worker
+
+    def _programs(self, plan: Plan, roster: Roster) -> Mapping[str, Mapping[Mode, Program]]:
+        return served_programs(plan, roster, (self._service.party.name, self._guest.role))
+
+
+def _hall_settings(network: NetworkSettings, parties: tuple[str, ...], serving: Serving) -> NetworkSettings:
+    """Return the settings of a server's sessions: like those of a run, but for who is in it and how long is waited."""
+    deadlines = replace(network.deadlines, join=serving.idle, receive=serving.idle, patience=serving.patience)
+    return replace(
+        network,
+        parties=parties,
+        coordinator=network.party,
+        addresses={network.party: network.port},
+        run=network.run + SERVED,
+        deadlines=deadlines,
+    )
+
+
+def _silent(_event: str, _facts: Mapping[str, object]) -> None:
+    pass
+
+
+def _overlook(_error: BaseException) -> None:
+    """What people do with an event does not stop the service."""

@@ -1,0 +1,87 @@
+"""Which plans can be served, by whom to whom, and what a served session runs."""
+
+from __future__ import annotations
+
+import pytest
+
+import cutlayer as cl
+from cutlayer.core.compile import Roster, compile_plan
+from cutlayer.core.program import Exchange, Forward, Recv, Send
+from cutlayer.core.serving import clients_of, requests_in, served_programs, server_of
+from cutlayer.errors import ProgramError
+from tests.run import plans
+
+U = {"cut": "float32[batch, 8]", "back": "float32[batch, 5]", "output": "float32[batch, 3]"}
+
+
+def test_a_u_shape_is_served_to_its_data_holders():
+    assert clients_of(plans.u_shaped().plan, "server") == ("alpha",)
+    assert clients_of(plans.relay().plan, "server") == ("alpha", "beta", "gamma")
+    assert server_of(plans.relay().plan, "beta") == "server"
+
+
+def vanilla() -> cl.Plan:
+    return cl.vanilla("alpha", "server", cut="float32[batch, 8]", output="float32[batch, 3]")
+
+
+@pytest.mark.provokes("E453")
+@pytest.mark.parametrize(
+    ("plan", "server", "reason"),
+    [
+        (vanilla(), "server", "the output 'server' stays at server, where the loss is: the client would get nothing"),
+        (plans.vertical().plan, "registry", "3 parties take part in each: clinic, laboratory, registry"),
+        (plans.hops().plan, "two", "4 parties take part in each: four, one, three, two"),
+    ],
+)
+def test_why_a_plan_cannot_be_served(plan: cl.Plan, server: str, reason: str):
+    with pytest.raises(ProgramError) as caught:
+        clients_of(plan, server)
+    assert caught.value.code == "E453"
+    assert caught.value.got == reason.replace("'server'", repr(plan.graph.outputs[0]))
+    client = next(name for name in plan.parties if name != server)
+    with pytest.raises(ProgramError, match=r"E453|E454"):
+        server_of(plan, client)
+
+
+def test_a_server_with_data_of_its_own_is_refused():
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output="float32[batch, 8]"),
+        cl.Stage("body", at="server", inputs=["head", "data.z@server"], output="float32[batch, 5]"),
+        cl.Stage("tail", at="alpha", inputs=["body"], output="float32[batch, 3]"),
+        cl.Loss("loss", at="alpha", inputs=["tail", "data.y"]),
+    ]
+    with pytest.raises(ProgramError, match=r"E453.*server would have to give data for each"):
+        clients_of(cl.Plan(stages), "server")
+
+
+@pytest.mark.provokes("E454")
+def test_who_is_no_server_and_no_client():
+    plan = plans.u_shaped().plan
+    with pytest.raises(ProgramError, match=r"E454.*'nobody' has no stage to serve"):
+        clients_of(plan, "nobody")
+    with pytest.raises(ProgramError, match=r"E454.*'server' cannot ask a server"):
+        server_of(plan, "server")
+
+
+@pytest.mark.parametrize("case", [plans.u_shaped, plans.relay, plans.parallel])
+def test_a_session_runs_the_plans_own_prediction_without_the_barrier(case):
+    plan = case().plan
+    whole = compile_plan(plan, Roster({"predict": {"alpha": 21}}))
+    found = served_programs(plan, Roster({"predict": {"alpha": 21}, "train": {"alpha": 2**60}}), ("server", "alpha"))
+    assert set(found) == {"server", "alpha"}
+    for party, modes in found.items():
+        assert set(modes) == {"predict"}
+        kept = [
+            (block.repeat, [j for j in block.instructions if not isinstance(j, Exchange)])
+            for block in whole[party]["predict"].blocks
+        ]
+        assert [(block.repeat, list(block.instructions)) for block in modes["predict"].blocks] == kept
+        jobs = [job for block in modes["predict"].blocks for job in block.instructions]
+        assert {job.to for job in jobs if isinstance(job, Send)} | {j.source for j in jobs if isinstance(j, Recv)} == {
+            "server" if party == "alpha" else "alpha"
+        }
+    forwards = sum(
+        block.repeat * sum(isinstance(job, Forward) for job in block.instructions)
+        for block in found["server"]["predict"].blocks
+    )
+    assert requests_in(found["server"]["predict"]) == forwards > 0
