@@ -120,7 +120,7 @@ def run_parties(folder: Path) -> Path:
     command = [sys.executable, "-m", "cutlayer", "run", "--processes", str(folder / "contract.toml"), *files]
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
     print(shown, end="")
-    return Path(shown.strip().splitlines()[-1].removeprefix("results: "))
+    return Path(shown.strip().splitlines()[-1].removeprefix("results: ")).parent  # of the report
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def main() -> None:
     print("\nbytes by cut")
     for row in summary["cuts"]:
         print(f"  {row['from']:>10} -> {row['to']:<10} {row['cut']:<10} {row['direction']:<4} {row['payload']:>12,}")
-    print(f"\nresults: {results}")
+    print(f"\nresults: {results / 'report.html'}")
     if not same:
         raise SystemExit("the split network differs from the uncut one")
 

@@ -109,12 +109,13 @@ Shape = Box | Line | Polygon | Dot | Label | Group
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawing. `title` says what it shows, also to those who cannot see it."""
+    """A drawing, for those who cannot see it too: `title` says what it shows, `about` what is to be read off it."""
 
     width: float
     height: float
     items: tuple[Shape, ...]
     title: str
+    about: str = ""
 
 
 def width(text: str, size: float = 11.0, *, bold: bool = False) -> float:
