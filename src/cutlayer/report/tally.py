@@ -8,7 +8,7 @@ from typing import Any
 
 from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
-from cutlayer.core.graph import Edge, Graph
+from cutlayer.core.graph import Edge
 from cutlayer.errors import CutlayerError
 from cutlayer.report.record import FlowRow, HistoryRow, Record
 
@@ -249,13 +249,3 @@ def _rank(row: Moved) -> int:
     if row.direction in ("up", "down"):
         return 2 * row.edge + (row.direction == "down")
     return _NUMBERED + (_NUMBERED if not row.payload else row.edge)
-
-
-def sources(graph: Graph, party: str) -> dict[str, bool]:
-    """Return a party's data fields -> whether the plan releases them to another party."""
-    found: dict[str, bool] = {}
-    for lane in range(graph.lanes):
-        for edge in graph.edges:
-            if edge.source.field and graph.origin(edge, lane) == party:
-                found[edge.source.field] = found.get(edge.source.field, False) or graph.is_cut(edge, lane)
-    return found
