@@ -93,5 +93,7 @@ def amount(text: str) -> float:
 
 
 def about(text: str, value: float) -> bool:
-    """Whether a text of three digits says this value."""
-    return abs(amount(text) - value) <= 0.006 * value + 0.5 * (value < 1000)
+    """Whether a text such as "18.8 MB" says this value, to its last digit."""
+    found = re.fullmatch(r"[\d,]+(?:\.(\d+))? ?([kMGT]?B?)(?:FLOP)?", text)
+    assert found is not None, text
+    return abs(amount(text) - value) <= 0.501 * UNITS[found[2]] * 10.0 ** -len(found[1] or "")

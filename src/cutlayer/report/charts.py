@@ -23,7 +23,7 @@ _ROW = 34.0
 
 def panels(record: Record) -> list[list[Series]]:
     """Return the series of each metric of each loss. Lists of numbers (per class) are left to the CSV file."""
-    wanted = [line for line in series(record) if "[" not in line.metric and len(line.points)]
+    wanted = [line for line in series(record) if not line.listed]
     return [list(lines) for _, lines in groupby(wanted, key=lambda line: (line.loss, line.metric))]
 
 

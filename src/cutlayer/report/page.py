@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["render_page", "render_svg", "summary_words"]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _EVENTS = {
     "lost": "a party was lost", "returned": "a lost party came back",
     "rollback": "the run went back to a checkpoint", "aborted": "a party stopped the run",
@@ -100,9 +102,15 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_printable,
     )
     env.filters |= {"px": _px, "points": _points}
     return env
+
+
+def _printable(value: object) -> object:
+    """Replace characters that neither HTML nor SVG may hold; what is marked safe is our own."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def _safe(style: str) -> object:
