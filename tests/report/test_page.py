@@ -166,8 +166,10 @@ def test_parties_and_stages_cannot_have_such_names(name: str):
     loss = cl.Loss("loss", at="north", inputs=[name, "data.y"])
     with pytest.raises(cl.CutlayerError):
         cl.Plan([cl.Stage(name, at="north", inputs=["data.x"], output="float32[batch, 2]"), loss])
+    end = cl.Loss("loss", at="north", inputs=["net", "data.y"])
     with pytest.raises(cl.CutlayerError):
-        cl.Plan([cl.Stage("net", at="north", inputs=[f"data.{name}"], output="float32[batch, 2]")])
+        cl.Plan([cl.Stage("net", at="north", inputs=[f"data.{name}"], output="float32[batch, 2]"), end])
+    assert cl.Plan([cl.Stage("net", at="north", inputs=["data.x"], output="float32[batch, 2]"), end])
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
