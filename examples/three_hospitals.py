@@ -126,7 +126,7 @@ def run_parties(folder: Path, epochs: int, runs: Path) -> Path:
     command += ["--folder", str(new_run_folder(runs, "three-hospitals"))]
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
     print(shown, end="")
-    return Path(shown.strip().splitlines()[-1].removeprefix("results: "))
+    return Path(shown.strip().splitlines()[-1].removeprefix("results: ")).parent  # of the report
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -131,7 +131,7 @@ def assert_no_process_left(folder: Path) -> None:
 def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path):
     assert call("run", *ALL, "--folder", "one", "-q").code == 0
     result = call("run", *ALL, "--folder", "many", "--processes")
-    assert (result.code, result.out[-1]) == (0, "results: many/")
+    assert (result.code, result.out[-1]) == (0, "results: many/report.html")
     assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
     assert_same_weights(demo / "one", demo / "many")
     one, many = (json.loads((demo / name / "summary.json").read_text()) for name in ("one", "many"))
@@ -139,7 +139,7 @@ def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path
         assert one[part] == many[part]
     assert not list((demo / "many").rglob("*.key"))
     assert_no_process_left(demo)
-    assert call("resume", "many").out[-1] == "results: many/"
+    assert call("resume", "many").out[-1] == "results: many/report.html"
 
 
 @pytest.mark.slow
@@ -173,5 +173,5 @@ def test_stopped_run_leaves_no_process_and_goes_on_to_the_same_bits(call: Call, 
     assert not (demo / "many" / "summary.json").exists()
     assert read_run(demo / "many")[2].kind == "processes"
     result = call("resume", "many")
-    assert (result.code, result.out[-1]) == (0, "results: many/")
+    assert (result.code, result.out[-1]) == (0, "results: many/report.html")
     assert_same_weights(demo / "one", demo / "many")

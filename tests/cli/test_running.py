@@ -34,14 +34,13 @@ def test_run_says_where_its_results_are_in_the_last_line(call: Call, demo: Path)
     result = call("run", *ALL)
     assert result.code == 0
     folder = only_folder(demo / "runs")
-    assert result.out[-1] == f"results: runs/{folder.name}/"
+    assert result.out[-1] == f"results: runs/{folder.name}/report.html"
     assert folder.name.endswith("-demo")
     assert result.out[0].startswith("demo: ")
     assert result.err[0] == f"run folder: runs/{folder.name}/"
     assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
     names = {"contract.toml", "metrics.jsonl", "hospital.safetensors", "launch.json", "server.safetensors"}
-    assert {path.name for path in folder.iterdir()} == {*names, "summary.json", "report.html", "report"}
-    assert result.out[-2] == f"report: runs/{folder.name}/report.html"
+    assert {path.name for path in folder.iterdir()} == {*names, "summary.json", "report", "report.html"}
     resolved = load_contract(folder / "contract.toml")
     assert resolved == load_contract(demo / "contract.toml")
     assert "checkpoint_every = 0" in (folder / "contract.toml").read_text()  # defaults are in it
@@ -55,12 +54,13 @@ def test_run_as_json(call: Call, demo: Path):
     document = call("run", *ALL, "--json", "--folder", "out").json()
     assert document["results"] == str(demo / "out")
     assert document["metrics"]["evaluate"]["loss"]["loss"] < 1.0
-    assert document == {**json.loads((demo / "out" / "summary.json").read_text()), "results": str(demo / "out")}
+    places = {"results": str(demo / "out"), "report": str(demo / "out" / "report.html")}
+    assert document == {**json.loads((demo / "out" / "summary.json").read_text()), **places}
 
 
 def test_quiet_run_prints_one_line(call: Call, demo: Path):
     result = call("run", *ALL, "--folder", "out", "-q")
-    assert (result.out, result.err) == (["results: out/"], [])
+    assert (result.out, result.err) == (["results: out/report.html"], [])
 
 
 def test_run_twice_in_one_folder_is_refused(call: Call, demo: Path):
@@ -175,9 +175,25 @@ def test_finished_run_stays_as_it_is(call: Call, demo: Path):
     call("run", *ALL, "--folder", "out", "-q")
     before = {path: path.read_bytes() for path in (demo / "out").rglob("*") if path.is_file()}
     result = call("resume", "out")
-    assert (result.code, result.out) == (0, ["this run is finished", "results: out/"])
-    assert call("resume", "out", "--json").json() == {"finished": True, "results": str(demo / "out")}
+    assert (result.code, result.out) == (0, ["this run is finished", "results: out/report.html"])
+    places = {"results": str(demo / "out"), "report": str(demo / "out" / "report.html")}
+    assert call("resume", "out", "--json").json() == {"finished": True, **places}
     assert {path: path.read_bytes() for path in (demo / "out").rglob("*") if path.is_file()} == before
+
+
+def test_report_that_a_finished_run_lacks_is_made(call: Call, demo: Path):
+    call("run", *ALL, "--folder", "out", "-q")
+    (demo / "out" / "report.html").unlink()
+    assert call("resume", "out").out == ["this run is finished", "results: out/report.html"]
+    assert (demo / "out" / "report.html").exists()
+
+
+def test_run_that_went_well_does_not_fail_by_its_report(call: Call, demo: Path):
+    (demo / "out" / "report.html").mkdir(parents=True)  # where no file can be written
+    result = call("run", *ALL, "--folder", "out")
+    assert (result.code, result.out[-1]) == (0, "results: out/")
+    assert result.err[-1].startswith("the report could not be written: IsADirectoryError: ")
+    assert result.err[-1].endswith("; try `cutlayer report`")
 
 
 def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):
@@ -185,7 +201,7 @@ def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):
     call("run", *ALL, "--folder", "out", "-q")
     digest = load_contract(demo / "contract.toml").digest()
     result = call("join", "contract.toml", "server.toml", "--folder", "out", "--accept", digest)
-    assert (result.code, result.out) == (0, ["this run is finished", "results: out/"])
+    assert (result.code, result.out) == (0, ["this run is finished", "results: out/report.html"])
 
 
 def test_run_in_one_process_cannot_be_gone_on_with(call: Call, demo: Path):

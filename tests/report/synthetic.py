@@ -50,7 +50,10 @@ def summary(plan: cl.Plan, *, known: Sequence[str] = (), samples: int = 24, **ch
         "cuts": [],
         "ledgers": ledgers,
         "processes": [{"parties": list(known), "seconds": 2.5, "memory": 300_000_000}],
-        "parameters": {party: {"stages": {s.name: 1234 for s in plan.stages if party in s.places}, "total": 1234} for party in known},  # noqa: E501
+        "parameters": {
+            party: {"stages": {s.name: 1234 for s in plan.stages if party in s.places}, "total": 1234}
+            for party in known
+        },
         "weights_sha256": dict.fromkeys(known, "ab" * 32),
         "versions": {"cutlayer": "0.1.0"},
         **changes,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cutlayer.run.config import Contract
     from cutlayer.run.partyfile import PartyFile
 
-__all__ = ["loggers", "report_line", "show_report"]
+__all__ = ["loggers", "show_report", "shown_page", "written_page"]
 
 
 def show_report(folder: Path, output: Output, *, open_page: bool) -> None:
@@ -25,21 +25,26 @@ def show_report(folder: Path, output: Output, *, open_page: bool) -> None:
     report = write_report(folder)
     output.document({"report": str(report.page.absolute()), "files": [str(file.absolute()) for file in report.files]})
     missing = "" if report.drawn else " (its drawings as PNG need matplotlib: pip install 'cutlayer[plot]')"
-    output.last(f"report: {_shown(report.page)}{missing}")
+    output.last(f"report: {shown_page(report.page)}{missing}")
     if open_page:
         webbrowser.open(report.page.absolute().as_uri())
 
 
-def report_line(folder: Path, output: Output) -> None:
-    """Write the report at the end of a run and say where it is. A run that went well does not fail by its report."""
+def written_page(folder: Path, output: Output, *, anew: bool) -> Path | None:
+    """Write the report of a run that has ended and return its path; not `anew`: one that is there is left as it is.
+
+    A run that went well does not fail by its report: if that cannot be written, the reason is told, and None returned.
+    """
+    page = folder / "report.html"
+    if page.exists() and not anew:
+        return page
     from cutlayer.report.write import write_report
 
     try:
-        report = write_report(folder, png=False)
+        return write_report(folder, png=False).page
     except Exception as error:
         output.note(f"the report could not be written: {type(error).__name__}: {error}; try `cutlayer report`")
-        return
-    output.say(f"report: {_shown(report.page)}")
+        return None
 
 
 @contextmanager
@@ -66,5 +71,6 @@ def loggers(files: Sequence[PartyFile], folder: Path, contract: Contract, output
         yield fan_out(*found)
 
 
-def _shown(page: Path) -> str:
+def shown_page(page: Path) -> str:
+    """Return a file's path, relative to the current folder if it lies in it."""
     return f"{shown_path(page.parent)}{page.name}"

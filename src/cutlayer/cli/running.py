@@ -12,7 +12,7 @@ import typer
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import run_processes
 from cutlayer.cli.progress import RunProgress
-from cutlayer.cli.report import loggers, report_line
+from cutlayer.cli.report import loggers, shown_page, written_page
 from cutlayer.core.compile import compile_plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
@@ -122,12 +122,12 @@ def both(progress: Notify, log: Notify) -> Notify:
 
 
 def _finish(summary: str, document: Mapping[str, Any], folder: Path, output: Output) -> None:
-    """Write the report, and say where the results are in the last line."""
+    """Write the report, and say in the last line where it is: the other results are beside it."""
     output.say(summary)
-    if "finished" not in document:
-        report_line(folder, output)
-    output.document({**document, "results": str(folder.absolute())})
-    output.last(f"results: {shown_path(folder)}")
+    page = written_page(folder, output, anew="finished" not in document)
+    report = {"report": str(page.absolute())} if page else {}
+    output.document({**document, "results": str(folder.absolute()), **report})
+    output.last(f"results: {shown_page(page) if page else shown_path(folder)}")
 
 
 def _finished(folder: Path, output: Output) -> bool:

@@ -12,7 +12,7 @@ from cutlayer.report.scene import Box, Dot, Group, Label, Line, Scene, Shape, fi
 from cutlayer.report.tally import KINDS, Cost, Series, costs, series
 from cutlayer.report.words import duration, number
 
-__all__ = ["curves", "grid", "ticks", "time_bars"]
+__all__ = ["curves", "grid", "panels", "ticks", "time_bars", "title_of", "who"]
 
 _TEXT, _TITLE = 10.0, 13.0
 _PANEL = (470.0, 270.0)
@@ -21,10 +21,15 @@ _BARS = (140.0, 690.0)
 _ROW = 34.0
 
 
+def panels(record: Record) -> list[list[Series]]:
+    """Return the series of each metric of each loss. Lists of numbers (per class) are left to the CSV file."""
+    wanted = [line for line in series(record) if not line.listed]
+    return [list(lines) for _, lines in groupby(wanted, key=lambda line: (line.loss, line.metric))]
+
+
 def curves(record: Record) -> list[Scene]:
-    """Return a panel for each metric of each loss. Lists of numbers (per class) are left to the CSV file."""
-    wanted = [line for line in series(record) if "[" not in line.metric and len(line.points)]
-    return [_panel(list(lines)) for _, lines in groupby(wanted, key=lambda line: (line.loss, line.metric))]
+    """Return a drawing for each of `panels`."""
+    return [_panel(lines) for lines in panels(record)]
 
 
 def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
@@ -48,14 +53,18 @@ def time_bars(record: Record) -> Scene:
     legend, top = _legend([(kind, f"fill-{_colour(kind)}") for kind in kinds], 0.0, _BARS[0] + _BARS[1])
     items: list[Shape] = [*legend]
     bottom = top + 8.0 + _ROW * len(rows)
-    for tick in ticks(0.0, longest):
-        x = _BARS[0] + _BARS[1] * tick / longest
+    unit, word = (1.0, "s") if longest < 180.0 else (60.0, "min") if longest < 10800.0 else (3600.0, "h")
+    for tick in ticks(0.0, longest / unit):
+        x = _BARS[0] + _BARS[1] * tick * unit / longest
         items.append(Line(((x, top + 4.0), (x, bottom)), "rule"))
-        items.append(Label(x, bottom + 14.0, f"{tick:g} s", "soft", _TEXT, "middle"))
+        items.append(Label(x, bottom + 14.0, f"{tick:g} {word}", "soft", _TEXT, "middle"))
     for place, row in enumerate(rows):
         items += _bar(row, kinds, top + 8.0 + _ROW * place, longest)
     items.append(Line(((_BARS[0], top + 4.0), (_BARS[0], bottom)), "axis"))
-    return Scene(_BARS[0] + _BARS[1] + 70.0, bottom + 22.0, tuple(items), "Seconds of each party by kind of work")
+    told = [", ".join(f"{kind} {duration(row.seconds[kind])}" for kind in kinds) or "next to nothing" for row in rows]
+    about = [f"{row.party}: {text}" for row, text in zip(rows, told, strict=True)]
+    title = "Time of each party by kind of work"
+    return Scene(_BARS[0] + _BARS[1] + 70.0, bottom + 22.0, tuple(items), title, f"{'. '.join(about)}.")
 
 
 def grid(scenes: Sequence[Scene], title: str, columns: int = 2) -> Scene:
@@ -72,7 +81,7 @@ def grid(scenes: Sequence[Scene], title: str, columns: int = 2) -> Scene:
 
 
 def _panel(lines: Sequence[Series]) -> Scene:
-    title = lines[0].metric if lines[0].loss == "loss" else f"{lines[0].metric} of {lines[0].loss}"
+    title = title_of(lines[0])
     kinds = _line_kinds(lines)
     names = [
         (_legend_text(line, alone=len({ln.who for ln in lines}) == 1), kind)
@@ -91,27 +100,44 @@ def _panel(lines: Sequence[Series]) -> Scene:
     items += _axes(frame, x_range, y_range)
     for line, kind in zip(lines, kinds, strict=True):
         items += _curve(line, kind, frame, x_range, y_range)
-    return Scene(_PANEL[0], frame[1] + frame[3] + 40.0, tuple(items), f"{title} by round")
+    about = ". ".join(_about(line) for line in lines)
+    return Scene(_PANEL[0], frame[1] + frame[3] + 40.0, tuple(items), f"{title} by round", f"{about}.")
 
 
 def _line_kinds(lines: Sequence[Series]) -> list[str]:
     """Colour by replica, dashes for evaluation; one replica alone has a colour for each mode."""
-    who = list(dict.fromkeys(line.who for line in lines))
-    if len(who) == 1:
+    whose = list(dict.fromkeys(line.who for line in lines))
+    if len(whose) == 1:
         return [{"train": "line-c1", "evaluate": "dash-c2"}.get(line.mode, "line-c3") for line in lines]
-    return [f"{'dash' if line.mode == 'evaluate' else 'line'}-c{1 + who.index(line.who) % SERIES}" for line in lines]
+    return [f"{'dash' if line.mode == 'evaluate' else 'line'}-c{1 + whose.index(line.who) % SERIES}" for line in lines]
+
+
+def title_of(line: Series) -> str:
+    """Return "accuracy", or "accuracy of LOSS" if that says more."""
+    return line.metric if line.loss == "loss" else f"{line.metric} of {line.loss}"
+
+
+def who(line: Series) -> str:
+    """Return whose values a line shows."""
+    names = line.who
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more, all the same"
+
+
+def _about(line: Series) -> str:
+    """Return in words how a line goes."""
+    (first, begin), (last, end) = line.points[0], line.points[-1]
+    values = [value for _, value in line.points if math.isfinite(value)] or [math.nan]
+    path = f"{number(begin)} in round {first}"
+    if last > first:
+        path += f", {number(end)} in round {last}, between {number(min(values))} and {number(max(values))}"
+    return f"{line.mode}, {who(line)}: {path}"
 
 
 def _legend_text(line: Series, *, alone: bool) -> str:
     last = f"{line.mode} {number(line.points[-1][1])}"
-    who = (
-        ""
-        if alone and len(line.who) == 1
-        else f", {line.who[0]}"
-        if len(line.who) == 1
-        else f", all {len(line.who)} replicas"
-    )
-    return f"{last}{who}"
+    if len(line.who) > 1:
+        return f"{last}, the same at {len(line.who)} replicas"
+    return last if alone else f"{last}, {line.who[0]}"
 
 
 def _legend(names: Sequence[tuple[str, str]], y: float, most: float, left: float = 0.0) -> tuple[list[Shape], float]:
@@ -179,12 +205,12 @@ def _curve(
         if math.isfinite(y)
     ]
     colour = kind.rpartition("-")[2]
-    who = ", ".join(line.who)
-    items: list[Shape] = [Line(tuple(points), kind, f"{line.mode} {line.metric}, {who}")] if len(points) > 1 else []
+    name = f"{line.mode} {line.metric}, {who(line)}"
+    items: list[Shape] = [Line(tuple(points), kind, name)] if len(points) > 1 else []
     if len(points) <= 60:
         known = [point for point in line.points if math.isfinite(point[1])]
         items += [
-            Dot(x, y, 2.6, f"fill-{colour}", f"{line.mode} {line.metric}, {who}\nround {at}: {number(value)}")
+            Dot(x, y, 2.6, f"fill-{colour}", f"{name}\nround {at}: {number(value)}")
             for (x, y), (at, value) in zip(points, known, strict=True)
         ]
     return items

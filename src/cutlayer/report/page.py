@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer.core.describe import keeps
 from cutlayer.core.parts import Loss
+from cutlayer.report.numbers import metric_tables, missing, time_table
 from cutlayer.report.palette import DARK, LIGHT, STYLES
 from cutlayer.report.record import Record
 from cutlayer.report.scene import Point, Scene
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["render_page", "render_svg", "summary_words"]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _EVENTS = {
     "lost": "a party was lost", "returned": "a lost party came back",
     "rollback": "the run went back to a checkpoint", "aborted": "a party stopped the run",
@@ -45,9 +49,11 @@ def render_page(record: Record, plan: Scene, curves: Sequence[Scene], time: Scen
         alarms=_alarms(rows),
         facts=_facts(record, rows),
         plan_scene=plan,
-        curves=curves,
+        curves=list(zip(curves, metric_tables(record), strict=True)),
         lists=_lists(record),
+        missing=missing(record),
         time_scene=time,
+        time_table=time_table(record),
         time_words=_time_words(record),
         costs=[_cost_row(row) for row in costs(record)],
         cost_words=_cost_words(record),
@@ -88,6 +94,7 @@ def summary_words(record: Record) -> str:
     )
 
 
+@cache
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -97,9 +104,15 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_printable,
     )
     env.filters |= {"px": _px, "points": _points}
     return env
+
+
+def _printable(value: object) -> object:
+    """Replace characters that neither HTML nor SVG may hold; what is marked safe is our own."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def _safe(style: str) -> object:
@@ -125,16 +138,19 @@ def _place_words(record: Record) -> str:
     known = [party for process in record.summary.processes for party in process.parties]
     if not record.complete:
         return f"Seen from {_listed(known)}."
-    return "All parties ran in one process." if len(record.summary.processes) == 1 else "Each party ran in a process."
+    if len(record.summary.processes) == 1:
+        return "All parties ran in one process." if known[1:] else "It ran in one process."
+    return f"The parties ran in {len(record.summary.processes)} processes."
 
 
 def _notices(record: Record) -> list[str]:
     found: list[str] = []
     if not record.complete:
         others = [party for party in record.plan.parties if party not in record.summary.ledgers]
+        between = ", and what they sent each other," if others[1:] else ""
         found.append(
             f"This folder holds the record of {_listed(list(record.summary.ledgers))} only. What {_listed(others)} "
-            "computed, and what they sent each other, is not known here; bytes are those sent and received here."
+            f"computed{between} is not known here; bytes are those sent and received here."
         )
     if record.events:
         told = [f"{_EVENTS[name]} {_count(count, 'time')}" for name, count in record.events.items()]
@@ -182,10 +198,17 @@ def _time_words(record: Record) -> str:
             f"All parties took turns in one process, for {duration(record.summary.seconds)} together, so none of them "
             "waited and none sent anything over a network. Shown is what each of them computed."
         )
-    return (
+    words = (
         "Waiting is for frames of other parties, the network included; encode and receive are copies and checks of "
         "what is sent and comes in. Other is the rest: the start, meeting the others, exchanges, checkpoints."
     )
+    longest = max((process.seconds for process in record.summary.processes), default=record.summary.seconds)
+    if record.summary.seconds - longest >= 1.0:  # Python and torch take their time to load
+        words += (
+            f" From start to end it was {duration(record.summary.seconds)}: what no bar shows is the start of the "
+            "processes, before a party begins, and their end."
+        )
+    return words
 
 
 def _cost_words(record: Record) -> str:

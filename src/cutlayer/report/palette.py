@@ -14,13 +14,13 @@ LIGHT: Mapping[str, str] = {
     "page": "#ffffff", "card": "#ffffff", "panel": "#f4f6f8", "ink": "#1c2733", "soft": "#5a6876", "rule": "#d5dce3",
     "frame": "#8798a8", "chip": "#ffffff", "value": "#0b62a4", "gradient": "#b8500f", "raw": "#c0152f",
     "exchange": "#6b4fa0", "keep": "#1d7a46", "keep-panel": "#eaf5ee", "c1": "#0072b2", "c2": "#d55e00",
-    "c3": "#009e73", "c4": "#cc79a7", "c5": "#8a6d00", "c6": "#3a9bd0", "c7": "#5a6876", "c8": "#b0bac4",
+    "c3": "#009e73", "c4": "#cc79a7", "c5": "#8a6d00", "c6": "#3a9bd0", "c7": "#5a6876", "c8": "#8996a2",
 }  # fmt: skip
 DARK: Mapping[str, str] = {
     "page": "#12181f", "card": "#19212a", "panel": "#202a35", "ink": "#e6ecf2", "soft": "#a2b0bd", "rule": "#36434f",
     "frame": "#6d7f90", "chip": "#19212a", "value": "#6cb4ee", "gradient": "#f0965a", "raw": "#ff7d8c",
     "exchange": "#b9a2ea", "keep": "#6cc795", "keep-panel": "#1b2f26", "c1": "#56b4e9", "c2": "#f0863a",
-    "c3": "#3fc79c", "c4": "#e09cc0", "c5": "#e3c446", "c6": "#9ad2f5", "c7": "#a2b0bd", "c8": "#5d6a76",
+    "c3": "#3fc79c", "c4": "#e09cc0", "c5": "#e3c446", "c6": "#9ad2f5", "c7": "#a2b0bd", "c8": "#6f7d8a",
 }  # fmt: skip
 SERIES = 7  # colours c1 to c7 are for series; c8 is for what is left over
 

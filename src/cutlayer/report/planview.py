@@ -70,7 +70,8 @@ def draw_plan(record: Record) -> Scene:
     legend = _legend(arrows)
     most = max(layout.width, _legend_width(legend) + 28.0)
     items.append(Group(14.0, layout.height + 10.0, tuple(legend)))
-    return Scene(most, layout.height + 24.0, tuple(items), title)
+    about = ". ".join([*(_about(one) for one in inside), *(one.title.replace("\n", ". ") for one in arrows)])
+    return Scene(most, layout.height + 24.0, tuple(items), title, f"{about}.")
 
 
 def plan_layout(plan: Plan, inside: Sequence[Inside], arrows: Sequence[Arrow]) -> Layout:
@@ -92,6 +93,12 @@ def layers(plan: Plan) -> dict[str, int]:
                 origins = [graph.origin(edge, lane) for edge in graph.inputs_of[stage.name] if edge.source.stage]
                 found[party] = max((found[name] + 1 for name in origins if name != party), default=0)
     return found
+
+
+def _about(one: Inside) -> str:
+    """Return in words what is drawn in a party's box."""
+    runs = ", ".join(name for name, _, _ in one.stages) or "nothing"
+    return f"{one.name} runs {runs}; never leaves: {', '.join(one.kept) or 'nothing'}"
 
 
 def _inside(record: Record, party: str) -> Inside:

@@ -173,6 +173,9 @@ def read_record(folder: Path) -> Record:
         raise _unreadable(path, "a summary as a run writes it", str(error)[:200]) from error
     if plan.digest() != summary.plan.digest:
         raise _unreadable(path, f"a plan of digest {summary.plan.digest[:80]}", plan.digest())
+    strangers = _named(summary) - {*plan.parties, *(stage.name for stage in plan.stages)}
+    if strangers:
+        raise _unreadable(path, "parties and losses of its plan", ", ".join(sorted(strangers))[:200])
     return Record(folder, summary, plan, _events(folder / "metrics.jsonl"))
 
 
@@ -194,6 +197,17 @@ def restored_plan(document: Mapping[str, Any]) -> Plan:
             *(PlannedExchange(**row) for row in document.get("exchanges", ())),
         ],
     )
+
+
+def _named(summary: SummaryFile) -> set[str]:
+    """Return the parties and losses that a summary speaks of."""
+    ledgers = summary.ledgers
+    return {
+        *ledgers,
+        *(row.peer for ledger in ledgers.values() for row in ledger.flows),
+        *(name for row in summary.history for name in (row.loss, row.party) if name),
+        *(party for process in summary.processes for party in process.parties),
+    }
 
 
 def _events(path: Path) -> dict[str, int]:

@@ -31,6 +31,7 @@ Anchor = Literal["start", "middle", "end"]
 
 # Widths as shares of the font's size; at least those of Arial and DejaVu Sans, so that what is measured fits.
 _NARROW, _SLIM, _WIDE = frozenset(" .,:;|!'`ijlI"), frozenset('frt()[]{}/\\-"*°'), frozenset("mwMW@%→←")
+_BROAD = frozenset("+<=>#~^&")
 _BOLD = 1.09
 
 
@@ -109,19 +110,20 @@ Shape = Box | Line | Polygon | Dot | Label | Group
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawing. `title` says what it shows, also to those who cannot see it."""
+    """A drawing, for those who cannot see it too: `title` says what it shows, `about` what is to be read off it."""
 
     width: float
     height: float
     items: tuple[Shape, ...]
     title: str
+    about: str = ""
 
 
 def width(text: str, size: float = 11.0, *, bold: bool = False) -> float:
     """Return the most pixels that a text takes."""
     shares = sum(
         0.34 if c in _NARROW else 0.42 if c in _SLIM else 0.98 if c in _WIDE or ord(c) > 0x24F else 0.72
-        if c.isupper() else 0.635
+        if c.isupper() else 0.8 if c in _BROAD else 0.635
         for c in text
     )  # fmt: skip
     return shares * size * (_BOLD if bold else 1.0)

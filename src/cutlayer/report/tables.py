@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from cutlayer.report.record import Record
@@ -12,7 +13,8 @@ from cutlayer.report.tally import KINDS, costs, flat, moved
 __all__ = ["costs_csv", "curves_csv", "cuts_csv"]
 
 _Cell = str | int | float | None
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def curves_csv(record: Record) -> str:
@@ -71,5 +73,8 @@ def _text(head: Sequence[str], rows: Sequence[Sequence[_Cell]]) -> str:
 
 
 def _plain(cell: _Cell) -> _Cell:
-    """Keep a text that a spreadsheet would run as a formula from being one."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+    """Keep a text on one line, and one that a spreadsheet would run as a formula from being one."""
+    if not isinstance(cell, str):
+        return cell
+    text = _CONTROL.sub(" ", cell)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text

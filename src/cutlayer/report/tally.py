@@ -8,7 +8,7 @@ from typing import Any
 
 from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
-from cutlayer.core.graph import Edge, Graph
+from cutlayer.core.graph import Edge
 from cutlayer.errors import CutlayerError
 from cutlayer.report.record import FlowRow, HistoryRow, Record
 
@@ -79,13 +79,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one loss in one mode, a value a round. `who` are the replicas, which may all tell the same."""
+    """One metric of one loss in one mode, a value a round.
+
+    `who` are the replicas, which may all tell the same; `listed`: it is one number of a metric that is a list.
+    """
 
     loss: str
     metric: str
     mode: str
     who: tuple[str, ...]
     points: tuple[tuple[int, float], ...]
+    listed: bool = False
 
 
 def moved(record: Record) -> list[Moved]:
@@ -144,9 +148,11 @@ def series(record: Record) -> list[Series]:
     """Return all metrics that are numbers, by loss and metric; replicas that tell the same are one series."""
     several = {(row.loss, row.party) for row in record.summary.history if row.lane}
     points: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    listed: set[str] = set()
     for row in record.summary.history:
         who = f"{row.party} {row.lane}" if (row.loss, row.party) in several and _lanes(record, row) > 1 else row.party
         for metric, value in flat(row.metrics):
+            listed |= set() if metric in row.metrics else {metric}
             by_who = points.setdefault((row.loss, metric, row.mode), {})
             by_who.setdefault(who, {})[row.round] = value
     order = {stage.name: place for place, stage in enumerate(record.plan.stages)}
@@ -155,7 +161,7 @@ def series(record: Record) -> list[Series]:
         same: dict[tuple[tuple[int, float], ...], list[str]] = {}
         for who, values in by_who.items():
             same.setdefault(tuple(sorted(values.items())), []).append(who)
-        found += [Series(loss, metric, mode, tuple(who), line) for line, who in same.items()]
+        found += [Series(loss, metric, mode, tuple(who), line, metric in listed) for line, who in same.items()]
     return sorted(found, key=lambda s: (order.get(s.loss, 0), s.metric != "loss", s.mode != "train"))
 
 
@@ -249,13 +255,3 @@ def _rank(row: Moved) -> int:
     if row.direction in ("up", "down"):
         return 2 * row.edge + (row.direction == "down")
     return _NUMBERED + (_NUMBERED if not row.payload else row.edge)
-
-
-def sources(graph: Graph, party: str) -> dict[str, bool]:
-    """Return a party's data fields -> whether the plan releases them to another party."""
-    found: dict[str, bool] = {}
-    for lane in range(graph.lanes):
-        for edge in graph.edges:
-            if edge.source.field and graph.origin(edge, lane) == party:
-                found[edge.source.field] = found.get(edge.source.field, False) or graph.is_cut(edge, lane)
-    return found

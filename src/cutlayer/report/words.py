@@ -19,12 +19,13 @@ def compact(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return "0.042 s", "4.20 s", "38 s", "3 min 12 s" or "2 h 5 min"."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.{3 if seconds < 0.9995 else 2 if seconds < 9.995 else 0}f} s"
-    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
-    if seconds >= 3600:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {int(seconds) % 60} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def number(value: float) -> str:
