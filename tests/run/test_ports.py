@@ -14,7 +14,8 @@ from cutlayer.data.sources import TensorTable
 from cutlayer.engine.site import Parts, Site
 from cutlayer.errors import ConfigError, StageError
 from cutlayer.run.party import Party
-from cutlayer.run.simulate import predict, simulate
+from cutlayer.run.prediction import predict
+from cutlayer.run.simulate import simulate
 from tests.oracle import parts_of
 
 WORDS, WIDTH, CLASSES = 11, 6, 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.scoring import Pairs, loss_error
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.errors import CutlayerError, StageError
 
@@ -112,7 +114,7 @@ class ModuleStage:
         autocast: Run forwards under `torch.autocast` with this dtype ("bfloat16", "float16"); empty: as they are.
 
     Raises:
-        StageError: the module fails, or gives something else than `ports` says.
+        StageError: the module fails, or gives something else than `ports` says; of a loss, E307 and E309 as well.
     """
 
     def __init__(
@@ -240,10 +242,12 @@ class ModuleStage:
 
     def _guarded(self, kind: str, shapes: _Shapes, work: Callable[..., _T], *given: Any) -> _T:  # noqa: ANN401
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
+        scored: list[Tensor] | None = given[0] if self.ports is None and kind != "backward" else None
         try:
             flops = self._flops.get((kind, shapes))
             if flops is None:
-                with FlopCounterMode(display=False) as counter:
+                watch = Pairs(self.name, scored) if scored is not None else nullcontext()
+                with watch, FlopCounterMode(display=False) as counter:
                     result = work(*given)
                 self.spent = self._flops[kind, shapes] = counter.get_total_flops()
                 return result
@@ -252,6 +256,8 @@ class ModuleStage:
         except CutlayerError:
             raise
         except Exception as error:
+            if scored is not None and not isinstance(error, torch.OutOfMemoryError):
+                raise loss_error(self.name, scored, error) from error
             raise StageError(
                 f"stage {self.name!r} failed in its {kind}",
                 where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
@@ -298,7 +304,9 @@ class ModuleStage:
                 f"inputs of shapes {[list(shape) for shape in shapes]}",
                 expected=f"{spec or 'a scalar'} for {batch} samples",
                 got=wrong,
-                remedy="correct the stage's output in the plan, or the module",
+                remedy="correct the stage's output in the plan, or the module"
+                if spec is not None
+                else "let the loss give one number: reduction='mean', or .mean() at its end",
                 code="E301",
             )
 

@@ -218,14 +218,22 @@ class Worker:
 
 
 def _field(batch: Mapping[str, Tensor], name: str, size: int, where: str) -> Tensor:
-    value = batch.get(name)
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-        raise DataError(
-            f"the batch has no usable field {name!r}",
-            where=where,
-            expected=f"a tensor of {size} samples",
-            got=f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"fields {', '.join(batch)}",
-            remedy="let the data set give this field; name tuple items with Party(fields=[...])",
-            code="E253",
-        )
-    return value
+    value: Any = batch.get(name)
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
+        return value
+    if isinstance(value, Tensor):
+        got, remedy = f"shape {list(value.shape)}", "let the data set give this field one row a sample"
+    elif name in batch:
+        got = f"a {type(value).__name__}"
+        remedy = "let the data set give tensors; or declare texts in the plan's preprocessing, as categories"
+    else:
+        got = f"fields {', '.join(str(key) for key in batch)}"
+        remedy = "let the data set give this field; name tuple items with Party(fields=[...])"
+    raise DataError(
+        f"the batch has no usable field {name!r}",
+        where=where,
+        expected=f"a tensor of {size} samples",
+        got=got,
+        remedy=remedy,
+        code="E253",
+    )
