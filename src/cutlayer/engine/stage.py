@@ -278,15 +278,7 @@ class ModuleStage:
             values = tuple(given) if isinstance(given, list | tuple) else (given,)
         outputs = tuple([value for value in values if isinstance(value, Tensor)])
         if len(outputs) != len(ports):
-            kinds = ", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given)
-            raise StageError(
-                f"stage {self.name!r} gave other values than the plan says",
-                where=f"stage {self.name}",
-                expected="one tensor" if ports == ("",) else f"tensors {', '.join(ports)}: a dictionary, or a tuple",
-                got=kinds,
-                remedy="let its module return the tensors that the plan names; cut it differently otherwise",
-                code="E302",
-            )
+            raise _other_values(self.name, ports, given)
         for port, output in zip(ports, outputs, strict=True):
             self._check(port, output, batch, shapes)
         return outputs
@@ -309,6 +301,17 @@ class ModuleStage:
                 else "let the loss give one number: reduction='mean', or .mean() at its end",
                 code="E301",
             )
+
+
+def _other_values(name: str, ports: tuple[str, ...], given: object) -> StageError:
+    return StageError(
+        f"stage {name!r} gave other values than the plan says",
+        where=f"stage {name}",
+        expected="one tensor" if ports == ("",) else f"tensors {', '.join(ports)}: a dictionary, or a tuple",
+        got=", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given),
+        remedy="let its module return the tensors that the plan names; cut it differently otherwise",
+        code="E302",
+    )
 
 
 def _kinds(given: object) -> str:
