@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cutlayer.engine.scoring import metric_error, metric_inputs
+from cutlayer.engine.scoring import metric_error, metric_inputs, mixed_error, probable
 from cutlayer.errors import ConfigError, ContractError, CutlayerError
 
 if TYPE_CHECKING:
@@ -41,12 +41,17 @@ class MetricBook:
         self.stage = stage
         self.metrics: dict[str, Metric] = dict(_named(stage, "", make())) if make else {}
         self.loss_sum, self.samples = 0.0, 0
+        self._probable: dict[str, bool] = {}  # name -> whether the first batch held probabilities
         if shared:
             for name, metric in self.metrics.items():
                 _check_sums(stage, name, metric)
 
-    def update(self, loss: Tensor, inputs: Sequence[Tensor], batch: int, reduction: str) -> None:
+    def update(
+        self, loss: Tensor, inputs: Sequence[Tensor], batch: int, reduction: str = "mean", scale: str = ""
+    ) -> None:
         """Add one microbatch: its loss (a scalar), its inputs (prediction first, label last), its size.
+
+        `scale`, "sigmoid" or "softmax", turns predictions into probabilities, if the loss is known to do that.
 
         Raises:
             StageError: E308, a metric does not take the inputs.
@@ -56,11 +61,16 @@ class MetricBook:
         self.samples += batch
         for name, metric in self.metrics.items():
             with _naming(name, metric, (inputs[0], inputs[-1])):
-                metric.update(*metric_inputs(name, metric, inputs))
+                prediction, label = metric_inputs(name, metric, inputs, scale)
+                probable_now = probable(metric, prediction)
+                if probable_now is not None and self._probable.setdefault(name, probable_now) != probable_now:
+                    raise mixed_error(name, metric, (inputs[0], inputs[-1]))
+                metric.update(prediction, label)
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
         self.loss_sum, self.samples = 0.0, 0
+        self._probable.clear()
         for metric in self.metrics.values():
             metric.reset()
 

@@ -22,10 +22,12 @@ from cutlayer.errors import StageError
 if TYPE_CHECKING:
     from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
 
-__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "shown"]
+__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error", "probable", "shown"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _BY_ELEMENT = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div"})
+
+_SCALES = {"binary_cross_entropy_with_logits": "sigmoid", "cross_entropy": "softmax"}
 
 
 def shown(tensors: Sequence[Tensor]) -> str:
@@ -37,7 +39,8 @@ class Pairs(TorchFunctionMode):
     """While a loss runs: refuse what torch computes, with a warning at most, for shapes that do not pair up.
 
     `mse_loss` of (batch, 1) and (batch) is a mean over all batch x batch pairs. Watched are torch's losses by element,
-    and subtractions of two of the loss's own inputs.
+    and subtractions of two of the loss's own inputs. `scale` is what turns the prediction into probabilities, if the
+    loss shows it: "sigmoid", "softmax" or "".
 
     Args:
         name: The loss.
@@ -48,6 +51,12 @@ class Pairs(TorchFunctionMode):
         """Watch one call."""
         super().__init__()
         self.name, self.own = name, {id(value): value for value in inputs}
+        self._scales: set[str] = set()
+
+    @property
+    def scale(self) -> str:
+        """Return what the loss takes the prediction to be before: the one function that it was seen to apply."""
+        return next(iter(self._scales)) if len(self._scales) == 1 else ""
 
     def __torch_function__(
         self,
@@ -59,6 +68,8 @@ class Pairs(TorchFunctionMode):
         """Raise `StageError` E309 if two tensors would be stretched to each other; else do as without."""
         named = kwargs or {}
         kind = getattr(function, "__name__", "")
+        if kind in _SCALES:
+            self._scales.add(_SCALES[kind])
         if kind in _BY_ELEMENT or kind == "sub":
             first, second = [*args, *(named[key] for key in ("input", "target", "other") if key in named)][:2]
             own = kind != "sub" or (id(first) in self.own and id(second) in self.own)
@@ -90,12 +101,13 @@ def loss_error(name: str, inputs: Sequence[Tensor], error: Exception) -> StageEr
     )
 
 
-def metric_inputs(name: str, metric: Metric, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def metric_inputs(name: str, metric: Metric, inputs: Sequence[Tensor], scale: str = "") -> tuple[Tensor, Tensor]:
     """Return (prediction, label) for a metric: the first and the last input of its loss, on the CPU, detached.
 
     bfloat16 and float16 become float32. Metrics of torchmetrics for classification get int64 labels, also where the
     loss takes floats (binary cross-entropy), and are checked here, because some of them check nothing: they would
-    give a number that means nothing.
+    give a number that means nothing. They get probabilities where `scale` says how: torchmetrics itself makes them
+    only of batches that hold a number outside 0..1, so a small batch of logits may be taken for probabilities.
 
     Raises:
         StageError: E308, shapes or labels do not fit the metric.
@@ -119,7 +131,30 @@ def metric_inputs(name: str, metric: Metric, inputs: Sequence[Tensor]) -> tuple[
     if count and _outside(whole, count, getattr(metric, "ignore_index", None)):
         remedy = "name the metric's number of classes, or ignore_index for labels that are to be left out"
         raise _misfit(name, metric, inputs, f"labels in 0..{count - 1}", remedy)
+    if scale == "sigmoid" and kind == "binary":
+        prediction = prediction.sigmoid()
+    elif scale == "softmax" and kind == "multiclass" and prediction.dim() > label.dim():
+        prediction = prediction.softmax(1)
     return prediction, whole
+
+
+def probable(metric: Metric, prediction: Tensor) -> bool | None:
+    """Return whether torchmetrics takes a batch for probabilities: no number is outside 0..1. None: it never asks."""
+    asks = _kind(metric) == "binary" or (_kind(metric) == "multiclass" and hasattr(metric, "thresholds"))
+    if not asks or not prediction.is_floating_point():
+        return None
+    return not bool(((prediction < 0) | (prediction > 1)).any())
+
+
+def mixed_error(name: str, metric: Metric, inputs: Sequence[Tensor]) -> StageError:
+    """Return the error for a metric that would take some batches for probabilities and others for logits."""
+    return _misfit(
+        name,
+        metric,
+        inputs,
+        "probabilities: some batches hold numbers outside 0..1 and some do not",
+        "let the metric make them: LambdaInputTransformer(metric, torch.sigmoid), of torchmetrics.wrappers",
+    )
 
 
 def metric_error(name: str, metric: Metric, inputs: Sequence[Tensor], error: Exception) -> StageError:
@@ -153,6 +188,8 @@ def _ready(value: Tensor) -> Tensor:
 
 def _kind(metric: Metric) -> str:
     """Return "binary" (also for several labels), "multiclass" or "regression" for classes of torchmetrics, else ""."""
+    while type(metric).__name__ in ("ClasswiseWrapper", "MinMaxMetric"):  # they hand on what they get
+        metric = getattr(metric, "metric", None) or metric._base_metric  # type: ignore[assignment]
     home = type(metric).__module__
     if home.startswith("torchmetrics.regression"):
         return "" if "cosine" in home or "kl_div" in home else "regression"
@@ -181,7 +218,7 @@ def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
         return "give the model one output for each class, or set the loss's ignore_index for labels to leave out"
     if "Long" in words and label.dtype != torch.int64 and "cast" not in words:
         return "give the labels as classes, int64: label.long() in the data set"
-    if "cast" in words and not label.is_floating_point():
+    if ("cast" in words or "Found dtype" in words) and label.dtype != prediction.dtype:
         return "give the labels in the dtype of the prediction: label.float() in the data set"
     if label.dim() == prediction.dim() - 1 >= 2 and label.shape == prediction.shape[:-1]:
         return _classes_second(prediction, label)

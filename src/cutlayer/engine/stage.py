@@ -136,7 +136,7 @@ class ModuleStage:
         self.cuda_generator: Tensor | None = None
         if device.type == "cuda":
             self.cuda_generator = torch.Generator(device).manual_seed(seed).get_state()
-        self.spent = 0
+        self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
         self._handle = torch.zeros((), requires_grad=True)
@@ -161,7 +161,7 @@ class ModuleStage:
                 for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True))
             ]
             mode = "forward" if context.training else "evaluate"
-            given = self._guarded(mode, shapes, self._with_generator, entered, context.training)
+            given = self._guarded(mode, shapes, entered, self._with_generator, entered, context.training)
         outputs = self._named(given, context.batch, shapes)
         if context.training:
             self._kept[context.key] = _Kept(outputs, inputs, context.wanted, sink, shapes)
@@ -182,7 +182,7 @@ class ModuleStage:
             )
         roots, seeds = self._roots(kept, gradients)
         if roots:
-            self._guarded("backward", kept.shapes, _go_back, tuple(roots), tuple(seeds))
+            self._guarded("backward", kept.shapes, kept.inputs, _go_back, tuple(roots), tuple(seeds))
         return [
             torch.zeros_like(value) if wanted and gradient is None else gradient  # an input that the module did not use
             for value, wanted, gradient in zip(kept.inputs, kept.wanted, kept.sink, strict=True)
@@ -204,7 +204,7 @@ class ModuleStage:
             if gradient.shape != output.shape:
                 raise StageError(
                     f"the gradient at stage {self.name!r} has another shape than its output",
-                    where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in kept.shapes]}",
+                    where=f"stage {self.name}, inputs of shapes {_lists(kept.shapes)}",
                     expected=f"shape {list(output.shape)}",
                     got=f"shape {list(gradient.shape)}",
                     remedy="the party that takes this output sent it back otherwise: compare plan and release with it",
@@ -240,27 +240,35 @@ class ModuleStage:
         with torch.autocast(self.device.type, dtype=self.autocast):
             return self.module(*inputs)
 
-    def _guarded(self, kind: str, shapes: _Shapes, work: Callable[..., _T], *given: Any) -> _T:  # noqa: ANN401
+    def _guarded(
+        self,
+        kind: str,
+        shapes: _Shapes,
+        inputs: list[Tensor],
+        work: Callable[..., _T],
+        *given: Any,  # noqa: ANN401
+    ) -> _T:
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
-        scored: list[Tensor] | None = given[0] if self.ports is None and kind != "backward" else None
+        scored = self.ports is None
         try:
             flops = self._flops.get((kind, shapes))
             if flops is None:
-                watch = Pairs(self.name, scored) if scored is not None else nullcontext()
-                with watch, FlopCounterMode(display=False) as counter:
+                watch = Pairs(self.name, inputs) if scored and kind != "backward" else None
+                with watch or nullcontext(), FlopCounterMode(display=False) as counter:
                     result = work(*given)
                 self.spent = self._flops[kind, shapes] = counter.get_total_flops()
+                self.scale = watch.scale if watch else self.scale
                 return result
             self.spent = flops
             return work(*given)
         except CutlayerError:
             raise
         except Exception as error:
-            if scored is not None and not isinstance(error, torch.OutOfMemoryError):
-                raise loss_error(self.name, scored, error) from error
+            if scored and not isinstance(error, torch.OutOfMemoryError):
+                raise loss_error(self.name, inputs, error) from error
             raise StageError(
                 f"stage {self.name!r} failed in its {kind}",
-                where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
+                where=f"stage {self.name}, inputs of shapes {_lists(shapes)}",
                 got=f"{type(error).__name__}: {error}",
                 remedy="run the module alone on inputs of these shapes; BatchNorm needs two samples a microbatch: set "
                 "drop_last, or fewer microbatches",
@@ -290,17 +298,25 @@ class ModuleStage:
         else:
             wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
         if wrong:
-            raise StageError(
-                f"stage {self.name!r} gives another tensor than the plan says",
-                where=f"stage {self.name}{f', port {port}' if port else ''}, "
-                f"inputs of shapes {[list(shape) for shape in shapes]}",
-                expected=f"{spec or 'a scalar'} for {batch} samples",
-                got=wrong,
-                remedy="correct the stage's output in the plan, or the module"
-                if spec is not None
-                else "let the loss give one number: reduction='mean', or .mean() at its end",
-                code="E301",
-            )
+            where = f"stage {self.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}"
+            raise _other_tensor(self.name, where, f"{spec or 'a scalar'} for {batch} samples", wrong)
+
+
+def _lists(shapes: _Shapes) -> list[list[int]]:
+    return [list(shape) for shape in shapes]
+
+
+def _other_tensor(name: str, where: str, expected: str, got: str) -> StageError:
+    return StageError(
+        f"stage {name!r} gives another tensor than the plan says",
+        where=where,
+        expected=expected,
+        got=got,
+        remedy="correct the stage's output in the plan, or the module"
+        if not expected.startswith("a scalar")
+        else "let the loss give one number: reduction='mean', or .mean() at its end",
+        code="E301",
+    )
 
 
 def _other_values(name: str, ports: tuple[str, ...], given: object) -> StageError:

@@ -104,7 +104,7 @@ class Worker:
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
-            role.book.update(outputs[0], inputs, job.size, role.reduction)
+            role.book.update(outputs[0], inputs, job.size, role.reduction, role.stage.scale)
             return
         self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
