@@ -1,237 +1,305 @@
-"""Losses and metrics of each kind of task: the weights of the uncut model, and metrics as computed on it."""
+"""Losses and metrics of every task: weights equal to the uncut model's, metrics to textbook formulas."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchmetrics as tm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Metric
-from torchmetrics import classification as tmc
-from torchmetrics import regression as tmr
+from torchmetrics import classification as tc
+from torchmetrics import regression as tr
 from torchmetrics.text import Perplexity
+from torchmetrics.wrappers import ClasswiseWrapper, LambdaInputTransformer
 
 import cutlayer as cl
-from cutlayer.errors import StageError
+from cutlayer.core.parts import Loss, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.run.simulate import Result, simulate
+from tests import formulas
+from tests.small import Case, difference
 
-COUNT, BATCH, EPOCHS = 22, 8, 2
-
-
-def drawn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(high: int, *shape: int, seed: int = 2) -> Tensor:
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+COUNTS = (13, 9)
+WORDS, LENGTH, SIDE = 7, 5, 4
+Fields = dict[str, Tensor]
 
 
-class Rows(Dataset[dict[str, Tensor]]):
-    """Samples as dictionaries."""
-
-    def __init__(self, fields: Mapping[str, Tensor]) -> None:
-        self.fields = fields
-
-    def __len__(self) -> int:
-        return len(next(iter(self.fields.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: value[index] for name, value in self.fields.items()}
+def dense(width: int, *, drop: bool = False) -> dict[str, nn.Module]:
+    last = [nn.Flatten(0)] if drop else []
+    return {
+        "head": nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+        "body": nn.Sequential(nn.Linear(8, 6), nn.Tanh()),
+        "tail": nn.Sequential(nn.Linear(6, width), *last),
+    }
 
 
-class Dense(nn.Module):
-    def __init__(self, outputs: int, squeeze: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, outputs)
-        self.squeeze = squeeze
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.last(torch.relu(self.second(torch.relu(self.first(x)))))
-        return y.squeeze(1) if self.squeeze else y
+def pixels() -> dict[str, nn.Module]:
+    return {
+        "head": nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()),
+        "body": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        "tail": nn.Conv2d(4, 3, 1),
+    }
 
 
-class Pixels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 3, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.last(torch.relu(self.second(torch.relu(self.first(image)))))
-
-
-class Table(nn.Module):
-    """Numbers, categories and truth values side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers, self.ward = nn.Linear(3, 4), nn.Embedding(5, 4)
-
-    def forward(self, numbers: Tensor, ward: Tensor, smoker: Tensor) -> Tensor:
-        return torch.cat([self.numbers(numbers), self.ward(ward), smoker[:, None].float()], 1)
+def words() -> dict[str, nn.Module]:
+    return {
+        "head": nn.Embedding(WORDS, 6),
+        "body": nn.Sequential(nn.Linear(6, 6), nn.Tanh()),
+        "tail": nn.Linear(6, WORDS),
+    }
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = Table(), nn.Linear(9, 8), nn.Linear(8, 3)
-
-    def forward(self, numbers: Tensor, ward: Tensor, smoker: Tensor) -> Tensor:
-        return self.last(torch.relu(self.second(self.first(numbers, ward, smoker))))
+def table(count: int, label: Callable[[Tensor], Tensor]) -> Fields:
+    x = torch.randn(count, 4)
+    return {"x": x, "y": label(x + 0.5 * torch.randn(count, 4))}
 
 
-class Words(nn.Module):
-    """Attention over words, with a padding mask that is used on both sides of the cut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, 8, padding_idx=0)
-        self.first = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.second = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.last = nn.Linear(8, 11)
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        x = self.first(self.table(words), src_key_padding_mask=mask)
-        return self.last(self.second(x, src_key_padding_mask=mask))
+def scans(count: int) -> Fields:
+    x = torch.randn(count, 1, SIDE, SIDE)
+    y = (x[:, 0] > 0.2).long() + (x[:, 0] > 0.9).long()
+    y[torch.rand(y.shape) < 0.2] = 255
+    return {"x": x, "y": y}
 
 
-def next_word(prediction: Tensor, label: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(prediction.flatten(0, 1), label.flatten(), ignore_index=-100)
+def sentences(count: int) -> Fields:
+    x = torch.randint(0, WORDS, (count, LENGTH))
+    y = (x * 3 + 1) % WORDS
+    y[torch.rand(y.shape) < 0.2] = -100
+    return {"x": x, "y": y}
 
 
-@dataclass(frozen=True, kw_only=True)
+def next_word(score: Tensor, text: Tensor) -> Tensor:
+    """Compare the score at each word with the word after it."""
+    return F.cross_entropy(score[:, :-1].transpose(1, 2), text[:, 1:])
+
+
+def shifted() -> dict[str, tm.Metric]:
+    return {"perplexity": LambdaInputTransformer(Perplexity(), lambda score: score[:, :-1], lambda text: text[:, 1:])}
+
+
+def weighted(score: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+    return (F.cross_entropy(score, label, reduction="none") * weight).mean()
+
+
+@dataclass(frozen=True)
 class Task:
-    make: Callable[[], nn.Module]
-    inputs: Mapping[str, Tensor]
-    label: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-    metrics: Callable[[], dict[str, Metric]]
-    at: tuple[str, ...] = ("first", "second")
-    release: tuple[str, ...] = field(default=())
+    """Stages, specs of what the stages give (behind the batch), loss, data, metrics, and these by another library."""
+
+    stages: Callable[[], dict[str, nn.Module]]
+    shapes: tuple[str, str, str]
+    loss: Callable[..., Tensor]
+    data: Callable[[int], Fields]
+    metrics: Callable[[], Any]
+    other: Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
+    inputs: tuple[str, ...] = ("tail", "data.y")
+
+    def case(self, counts: tuple[int, ...], **training: Any) -> Case:
+        names = [f"clinic-{place}" for place in range(len(counts))]
+        at = names if len(names) > 1 else names[0]
+        cut, back, output = (f"float32[{', '.join(('batch', *s.split()))}]" for s in self.shapes)
+        stages = [
+            Stage("head", at=at, inputs=["data.x"], output=cut),
+            Stage("body", at="server", inputs=["head"], output=back),
+            Stage("tail", at=at, inputs=["body"], output=output),
+            Loss("loss", at=at, inputs=self.inputs),
+        ]
+        settings = {"epochs": 2, "batch_size": 6, "microbatches": 2, "schedule": "1f1b", **training}
+        torch.manual_seed(5)
+        loss = self.loss if isinstance(self.loss, nn.Module) else Called(self.loss)
+        return Case(
+            plan=Plan(stages, training=Training(**settings)),
+            counts=counts,
+            modules={**self.stages(), "loss": loss},
+            data={name: self.data(count) for name, count in zip(names, counts, strict=True)},
+            extra={"metrics": {"loss": self.metrics}},
+        )
 
 
-WORDS = whole(10, COUNT, 7) + 1
-MASK = torch.arange(7)[None] >= (whole(6, COUNT, seed=5) + 2)[:, None]
-LABELS = torch.where(MASK, -100, whole(11, COUNT, 7, seed=6))
+class Called(nn.Module):
+    """A function as a module, for the oracle."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
 TASKS = {
     "binary": Task(
-        make=lambda: Dense(1, squeeze=True), inputs={"x": drawn(COUNT, 6)}, label=whole(2, COUNT).float(),
-        loss=nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), at=("first", "second"),
-        metrics=lambda: {"accuracy": tmc.BinaryAccuracy(), "auroc": tmc.BinaryAUROC(thresholds=20)},
+        lambda: dense(1, drop=True), ("8", "6", ""), nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)),
+        lambda n: table(n, lambda x: (x.sum(1) > 0).float()),
+        lambda: {"auroc": tc.BinaryAUROC(thresholds=1001), "accuracy": tc.BinaryAccuracy()},
+        lambda s, y: {"auroc": (formulas.roc_auc(y, s), 0.01), "accuracy": formulas.accuracy(y, s > 0)},
     ),
-    "classes": Task(
-        make=lambda: Dense(4), inputs={"x": drawn(COUNT, 6)}, label=whole(4, COUNT),
-        loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 1.0]), label_smoothing=0.1, reduction="mean"),
-        metrics=lambda: {
-            "accuracy": tmc.MulticlassAccuracy(4), "confusion": tmc.MulticlassConfusionMatrix(4),
-            "f1": tmc.MulticlassF1Score(4, average="macro"),
+    "multi-class": Task(
+        lambda: dense(3), ("8", "6", "3"), nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3]), label_smoothing=0.1),
+        lambda n: table(n, lambda x: x[:, :3].argmax(1)),
+        lambda: tm.MetricCollection(
+            {"accuracy": tc.MulticlassAccuracy(3, average="micro"), "table": tc.MulticlassConfusionMatrix(3)}
+        ),
+        lambda s, y: {
+            "accuracy": formulas.accuracy(y, s.argmax(1)),
+            "table": formulas.confusion(y, s.argmax(1), 3),
         },
     ),
-    "labels": Task(
-        make=lambda: Dense(5), inputs={"x": drawn(COUNT, 6)}, label=whole(2, COUNT, 5).float(),
-        loss=nn.BCEWithLogitsLoss(), metrics=lambda: {"f1": tmc.MultilabelF1Score(5)},
+    "multi-label": Task(
+        lambda: dense(4), ("8", "6", "4"), nn.BCEWithLogitsLoss(), lambda n: table(n, lambda x: (x > 0).float()),
+        lambda: {"f1": tc.MultilabelF1Score(4), "each": ClasswiseWrapper(tc.MultilabelF1Score(4, average=None))},
+        lambda s, y: {"f1": np.mean([formulas.f1(y[:, i] > 0, s[:, i] > 0) for i in range(4)])}
+        | {f"each.multilabelf1score_{i}": formulas.f1(y[:, i] > 0, s[:, i] > 0) for i in range(4)},
     ),
     "regression": Task(
-        make=lambda: Dense(1, squeeze=True), inputs={"x": drawn(COUNT, 6)}, label=drawn(COUNT, seed=9),
-        loss=nn.SmoothL1Loss(), metrics=lambda: {"mse": tmr.MeanSquaredError(), "r2": tmr.R2Score()},
+        lambda: dense(1), ("8", "6", "1"), nn.MSELoss(), lambda n: table(n, lambda x: x.sum(1, keepdim=True)),
+        lambda: {"mse": tr.MeanSquaredError(), "r2": tr.R2Score()},
+        lambda s, y: {"mse": formulas.mse(y, s), "r2": formulas.r2(y, s)[0]},
     ),
     "several numbers": Task(
-        make=lambda: Dense(2), inputs={"x": drawn(COUNT, 6)}, label=drawn(COUNT, 2, seed=9),
-        loss=nn.MSELoss(), metrics=lambda: {"mae": tmr.MeanAbsoluteError()},
+        lambda: dense(3), ("8", "6", "3"), F.huber_loss, lambda n: table(n, lambda x: x[:, :3]),
+        lambda: {"mae": tr.MeanAbsoluteError(), "r2": tr.R2Score(multioutput="raw_values")},
+        lambda s, y: {
+            "mae": formulas.mae(y, s), "r2": formulas.r2(y, s),
+        },
+    ),
+    "counts": Task(
+        lambda: dense(1, drop=True), ("8", "6", ""), nn.PoissonNLLLoss(),
+        lambda n: table(n, lambda x: x.sum(1).exp().clamp(max=9).long()),
+        lambda: LambdaInputTransformer(tr.MeanAbsoluteError(), torch.exp),
+        lambda s, y: {"LambdaInputTransformer": formulas.mae(y, np.exp(s))},
     ),
     "segmentation": Task(
-        make=Pixels, inputs={"image": drawn(COUNT, 1, 6, 6)}, label=whole(3, COUNT, 6, 6),
-        loss=nn.CrossEntropyLoss(), metrics=lambda: {"iou": tmc.MulticlassJaccardIndex(3)},
+        pixels, ("4 4 4", "4 4 4", "3 4 4"), nn.CrossEntropyLoss(ignore_index=255), scans,
+        lambda: {"jaccard": tc.MulticlassJaccardIndex(3, ignore_index=255)},
+        lambda s, y: {
+            "jaccard": np.mean([formulas.jaccard((y == c)[y != 255], (s.argmax(1) == c)[y != 255]) for c in range(3)])
+        },
     ),
-    "mixed table": Task(
-        make=Mixed, inputs={"numbers": drawn(COUNT, 3), "ward": whole(5, COUNT), "smoker": whole(2, COUNT).bool()},
-        label=whole(3, COUNT), loss=nn.CrossEntropyLoss(),
-        metrics=lambda: {"accuracy": tmc.MulticlassAccuracy(3)}, release=(),
+    "language": Task(
+        words, ("5 6", "5 6", "5 7"), lambda s, y: F.cross_entropy(s.transpose(1, 2), y, ignore_index=-100), sentences,
+        lambda: {"perplexity": Perplexity(ignore_index=-100)},
+        lambda s, y: {"perplexity": formulas.perplexity(y, s)},
     ),
-    "words": Task(
-        make=Words, inputs={"words": WORDS, "mask": MASK}, label=LABELS, loss=next_word, release=("mask",),
-        metrics=lambda: {"perplexity": Perplexity(ignore_index=-100)},
+    "next word": Task(
+        words, ("5 6", "5 6", "5 7"), next_word, lambda n: {"x": (x := sentences(n)["x"]), "y": x}, shifted,
+        lambda s, y: {"perplexity": formulas.perplexity(y[:, 1:], s[:, :-1])},
+    ),
+    "weighted samples": Task(
+        lambda: dense(3), ("8", "6", "3"), weighted,
+        lambda n: {**table(n, lambda x: x[:, :3].argmax(1)), "w": torch.rand(n)},
+        lambda: tc.MulticlassF1Score(3),
+        lambda s, y: {"MulticlassF1Score": np.mean([formulas.f1(y == c, s.argmax(1) == c) for c in range(3)])},
+        inputs=("tail", "data.w", "data.y"),
     ),
 }  # fmt: skip
 
 
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+def both(case: Case) -> tuple[Result, Any]:
+    parties = [replace(p, evaluation=p.data) for p in case.parties()]
+    return simulate(case.plan, parties), case.uncut()
 
 
-def seeded(task: Task) -> nn.Module:
-    torch.manual_seed(3)
-    return task.make()
-
-
-def by_hand(task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the uncut model, and compute the metrics at its end."""
-    model, rows = seeded(task), Rows({**task.inputs, "label": task.label})
-    optimizer = sgd(list(model.parameters()))
-    for _ in range(EPOCHS):
-        for batch in DataLoader(rows, batch_size=BATCH):
-            label = batch.pop("label")
-            task.loss(model(**batch), label).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    metrics = task.metrics()
-    with torch.no_grad():
-        model.eval()
-        for batch in DataLoader(rows, batch_size=BATCH):
-            label = batch.pop("label")
-            prediction = model(**batch)
-            for metric in metrics.values():
-                metric.update(prediction, label.long() if "Binary" in type(metric).__name__ else label)
-    return model.state_dict(), {name: metric.compute() for name, metric in metrics.items()}
-
-
+@pytest.mark.parametrize("counts", [(13,), COUNTS], ids=["one clinic", "two clinics"])
 @pytest.mark.parametrize("name", TASKS)
-def test_weights_and_metrics_are_those_of_the_uncut_model(name: str):
+def test_a_task_equals_the_uncut_model(name, counts):
     task = TASKS[name]
-    expected, metrics = by_hand(task)
-    rows = Rows({**task.inputs, "label": task.label})
-    example = {key: value[:3] for key, value in task.inputs.items()}
-    made = cl.split(seeded(task), task.at, example=example, release=task.release)
-    run = cl.fit(
-        made,
-        DataLoader(rows, batch_size=BATCH),
-        evaluation=DataLoader(rows, batch_size=BATCH),
-        loss=task.loss,
-        optimizer=sgd,
-        epochs=EPOCHS,
-        party={"metrics": {"loss": task.metrics}},
+    case = task.case(counts)
+    result, oracle = both(case)
+    assert difference(result, oracle) == 0.0
+    fields = {f: torch.cat([data[f] for data in case.data.values()]) for f in next(iter(case.data.values()))}
+    whole = nn.Sequential(*(oracle.modules[stage] for stage in ("head", "body", "tail"))).eval()
+    with torch.no_grad():
+        score = whole(fields["x"])
+    values = result.metrics()["loss"]
+    assert values.keys() == {"loss", *task.other(score.numpy(), fields["y"].numpy())}
+    for key, expected in task.other(score.numpy(), fields["y"].numpy()).items():
+        value, tolerance = expected if isinstance(expected, tuple) else (expected, 1e-5)
+        assert np.abs(np.array(values[key]) - value).max() < tolerance, key
+
+
+def test_a_loss_over_microbatches_of_unequal_numbers_of_labels():
+    """`reduction="sum"` adds up whatever the microbatches hold; the mean is one of means, weighted by samples."""
+    task = replace(
+        TASKS["language"],
+        loss=lambda s, y: F.cross_entropy(s.transpose(1, 2), y, ignore_index=-100, reduction="sum") / 100,
     )
-    state = run.state_dict()
-    assert state.keys() == expected.keys()
-    assert max(float((state[key].double() - expected[key].double()).abs().max()) for key in expected) == 0.0
-    found = run.result.metrics("evaluate")["loss"]
-    for key, value in metrics.items():
-        assert torch.allclose(torch.tensor(found[key]).float(), torch.as_tensor(value).float(), atol=1e-6), key
+    whole, cut = (task.case((12,), microbatches=parts) for parts in (1, 3))
+    for case in (whole, cut):
+        stages = [replace_reduction(stage) for stage in case.plan.stages]
+        object.__setattr__(case, "plan", Plan(stages, training=case.plan.training))
+    (first, oracle), (second, other) = both(whole), both(cut)
+    assert difference(first, oracle) == difference(second, other) == 0.0
+    losses = [result.metrics()["loss"]["loss"] for result in (first, second)]
+    assert abs(losses[0] - losses[1]) < 1e-6
 
 
-@pytest.mark.provokes("E304")
-@pytest.mark.parametrize(
-    ("task", "loss", "words"),
-    [
-        ("binary", nn.CrossEntropyLoss(), "stage 'loss' failed in its forward"),
-        ("segmentation", nn.BCEWithLogitsLoss(), "stage 'loss' failed in its forward"),
-    ],
-)
-def test_a_loss_that_does_not_fit_names_the_stage_and_the_shapes(task: str, loss: nn.Module, words: str):
-    one = TASKS[task]
-    made = cl.split(seeded(one), one.at, example={key: value[:3] for key, value in one.inputs.items()})
-    rows = Rows({**one.inputs, "label": whole(3, COUNT)})
-    with pytest.raises(StageError, match=rf"E304.*{words}.*inputs of shapes \[\[8"):
-        cl.fit(made, DataLoader(rows, batch_size=BATCH), loss=loss, optimizer=sgd)
+def replace_reduction(stage: Stage | Loss) -> Stage | Loss:
+    return Loss(stage.name, at=stage.at, inputs=stage.inputs, reduction="sum") if isinstance(stage, Loss) else stage
 
 
-@pytest.mark.provokes("E308")
-def test_a_metric_that_does_not_fit_names_itself():
-    one = TASKS["regression"]
-    made = cl.split(seeded(one), one.at, example={key: value[:3] for key, value in one.inputs.items()})
-    rows = Rows({**one.inputs, "label": one.label})
-    party = {"metrics": {"loss": lambda: {"accuracy": tmc.MulticlassAccuracy(3)}}}
-    with pytest.raises(StageError, match=r"E308.*metric 'accuracy'.*loss.*prediction"):
-        cl.fit(made, DataLoader(rows, batch_size=BATCH), loss=one.loss, optimizer=sgd, party=party)
+def test_an_exact_area_under_the_curve_at_one_party():
+    task = replace(TASKS["binary"], metrics=lambda: {"auroc": tc.BinaryAUROC(), "curve": tc.BinaryROC(thresholds=3)})
+    case = task.case((13,))
+    result, oracle = both(case)
+    whole = nn.Sequential(*(oracle.modules[stage] for stage in ("head", "body", "tail"))).eval()
+    fields = case.data["clinic-0"]
+    values = result.metrics()["loss"]
+    with torch.no_grad():
+        score = whole(fields["x"])
+    assert abs(values["auroc"] - formulas.roc_auc(fields["y"].numpy(), score.numpy())) < 1e-6
+    assert [len(values[f"curve.{place}"]) for place in range(3)] == [3, 3, 3]
+
+
+def test_a_loss_without_a_label():
+    """Several predictions and no label: two views of one sample."""
+    stages = [
+        Stage("left", at="a", inputs=["data.x"], output="float32[batch, 3]"),
+        Stage("right", at="b", inputs=["data.x"], output="float32[batch, 3]"),
+        Loss("loss", at="a", inputs=["left", "right"]),
+    ]
+    case = Case.of(
+        Plan(stages, training=Training(epochs=2, batch_size=6)),
+        (13,),
+        modules={"left": nn.Linear(5, 3), "right": nn.Linear(5, 3), "loss": Called(alike)},
+    )
+    assert difference(*both(case)) == 0.0
+
+
+def alike(left: Tensor, right: Tensor) -> Tensor:
+    return F.cross_entropy(left @ right.T, torch.arange(len(left)))
+
+
+def test_checkpoints_keep_what_wrapped_metrics_have_added():
+    """Also of a metric whose states take their shape from the first batch."""
+    from cutlayer.engine.metrics import MetricBook
+
+    def make() -> dict[str, tm.Metric]:
+        return {"mae": LambdaInputTransformer(tr.MeanAbsoluteError(), torch.exp), "r2": tr.R2Score()}
+
+    book, other = MetricBook("loss", make, shared=True), MetricBook("loss", make, shared=True)
+    for one in (2, 5):
+        book.update(torch.ones(()), [torch.rand(one, 3), torch.rand(one, 3)], one, "mean")
+    other.set_state(book.state(), "here")
+    assert other.values() == book.values()
+    other.reset()
+    assert other.values() == {}
+
+
+def test_five_lines_for_several_labels():
+    """`cl.fit` takes labels of any dtype and shape; at the server they are released as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    rows = TASKS["multi-label"].data(12)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows["x"], rows["y"][:, :3]), batch_size=4)
+    split = cl.split(model, at="1", example=rows["x"], labels="server")
+    metrics = {"loss": lambda: tc.MultilabelF1Score(3)}
+    run = cl.fit(split, loader, loss=nn.BCEWithLogitsLoss(), epochs=1, evaluation=loader, party={"metrics": metrics})
+    with torch.no_grad():
+        found = (model(rows["x"]) > 0).numpy()
+    expected = np.mean([formulas.f1(rows["y"].numpy()[:, i] > 0, found[:, i]) for i in range(3)])
+    assert abs(run.result.metrics()["loss"]["MultilabelF1Score"] - expected) < 1e-6

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
+from cutlayer.core.spec import TensorSpec
+from cutlayer.errors import PlanError
 
 __all__ = ["extended_vanilla", "hybrid", "multihop", "multitask", "u_shaped", "vanilla", "vertical"]
 
@@ -42,43 +44,49 @@ def u_shaped(client: Party, server: str, *, cut: str, back: str, output: str, **
 
 
 def vertical(
-    clients: Mapping[str, str], server: str, *, output: str, optional: Sequence[str] = (), **training: object
+    clients: Mapping[str, str],
+    server: str,
+    *,
+    output: str,
+    optional: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    **training: object,
 ) -> Plan:
     """Several clients (party -> spec of its cut), each with a modality of the same people; the server holds labels.
 
-    Those in `optional` miss some people: their data has a bool field "present", and their heads give the rows of those
-    who are present, and who they are (see `cutlayer.models.Present`). The body takes both, in this order.
+    Those in `optional` miss some people; see `_heads`. Those of them in `absent` take no part, for a prediction: their
+    heads, at the server, say that nobody is present (`cutlayer.models.rows.Absent`).
     """
-    heads = [_head(party, spec, missing=party in optional) for party, spec in clients.items()]
-    inputs = [f"{head.name}.{port}" if port else head.name for head in heads for port in head.ports]
+    heads, inputs = _heads(clients, optional, absent, server)
     body = Stage("body", at=server, inputs=inputs, output=output)
     loss = Loss("loss", at=server, inputs=["body", "data.y"])
     return Plan([*heads, body, loss], training=_training(training), name="vertical")
 
 
-def _head(party: str, spec: str, *, missing: bool) -> Stage:
-    if not missing:
-        return Stage(f"head-{party}", at=party, inputs=["data.x"], output=spec)
-    output = {"rows": spec.replace("[batch", "[rows<=batch", 1), "present": "bool[batch]"}
-    return Stage(f"head-{party}", at=party, inputs=["data.x", "data.present"], output=output)
-
-
 def extended_vanilla(
-    clients: Mapping[str, str], middle: str, server: str, *, cut: str, output: str, **training: object
+    clients: Mapping[str, str],
+    middle: str,
+    server: str,
+    *,
+    cut: str,
+    output: str,
+    optional: Sequence[str] = (),
+    **training: object,
 ) -> Plan:
     """Like vertical, but a further client processes the merged activations before the server does."""
-    heads = [Stage(f"head-{p}", at=p, inputs=["data.x"], output=spec) for p, spec in clients.items()]
-    merge = Stage("merge", at=middle, inputs=[head.name for head in heads], output=cut)
+    heads, inputs = _heads(clients, optional)
+    merge = Stage("merge", at=middle, inputs=inputs, output=cut)
     body = Stage("body", at=server, inputs=["merge"], output=output)
     loss = Loss("loss", at=server, inputs=["body", "data.y"])
     return Plan([*heads, merge, body, loss], training=_training(training), name="extended-vanilla")
 
 
-def multitask(clients: Mapping[str, str], servers: Mapping[str, str], **training: object) -> Plan:
+def multitask(
+    clients: Mapping[str, str], servers: Mapping[str, str], *, optional: Sequence[str] = (), **training: object
+) -> Plan:
     """Clients (party -> cut) feed several servers (party -> output), each with its own labels and loss."""
-    heads = [Stage(f"head-{p}", at=p, inputs=["data.x"], output=spec) for p, spec in clients.items()]
-    names = [head.name for head in heads]
-    bodies = [Stage(f"body-{p}", at=p, inputs=names, output=spec) for p, spec in servers.items()]
+    heads, inputs = _heads(clients, optional)
+    bodies = [Stage(f"body-{p}", at=p, inputs=inputs, output=spec) for p, spec in servers.items()]
     losses = [Loss(f"loss-{p}", at=p, inputs=[f"body-{p}", "data.y"]) for p in servers]
     return Plan([*heads, *bodies, *losses], training=_training(training), name="multitask")
 
@@ -94,15 +102,62 @@ def multihop(hops: Mapping[str, str], **training: object) -> Plan:
     return Plan([*stages, loss], training=_training(training), name="multihop")
 
 
-def hybrid(clients: Mapping[str, str], hops: Mapping[str, str], *, output: str, **training: object) -> Plan:
+def hybrid(
+    clients: Mapping[str, str],
+    hops: Mapping[str, str],
+    *,
+    output: str,
+    optional: Sequence[str] = (),
+    **training: object,
+) -> Plan:
     """Vertical, multi-hop and U-shaped in one: heads meet at the first hop; tail and loss are at the first client."""
+    heads, merged = _heads(clients, optional)
     owner, parties = next(iter(clients)), list(hops)
-    heads = [Stage(f"head-{p}", at=p, inputs=["data.x"], output=spec) for p, spec in clients.items()]
-    inputs = [[head.name for head in heads], *([f"hop-{p}"] for p in parties)]
+    inputs = [merged, *([f"hop-{p}"] for p in parties)]
     chain = [Stage(f"hop-{p}", at=p, inputs=i, output=hops[p]) for p, i in zip(parties, inputs, strict=False)]
     tail = Stage("tail", at=owner, inputs=[chain[-1].name], output=output)
     loss = Loss("loss", at=owner, inputs=["tail", "data.y"])
     return Plan([*heads, *chain, tail, loss], training=_training(training), name="hybrid")
+
+
+def _heads(
+    clients: Mapping[str, str], optional: Sequence[str], absent: Sequence[str] = (), server: str = ""
+) -> tuple[list[Stage], list[str]]:
+    """Return the heads of vertical parties, and what the stage that merges them takes, in the order of the clients.
+
+    Those in `optional` miss some people: their data has a bool field "present", and their heads give the rows of those
+    who are present, and who they are (see `cutlayer.models.rows.Present`). The merging stage takes both.
+    """
+    _check_missing(clients, optional, absent)
+    heads: list[Stage] = []
+    for party, spec in clients.items():
+        here = Stage(f"head-{party}", at=party, inputs=["data.x"], output=spec)
+        if party in optional:
+            rows = TensorSpec.parse(spec)
+            rows = TensorSpec(rows.dtype, tuple("rows<=batch" if dim == "batch" else dim for dim in rows.shape))
+            ports = {"rows": rows, "present": TensorSpec("bool", ("batch",))}
+            here = Stage(here.name, at=party, inputs=["data.x", "data.present"], output=ports)
+        heads.append(here)
+    inputs = [f"{head.name}.{port}" if port else head.name for head in heads for port in head.ports]
+    first = next(text for text in inputs if text.partition(".")[0][len("head-") :] not in absent)
+    counted = [first.replace(".rows", ".present")]  # one entry for each person of the batch
+    gone = [f"head-{party}" for party in absent]
+    return [
+        Stage(h.name, at=server, inputs=counted, output=h.ports, frozen=True) if h.name in gone else h for h in heads
+    ], inputs
+
+
+def _check_missing(clients: Mapping[str, str], optional: Sequence[str], absent: Sequence[str]) -> None:
+    for what, names, known in (("optional", optional, tuple(clients)), ("absent", absent, tuple(optional))):
+        wrong = [name for name in ([names] if isinstance(names, str) else names) if name not in known]
+        if wrong or isinstance(names, str) or (len(set(names)) == len(clients) and what == "absent"):
+            raise PlanError(
+                f"the parties in {what!r} are not those that may miss people",
+                expected=f"a list of {', '.join(known) or 'none'}" + (", not of all" if what == "absent" else ""),
+                got=repr(names) if isinstance(names, str) else ", ".join(wrong or names),
+                remedy="name them as in `clients`; a party that is absent must be optional, and one must be there",
+                code="E113",
+            )
 
 
 def _training(settings: Mapping[str, object]) -> Training:

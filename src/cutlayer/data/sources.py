@@ -176,7 +176,7 @@ class OrderedBatches:
         rows = self._indices[place]
         if self._whole:
             return cast("Mapping[str, Tensor]", self._dataset.batch(rows))
-        return _named(default_collate([self._dataset[row] for row in rows]), self.order.fields)
+        return _named(_collated([self._dataset[row] for row in rows]), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
         order, training = self.order, self.order.training
@@ -257,10 +257,24 @@ class LoaderBatches:
                 next(self._iterator, None)
 
 
+def _collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set gives, as a batch
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            "the samples of a batch cannot be put together",
+            expected="samples whose fields are tensors of one shape, or numbers",
+            got=str(error).partition("\n")[0][:200],
+            remedy="give a DataLoader with a collate_fn that pads them to one length and gives a mask beside",
+            code="E253",
+        ) from error
+
+
 def _named(item: Any, fields: tuple[str, ...] | None) -> Mapping[str, Tensor]:  # noqa: ANN401 - a collated batch
     if isinstance(item, Mapping):
         return item
     values = item if isinstance(item, tuple | list) else (item,)
+    fields = fields or getattr(item, "_fields", None)  # those of a NamedTuple
     if fields is None or len(fields) != len(values):
         raise DataError(
             "the data set gives tuples and their parts have no names",

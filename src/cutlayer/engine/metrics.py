@@ -1,21 +1,29 @@
-"""Metrics of a loss, computed where the labels are. Between parties only sums travel."""
+"""Metrics of a loss, computed where the labels are. Between parties only sums travel.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E222 | ConfigError | something that is no metric, or one that would send samples |
+| E524 | ContractError | sums of other metrics |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cutlayer.errors import ConfigError, ContractError, StageError
+from cutlayer.engine.scoring import metric_error, metric_inputs, mixed_error, probable
+from cutlayer.errors import ConfigError, ContractError, CutlayerError
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
+    from torchmetrics import Metric, MetricCollection  # takes seconds to import: only who uses metrics pays
 
-__all__ = ["MetricBook"]
+__all__ = ["MetricBook", "MetricFactory", "Value"]
 
-MetricFactory = Callable[[], Mapping[str, "Metric"]]
+MetricFactory = Callable[[], "Mapping[str, Metric | MetricCollection] | Metric | MetricCollection"]
+Value = float | list[Any]  # lists of lists for a matrix
 
 
 class MetricBook:
@@ -23,92 +31,97 @@ class MetricBook:
 
     Args:
         stage: Name of the loss.
-        make: Makes the metrics, name -> `torchmetrics.Metric`; each gets (prediction, label): the first and the last
-            input of the loss.
+        make: Makes the metrics: name -> `torchmetrics.Metric`, or a collection of them; each gets (prediction, label),
+            the first and the last input of the loss.
         shared: Whether sums of replicas will be added; then every metric state must be a sum.
     """
 
     def __init__(self, stage: str, make: MetricFactory | None, *, shared: bool) -> None:
         """Make the metrics; refuse those that would need samples to leave."""
         self.stage = stage
-        self.metrics: dict[str, Metric] = dict(make()) if make else {}
+        self.metrics: dict[str, Metric] = dict(_named(stage, "", make())) if make else {}
         self.loss_sum, self.samples = 0.0, 0
+        self._probable: dict[str, bool] = {}  # name -> whether the first batch held probabilities
         if shared:
             for name, metric in self.metrics.items():
                 _check_sums(stage, name, metric)
 
-    def update(self, loss: Tensor, inputs: list[Tensor], batch: int, reduction: str) -> None:
-        """Add one microbatch: its loss (a scalar), its inputs (prediction first, label last), its size."""
+    def update(
+        self, loss: Tensor, inputs: Sequence[Tensor], batch: int, reduction: str = "mean", scale: str = ""
+    ) -> None:
+        """Add one microbatch: its loss (a scalar), its inputs (prediction first, label last), its size.
+
+        `scale`, "sigmoid" or "softmax", turns predictions into probabilities, if the loss is known to do that.
+
+        Raises:
+            StageError: E308, a metric does not take the inputs.
+        """
         factor = batch if reduction == "mean" else 1
         self.loss_sum += loss.item() * factor
         self.samples += batch
         for name, metric in self.metrics.items():
-            try:
-                metric.update(inputs[0].detach().cpu(), inputs[-1].detach().cpu())
-            except Exception as error:
-                raise StageError(
-                    f"the metric {name!r} cannot take what the loss takes",
-                    where=f"loss {self.stage}, prediction {_form(inputs[0])}, label {_form(inputs[-1])}",
-                    expected=f"a prediction and a label as {type(metric).__name__} takes them",
-                    got=type(error).__name__,
-                    remedy="choose the metric of this task, or give the label in its form; see docs/reference/data.md",
-                    code="E308",
-                ) from error
+            with _naming(name, metric, (inputs[0], inputs[-1])):
+                prediction, label = metric_inputs(name, metric, inputs, scale)
+                probable_now = probable(metric, prediction)
+                if probable_now is not None and self._probable.setdefault(name, probable_now) != probable_now:
+                    raise mixed_error(name, metric, (inputs[0], inputs[-1]))
+                metric.update(prediction, label)
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
         self.loss_sum, self.samples = 0.0, 0
+        self._probable.clear()
         for metric in self.metrics.values():
             metric.reset()
 
-    def values(self) -> dict[str, float | list[float]]:
-        """Return "loss" and each metric's value; nothing if there were no samples."""
+    def values(self) -> dict[str, Value]:
+        """Return "loss" and each metric's value; nothing if there were no samples.
+
+        A metric that gives several values, by name or in order, gives "name.key" each.
+        """
         if not self.samples:
             return {}
-        found: dict[str, float | list[float]] = {"loss": self.loss_sum / self.samples}
+        found: dict[str, Value] = {"loss": self.loss_sum / self.samples}
         for name, metric in self.metrics.items():
-            value = metric.compute()
-            found[name] = value.tolist() if isinstance(value, Tensor) else float(value)
+            with _naming(name, metric, ()):
+                found |= _flat(name, metric.compute())
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Return all state for a checkpoint, which stays at its party; states that are lists are put together."""
         found = self.sums()
-        for name, metric in self.metrics.items():
-            for key, value in metric.metric_state.items():
-                if isinstance(value, list) and value:
-                    found[f"{name}.{key}"] = torch.cat(
-                        [item.reshape(1) if item.ndim == 0 else item for item in value]
-                    ).clone()
+        for name, _owner, _key, value in self._states():
+            if isinstance(value, list) and value:
+                found[name] = torch.cat([item.reshape(1) if item.ndim == 0 else item for item in value]).clone()
         return found
 
     def set_state(self, state: Mapping[str, Tensor], where: str) -> None:
         """Go back to a `state`. Raises `ContractError` if it is not of these metrics."""
-        lists = {
-            f"{name}.{key}"
-            for name, metric in self.metrics.items()
-            for key, value in metric.metric_state.items()
-            if isinstance(value, list)
-        }
+        lists = {name: (owner, key) for name, owner, key, value in self._states() if isinstance(value, list)}
         self.set_sums({name: tensor for name, tensor in state.items() if name not in lists}, where)
-        for name, metric in self.metrics.items():
-            for key in [key for key in metric.metric_state if f"{name}.{key}" in lists]:
-                kept = state.get(f"{name}.{key}")
-                setattr(metric, key, [] if kept is None else [kept.clone()])
+        for name, (owner, key) in lists.items():
+            kept = state.get(name)
+            setattr(owner, key, [] if kept is None else [kept.clone()])
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums behind the values."""
         found = {"loss": torch.tensor(self.loss_sum, dtype=torch.float64), "samples": torch.tensor(self.samples)}
-        for name, metric in self.metrics.items():
-            for key, value in metric.metric_state.items():
-                if isinstance(value, Tensor):
-                    found[f"{name}.{key}"] = value.detach().clone()
+        for name, owner, key, value in self._states():
+            if isinstance(value, Tensor):
+                begin: Any = owner._defaults[
+                    key
+                ]  # its shape, where a metric changed it, as R2Score does with (batch, 1)
+                known = isinstance(begin, Tensor) and begin.numel() == value.numel()
+                found[name] = value.detach().reshape(begin.shape if known else value.shape).clone()
         return found
 
     def set_sums(self, sums: Mapping[str, Tensor], where: str) -> None:
         """Replace the sums. Raises `ContractError` if they are not those of these metrics."""
-        own = {name: (t.shape, t.dtype) for name, t in self.sums().items()}
-        if own != {name: (t.shape, t.dtype) for name, t in sums.items()}:
+        own = self.sums()
+        fixed = {"loss", "samples"} if not self.samples else own.keys()  # R2Score's shapes come with its first update
+        if {name: t.dtype for name, t in own.items()} != {name: t.dtype for name, t in sums.items()} or any(
+            own[name].shape != sums[name].shape for name in fixed
+        ):
             raise ContractError(
                 "the metric sums received do not fit",
                 where=where,
@@ -118,25 +131,86 @@ class MetricBook:
                 code="E524",
             )
         self.loss_sum, self.samples = float(sums["loss"]), int(sums["samples"])
+        for name, owner, key, _value in self._states():
+            if name in sums:
+                setattr(owner, key, sums[name].clone())
+        for metric in self.metrics.values():
+            for _, one in _within(metric):
+                one._computed = None
+                one._update_count = max(1, one._update_count)  # torchmetrics warns if it was never updated
+
+    def _states(self) -> Iterator[tuple[str, Metric, str, Any]]:
+        """Yield each state: its name here, the metric that has it, its name there, its value."""
         for name, metric in self.metrics.items():
-            for key in metric.metric_state:
-                if f"{name}.{key}" in sums:
-                    setattr(metric, key, sums[f"{name}.{key}"].clone())
-            metric._computed = None
-            metric._update_count = max(1, metric._update_count)  # torchmetrics warns if it was never updated
+            for path, owner in _within(metric):
+                for key, value in owner.metric_state.items():
+                    yield f"{name}.{path}.{key}" if path else f"{name}.{key}", owner, key, value
+
+
+class _naming:  # noqa: N801 - used as a function
+    """Turns what a metric raises into a `StageError` that names it."""
+
+    def __init__(self, name: str, metric: Metric, inputs: Sequence[Tensor]) -> None:
+        self.name, self.metric, self.inputs = name, metric, inputs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CutlayerError):
+            raise metric_error(self.name, self.metric, self.inputs, error) from error
+
+
+def _named(stage: str, name: str, made: object) -> Iterator[tuple[str, Metric]]:
+    """Yield the metrics in what a factory made, those of a collection by "name.key"."""
+    from torchmetrics import Metric, MetricCollection
+
+    if isinstance(made, Metric):
+        yield name or type(made).__name__, made
+    elif isinstance(made, MetricCollection | Mapping) and made:
+        for key, metric in made.items():
+            yield from _named(stage, f"{name}.{key}" if name else str(key), metric)
+    else:
+        raise ConfigError(
+            f"the metrics of {stage!r} hold something that is no metric",
+            where=name,
+            expected="name -> torchmetrics.Metric, or a MetricCollection",
+            got=type(made).__name__,
+            remedy="give a function that makes them: metrics={'LOSS': lambda: {'accuracy': MulticlassAccuracy(3)}}",
+            code="E222",
+        )
+
+
+def _within(metric: Metric) -> Iterator[tuple[str, Metric]]:
+    """Yield a metric and those that it wraps, by path."""
+    from torchmetrics import Metric
+
+    for path, module in metric.named_modules():
+        if isinstance(module, Metric):
+            yield path, module
+
+
+def _flat(name: str, value: Any) -> dict[str, Value]:  # noqa: ANN401 - what a metric gives
+    if isinstance(value, Mapping):
+        parts: list[tuple[str, Any]] = [(f"{name}.{key}", one) for key, one in value.items()]
+    elif isinstance(value, tuple | list):
+        parts = [(f"{name}.{place}", one) for place, one in enumerate(value)]
+    else:
+        return {name: value.tolist() if isinstance(value, Tensor) else float(value)}
+    found: dict[str, Value] = {}
+    for key, one in parts:
+        found |= _flat(key, one)
+    return found
 
 
 def _check_sums(stage: str, name: str, metric: Metric) -> None:
-    for key, value in metric.metric_state.items():
-        reduction = getattr(metric._reductions.get(key), "__name__", "")
-        if not isinstance(value, Tensor) or reduction != "dim_zero_sum":
-            raise ConfigError(
-                f"the metric {name!r} of {stage!r} cannot be added over replicas: its state {key!r} is no sum",
-                expected="a metric whose states are sums, such as MulticlassAccuracy, or AUROC with thresholds=100",
-                remedy="choose another metric: only sums may leave a party",
-                code="E222",
-            )
-
-
-def _form(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    for _, owner in _within(metric):
+        for key, value in owner.metric_state.items():
+            reduction = getattr(owner._reductions.get(key), "__name__", "")
+            if not isinstance(value, Tensor) or reduction != "dim_zero_sum":
+                raise ConfigError(
+                    f"the metric {name!r} of {stage!r} cannot be added over replicas: its state {key!r} is no sum",
+                    expected="a metric whose states are sums, such as MulticlassAccuracy, or AUROC with thresholds=100",
+                    remedy="choose another metric: only sums may leave a party",
+                    code="E222",
+                )

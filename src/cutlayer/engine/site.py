@@ -192,13 +192,8 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, StageProtocol]:
             held = module if isinstance(module, nn.Module) else module.module
             if part.frozen:
                 held.requires_grad_(False)
-            if isinstance(part, Loss) and any(p.requires_grad for p in held.parameters()):
-                raise ConfigError(
-                    f"the module of the loss {part.name!r} has parameters to train",
-                    where=f"party {parts.party}",
-                    remedy="make it a stage, with a loss without parameters after it",
-                    code="E223",
-                )
+            if isinstance(part, Loss):
+                _check_loss(part, held, parts.party)
             if not isinstance(module, nn.Module):
                 stages[part.name, lane] = module
                 continue
@@ -223,6 +218,27 @@ def _check_exchanges(plan: Plan, parts: Parts) -> None:
                 remedy="give it in Party(exchanges={...}), or install the package that has it as a plug-in",
                 code="E290",
             )
+
+
+def _check_loss(part: Loss, module: nn.Module, party: str) -> None:
+    """Raise `ConfigError` E223 for a loss that is trained, or that adds where the plan takes the mean."""
+    if any(p.requires_grad for p in module.parameters()):
+        raise ConfigError(
+            f"the module of the loss {part.name!r} has parameters to train",
+            where=f"party {party}",
+            remedy="make it a stage, with a loss without parameters after it",
+            code="E223",
+        )
+    own = getattr(module, "reduction", part.reduction)
+    if own in ("mean", "sum") and own != part.reduction:
+        raise ConfigError(
+            f"the module of the loss {part.name!r} has another reduction than the plan",
+            where=f"party {party}",
+            expected=f"reduction={part.reduction!r}",
+            got=f"{own!r}",
+            remedy=f"give the module reduction={part.reduction!r}, or the plan Loss(..., reduction={own!r})",
+            code="E223",
+        )
 
 
 def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, StageProtocol]) -> dict[int | None, Bundle]:

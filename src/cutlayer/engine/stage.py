@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -13,6 +15,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.flops import FlopCounter
+from cutlayer.engine.scoring import Pairs, loss_error
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.errors import CutlayerError, StageError
 
@@ -89,9 +92,14 @@ def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
     _engine_run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _enter(leaf: Tensor) -> Tensor:
-    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves."""
+def _enter(leaf: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
+    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves.
+
+    The gradient is put into `sink[place]` as it comes: what the leaf keeps has the leaf's strides, and what goes on with
+    other strides has other last bits.
+    """
     entered: Tensor = _alias(leaf, leaf.shape)
+    entered.register_hook(partial(sink.__setitem__, place))  # type: ignore[no-untyped-call]
     return entered
 
 
@@ -102,6 +110,7 @@ class _Kept:
     outputs: tuple[Tensor, ...]
     wanted: tuple[bool, ...]
     leaves: list[Tensor]
+    sink: list[Tensor | None]
     shapes: _Shapes
 
 
@@ -118,7 +127,7 @@ class ModuleStage:
         autocast: Run forwards under `torch.autocast` with this dtype ("bfloat16", "float16"); empty: as they are.
 
     Raises:
-        StageError: the module fails, or gives something else than `ports` says.
+        StageError: the module fails, or gives something else than `ports` says; of a loss, E307 and E309 as well.
     """
 
     def __init__(
@@ -140,7 +149,7 @@ class ModuleStage:
         self.cuda_generator: Tensor | None = None
         if device.type == "cuda":
             self.cuda_generator = torch.Generator(device).manual_seed(seed).get_state()
-        self.spent = 0
+        self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
 
@@ -157,17 +166,17 @@ class ModuleStage:
             self.module.train(context.training)
         inputs = [value if value.device == self.device else value.to(self.device) for value in inputs]
         shapes: _Shapes = tuple([value.shape for value in inputs])
-        leaves = [value.detach() for value in inputs]
+        leaves, sink = [value.detach() for value in inputs], list[Tensor | None]([None] * len(inputs))
         with torch.set_grad_enabled(context.training):
             entered = [
-                _enter(leaf.requires_grad_()) if wanted and context.training else leaf
-                for leaf, wanted in zip(leaves, context.wanted, strict=True)
+                _enter(leaf.requires_grad_(), sink, place) if wanted and context.training else leaf
+                for place, (leaf, wanted) in enumerate(zip(leaves, context.wanted, strict=True))
             ]
             mode = "forward" if context.training else "evaluate"
-            given = self._guarded(mode, shapes, self._with_generator, entered, context.training)
+            given = self._guarded(mode, shapes, entered, self._with_generator, entered, context.training)
         outputs = self._named(given, context.batch, shapes)
         if context.training:
-            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, shapes)
+            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes)
         return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
@@ -185,8 +194,11 @@ class ModuleStage:
             )
         roots, seeds = self._roots(kept, gradients)
         if roots:
-            self._guarded("backward", kept.shapes, _go_back, tuple(roots), tuple(seeds))
-        return [_gradient(leaf) if wanted else None for leaf, wanted in zip(kept.leaves, kept.wanted, strict=True)]
+            self._guarded("backward", kept.shapes, kept.leaves, _go_back, tuple(roots), tuple(seeds))
+        return [
+            torch.zeros_like(leaf) if wanted and gradient is None else gradient  # an input that the module did not use
+            for leaf, wanted, gradient in zip(kept.leaves, kept.wanted, kept.sink, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
@@ -204,7 +216,7 @@ class ModuleStage:
             if gradient.shape != output.shape:
                 raise StageError(
                     f"the gradient at stage {self.name!r} has another shape than its output",
-                    where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in kept.shapes]}",
+                    where=f"stage {self.name}, inputs of shapes {_lists(kept.shapes)}",
                     expected=f"shape {list(output.shape)}",
                     got=f"shape {list(gradient.shape)}",
                     remedy="the party that takes this output sent it back otherwise: compare plan and release with it",
@@ -235,23 +247,35 @@ class ModuleStage:
                 torch.cuda.set_rng_state(outer_cuda, self.device)
         return output
 
-    def _guarded(self, kind: str, shapes: _Shapes, work: Callable[..., _T], *given: Any) -> _T:  # noqa: ANN401
+    def _guarded(
+        self,
+        kind: str,
+        shapes: _Shapes,
+        inputs: list[Tensor],
+        work: Callable[..., _T],
+        *given: Any,  # noqa: ANN401
+    ) -> _T:
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
+        scored = self.ports is None
         try:
             flops = self._flops.get((kind, shapes))
             if flops is None:
-                with FlopCounter() as counter:
+                watch = Pairs(self.name, inputs) if scored and kind != "backward" else None
+                with watch or nullcontext(), FlopCounter() as counter:
                     result = work(*given)
                 self.spent = self._flops[kind, shapes] = counter.total
+                self.scale = watch.scale if watch else self.scale
                 return result
             self.spent = flops
             return work(*given)
         except CutlayerError:
             raise
         except Exception as error:
+            if scored and not isinstance(error, torch.OutOfMemoryError):
+                raise loss_error(self.name, inputs, error) from error
             raise StageError(
                 f"stage {self.name!r} failed in its {kind}",
-                where=f"stage {self.name}, inputs of shapes {[list(shape) for shape in shapes]}",
+                where=f"stage {self.name}, inputs of shapes {_lists(shapes)}",
                 got=f"{type(error).__name__}: {error}",
                 remedy="run the module alone on inputs of these shapes; BatchNorm needs two samples a microbatch: set "
                 "drop_last, or fewer microbatches",
@@ -269,15 +293,7 @@ class ModuleStage:
             values = tuple(given) if isinstance(given, list | tuple) else (given,)
         outputs = tuple([value for value in values if isinstance(value, Tensor)])
         if len(outputs) != len(ports):
-            kinds = ", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given)
-            raise StageError(
-                f"stage {self.name!r} gave other values than the plan says",
-                where=f"stage {self.name}",
-                expected="one tensor" if ports == ("",) else f"tensors {', '.join(ports)}: a dictionary, or a tuple",
-                got=kinds,
-                remedy="let its module return the tensors that the plan names; cut it differently otherwise",
-                code="E302",
-            )
+            raise _other_values(self.name, ports, given)
         for port, output in zip(ports, outputs, strict=True):
             self._check(port, output, batch, shapes)
         return outputs
@@ -289,15 +305,36 @@ class ModuleStage:
         else:
             wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
         if wrong:
-            raise StageError(
-                f"stage {self.name!r} gives another tensor than the plan says",
-                where=f"stage {self.name}{f', port {port}' if port else ''}, "
-                f"inputs of shapes {[list(shape) for shape in shapes]}",
-                expected=f"{spec or 'a scalar'} for {batch} samples",
-                got=wrong,
-                remedy="correct the stage's output in the plan, or the module",
-                code="E301",
-            )
+            where = f"stage {self.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}"
+            raise _other_tensor(self.name, where, f"{spec or 'a scalar'} for {batch} samples", wrong)
+
+
+def _lists(shapes: _Shapes) -> list[list[int]]:
+    return [list(shape) for shape in shapes]
+
+
+def _other_tensor(name: str, where: str, expected: str, got: str) -> StageError:
+    return StageError(
+        f"stage {name!r} gives another tensor than the plan says",
+        where=where,
+        expected=expected,
+        got=got,
+        remedy="correct the stage's output in the plan, or the module"
+        if not expected.startswith("a scalar")
+        else "let the loss give one number: reduction='mean', or .mean() at its end",
+        code="E301",
+    )
+
+
+def _other_values(name: str, ports: tuple[str, ...], given: object) -> StageError:
+    return StageError(
+        f"stage {name!r} gave other values than the plan says",
+        where=f"stage {name}",
+        expected="one tensor" if ports == ("",) else f"tensors {', '.join(ports)}: a dictionary, or a tuple",
+        got=", ".join(str(key) for key in given) if isinstance(given, Mapping) else _kinds(given),
+        remedy="let its module return the tensors that the plan names; cut it differently otherwise",
+        code="E302",
+    )
 
 
 def _called(stage: ModuleStage, inputs: list[Tensor]) -> object:
@@ -305,11 +342,6 @@ def _called(stage: ModuleStage, inputs: list[Tensor]) -> object:
         return stage.module(*inputs)
     with torch.autocast(stage.device.type, dtype=stage.autocast):
         return stage.module(*inputs)
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    """Return the gradient at an input; zeros for one that the module did not use."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _kinds(given: object) -> str:

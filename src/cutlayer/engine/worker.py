@@ -113,7 +113,7 @@ class Worker:
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
-            role.book.update(outputs[0], inputs, job.size, role.reduction)
+            role.book.update(outputs[0], inputs, job.size, role.reduction, getattr(role.stage, "scale", ""))
             return
         self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
@@ -256,14 +256,22 @@ def _unread(error: Exception, where: str) -> DataError:
 
 
 def _field(batch: Mapping[str, Tensor], name: str, size: int, where: str) -> Tensor:
-    value = batch.get(name)
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-        raise DataError(
-            f"the batch has no usable field {name!r}",
-            where=where,
-            expected=f"a tensor of {size} samples",
-            got=f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"fields {', '.join(batch)}",
-            remedy="let the data set give this field; name tuple items with Party(fields=[...])",
-            code="E253",
-        )
-    return value
+    value: Any = batch.get(name)
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
+        return value
+    if isinstance(value, Tensor):
+        got, remedy = f"shape {list(value.shape)}", "let the data set give this field one row a sample"
+    elif name in batch:
+        got = f"a {type(value).__name__}"
+        remedy = "let the data set give tensors; or declare texts in the plan's preprocessing, as categories"
+    else:
+        got = f"fields {', '.join(str(key) for key in batch)}"
+        remedy = "let the data set give this field; name tuple items with Party(fields=[...])"
+    raise DataError(
+        f"the batch has no usable field {name!r}",
+        where=where,
+        expected=f"a tensor of {size} samples",
+        got=got,
+        remedy=remedy,
+        code="E253",
+    )

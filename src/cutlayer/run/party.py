@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,11 @@ from cutlayer.engine.agree import Agreed
 from cutlayer.engine.codec import CodecFactory
 from cutlayer.engine.defence import DefenceFactory
 from cutlayer.engine.exchange import ExchangeFunction
+from cutlayer.engine.metrics import MetricFactory
 from cutlayer.engine.stage import StageProtocol
 from cutlayer.engine.worker import Batches, Parts, Worker
 from cutlayer.errors import ConfigError
 from cutlayer.run.plugins import plugs_of
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
 
 __all__ = ["Party"]
 
@@ -50,7 +48,8 @@ class Party:
         optimizer: Makes the optimizer from a list of parameters.
         scheduler: Makes a learning-rate scheduler from the optimizer.
         scheduler_every: "epoch" or "step": when the scheduler advances.
-        metrics: Loss -> function that makes its torchmetrics, called with (prediction, label).
+        metrics: Loss -> function that makes its torchmetrics (one, several by name, or a `MetricCollection`), which
+            are given (prediction, label): the first and the last input of the loss.
         fields: Names of the parts of tuple items.
         seed: Private seed of dropout and of randomness in the data; None: a new one, never told to anybody.
         device: Where this party computes.
@@ -74,7 +73,7 @@ class Party:
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     scheduler_every: str = "epoch"
-    metrics: Mapping[str, Callable[[], Mapping[str, Metric]]] = field(default_factory=dict)
+    metrics: Mapping[str, MetricFactory] = field(default_factory=dict)
     fields: Sequence[str] | None = None
     seed: int | None = None
     device: str | torch.device = "cpu"
@@ -98,6 +97,15 @@ class Party:
                     remedy="give the function itself: it is called once the parameters exist",
                     code="E227",
                 )
+        made = [loss for loss, make in self.metrics.items() if isinstance(make, nn.Module) or not callable(make)]
+        if made:
+            raise ConfigError(
+                f"the metrics of {made[0]!r} at party {self.name!r} are no function",
+                expected="a function that makes them, such as lambda: {'accuracy': MulticlassAccuracy(3)}",
+                got=type(self.metrics[made[0]]).__name__,
+                remedy="give the function itself: each replica of the loss makes its own metrics",
+                code="E227",
+            )
         if self.scheduler_every not in ("epoch", "step"):
             raise ConfigError(
                 "unknown scheduler_every",

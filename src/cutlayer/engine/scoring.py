@@ -1,0 +1,243 @@
+"""Whether predictions and labels fit a loss or a metric, and what to do if not: dtypes and shapes, never values.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E307 | StageError | a loss does not take what it is given |
+| E308 | StageError | a metric does not take what it is given |
+| E309 | StageError | a loss would compare each prediction with each label |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cutlayer.engine.tensors import dtype_name
+from cutlayer.errors import StageError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
+
+__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error", "probable", "shown"]
+
+_HALVES = (torch.bfloat16, torch.float16)
+_BY_ELEMENT = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div"})
+
+_SCALES = {"binary_cross_entropy_with_logits": "sigmoid", "cross_entropy": "softmax"}
+
+
+def shown(tensors: Sequence[Tensor]) -> str:
+    """Return dtypes and shapes, such as "float32[8, 3], int64[8]"."""
+    return ", ".join(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}" for tensor in tensors)
+
+
+class Pairs(TorchFunctionMode):
+    """While a loss runs: refuse what torch computes, with a warning at most, for shapes that do not pair up.
+
+    `mse_loss` of (batch, 1) and (batch) is a mean over all batch x batch pairs. Watched are torch's losses by element,
+    and subtractions of two of the loss's own inputs. `scale` is what turns the prediction into probabilities, if the
+    loss shows it: "sigmoid", "softmax" or "".
+
+    Args:
+        name: The loss.
+        inputs: What it is given.
+    """
+
+    def __init__(self, name: str, inputs: Sequence[Tensor]) -> None:
+        """Watch one call."""
+        super().__init__()
+        self.name, self.own = name, {id(value): value for value in inputs}
+        self._scales: set[str] = set()
+
+    @property
+    def scale(self) -> str:
+        """Return what the loss takes the prediction to be before: the one function that it was seen to apply."""
+        return next(iter(self._scales)) if len(self._scales) == 1 else ""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        _types: Any,  # noqa: ANN401 - as torch calls it
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function gives
+        """Raise `StageError` E309 if two tensors would be stretched to each other; else do as without."""
+        named = kwargs or {}
+        kind = getattr(function, "__name__", "")
+        if kind in _SCALES:
+            self._scales.add(_SCALES[kind])
+        if kind in _BY_ELEMENT or kind == "sub":
+            first, second = [*args, *(named[key] for key in ("input", "target", "other") if key in named)][:2]
+            own = kind != "sub" or (id(first) in self.own and id(second) in self.own)
+            if own and isinstance(first, Tensor) and isinstance(second, Tensor) and _stretched(first, second):
+                raise StageError(
+                    f"the loss {self.name!r} would compare each prediction with each label",
+                    where=f"stage {self.name}",
+                    expected="prediction and label of one shape",
+                    got=shown([first, second]),
+                    remedy=_same_shape(first, second),
+                    code="E309",
+                )
+        return function(*args, **named)
+
+
+def loss_error(name: str, inputs: Sequence[Tensor], error: Exception) -> StageError:
+    """Return the error for a loss that fails on its inputs: what they are, and what most likely helps.
+
+    A label outside the classes is not named: it is a value.
+    """
+    outside = isinstance(error, IndexError)
+    why = "a label that is no class" if outside else f"{type(error).__name__}: {error}"
+    return StageError(
+        f"the loss {name!r} does not take what it is given",
+        where=f"stage {name}",
+        got=f"{shown(inputs)}; {why}",
+        remedy=_remedy(inputs, str(error), outside=outside),
+        code="E307",
+    )
+
+
+def metric_inputs(name: str, metric: Metric, inputs: Sequence[Tensor], scale: str = "") -> tuple[Tensor, Tensor]:
+    """Return (prediction, label) for a metric: the first and the last input of its loss, on the CPU, detached.
+
+    bfloat16 and float16 become float32. Metrics of torchmetrics for classification get int64 labels, also where the
+    loss takes floats (binary cross-entropy), and are checked here, because some of them check nothing: they would
+    give a number that means nothing. They get probabilities where `scale` says how: torchmetrics itself makes them
+    only of batches that hold a number outside 0..1, so a small batch of logits may be taken for probabilities.
+
+    Raises:
+        StageError: E308, shapes or labels do not fit the metric.
+    """
+    prediction, label = _ready(inputs[0]), _ready(inputs[-1])
+    kind = _kind(metric)
+    if not kind:
+        return prediction, label
+    shapes = [prediction.shape]
+    if kind == "multiclass":
+        shapes.append(torch.Size([*prediction.shape[:1], *prediction.shape[2:]]))
+    if label.shape not in shapes:
+        remedy = _same_shape(prediction, label) if kind != "multiclass" else _classes_second(prediction, label)
+        raise _misfit(name, metric, inputs, f"labels of shape {' or '.join(str(list(s)) for s in shapes)}", remedy)
+    if kind == "regression":
+        return prediction, label
+    whole = label.long()
+    if label.is_floating_point() and not torch.equal(whole.to(label.dtype), label):
+        raise _misfit(name, metric, inputs, "labels that are classes", "choose a metric that takes soft labels")
+    count = 2 if kind == "binary" else int(getattr(metric, "num_classes", None) or 0)
+    if count and _outside(whole, count, getattr(metric, "ignore_index", None)):
+        remedy = "name the metric's number of classes, or ignore_index for labels that are to be left out"
+        raise _misfit(name, metric, inputs, f"labels in 0..{count - 1}", remedy)
+    if scale == "sigmoid" and kind == "binary":
+        prediction = prediction.sigmoid()
+    elif scale == "softmax" and kind == "multiclass" and prediction.dim() > label.dim():
+        prediction = prediction.softmax(1)
+    return prediction, whole
+
+
+def probable(metric: Metric, prediction: Tensor) -> bool | None:
+    """Return whether torchmetrics takes a batch for probabilities: no number is outside 0..1. None: it never asks."""
+    asks = _kind(metric) == "binary" or (_kind(metric) == "multiclass" and hasattr(metric, "thresholds"))
+    if not asks or not prediction.is_floating_point():
+        return None
+    return not bool(((prediction < 0) | (prediction > 1)).any())
+
+
+def mixed_error(name: str, metric: Metric, inputs: Sequence[Tensor]) -> StageError:
+    """Return the error for a metric that would take some batches for probabilities and others for logits."""
+    return _misfit(
+        name,
+        metric,
+        inputs,
+        "probabilities: some batches hold numbers outside 0..1 and some do not",
+        "let the metric make them: LambdaInputTransformer(metric, torch.sigmoid), of torchmetrics.wrappers",
+    )
+
+
+def metric_error(name: str, metric: Metric, inputs: Sequence[Tensor], error: Exception) -> StageError:
+    """Return the error for a metric that fails. Its own words are given only where they hold no values."""
+    words = str(error)
+    own = "" if "tensor(" in words or "values" in words else f": {words}"
+    return StageError(
+        f"the metric {name!r} cannot be computed",
+        where=type(metric).__name__,
+        got="; ".join(part for part in (shown(inputs), f"{type(error).__name__}{own}") if part),
+        remedy="it gets the first and the last input of its loss: try it alone on tensors of these dtypes and shapes",
+        code="E308",
+    )
+
+
+def _misfit(name: str, metric: Metric, inputs: Sequence[Tensor], expected: str, remedy: str) -> StageError:
+    return StageError(
+        f"the metric {name!r} does not take what it is given",
+        where=type(metric).__name__,
+        expected=expected,
+        got=f"prediction {shown(inputs[:1])}, label {shown(inputs[-1:])}",
+        remedy=remedy,
+        code="E308",
+    )
+
+
+def _ready(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return value.float() if value.dtype in _HALVES else value
+
+
+def _kind(metric: Metric) -> str:
+    """Return "binary" (also for several labels), "multiclass" or "regression" for classes of torchmetrics, else ""."""
+    while type(metric).__name__ in ("ClasswiseWrapper", "MinMaxMetric"):  # they hand on what they get
+        metric = getattr(metric, "metric", None) or metric._base_metric  # type: ignore[assignment]
+    home = type(metric).__module__
+    if home.startswith("torchmetrics.regression"):
+        return "" if "cosine" in home or "kl_div" in home else "regression"
+    if not home.startswith("torchmetrics.classification"):
+        return ""  # also a user's subclass, which may change what it gets
+    name = type(metric).__name__
+    if name.startswith(("Binary", "Multilabel")) and "Fairness" not in name:
+        return "binary"
+    return "multiclass" if name.startswith("Multiclass") and "ExactMatch" not in name else ""
+
+
+def _outside(labels: Tensor, count: int, ignored: int | None) -> bool:
+    wrong = (labels < 0) | (labels >= count)
+    if ignored is not None:
+        wrong &= labels != ignored
+    return bool(wrong.any())
+
+
+def _stretched(first: Tensor, second: Tensor) -> bool:
+    return first.shape != second.shape and first.dim() > 0 and second.dim() > 0
+
+
+def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
+    prediction, label = inputs[0], inputs[-1]
+    if outside:
+        return "give the model one output for each class, or set the loss's ignore_index for labels to leave out"
+    if "Long" in words and label.dtype != torch.int64 and "cast" not in words:
+        return "give the labels as classes, int64: label.long() in the data set"
+    if ("cast" in words or "Found dtype" in words) and label.dtype != prediction.dtype:
+        return "give the labels in the dtype of the prediction: label.float() in the data set"
+    if label.dim() == prediction.dim() - 1 >= 2 and label.shape == prediction.shape[:-1]:
+        return _classes_second(prediction, label)
+    if prediction.shape != label.shape and prediction.numel() == label.numel():
+        return _same_shape(prediction, label)
+    if label.dim() == prediction.dim() and label.shape[-1:] == (1,):
+        return "give the labels without their last dimension: label.squeeze(-1)"
+    return "run the loss alone on tensors of these dtypes and shapes"
+
+
+def _classes_second(prediction: Tensor, label: Tensor) -> str:
+    if label.dim() == prediction.dim() - 1 and label.shape == prediction.shape[:-1]:
+        return "the classes are the second dimension, not the last: prediction.movedim(-1, 1)"
+    return "let the classes be the second dimension of the prediction, and the labels have all others"
+
+
+def _same_shape(first: Tensor, second: Tensor) -> str:
+    if first.numel() == second.numel() and first.dim() == second.dim() + 1:
+        return "let the model end with .squeeze(-1), or give labels of the prediction's shape: label.unsqueeze(-1)"
+    if first.numel() == second.numel() and first.dim() == second.dim() - 1:
+        return "give labels of the prediction's shape: label.squeeze(-1)"
+    return "let model and data set give one shape"
