@@ -95,7 +95,7 @@ def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
 def _enter(leaf: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
     """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves.
 
-    The gradient is put into `sink[place]` as it comes: what the leaf keeps has the leaf's strides, and what goes on with
+    The gradient is put into `sink[place]` as it comes: what the leaf keeps has its strides, and what goes on with
     other strides has other last bits.
     """
     entered: Tensor = _alias(leaf, leaf.shape)
