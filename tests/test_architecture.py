@@ -106,6 +106,8 @@ def parse(name: str, text: str, *, package: bool = False) -> Module:
 def load_tree() -> dict[str, Module]:
     modules = {}
     for path in sorted(SOURCE.rglob("*.py")):
+        if "templates" in path.parts:
+            continue  # files of users' projects
         parts = (ROOT, *path.relative_to(SOURCE).with_suffix("").parts)
         package = parts[-1] == "__init__"
         name = ".".join(parts[:-1] if package else parts)

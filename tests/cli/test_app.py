@@ -45,7 +45,7 @@ def test_version(call: Call):
     [
         (("ru",), "no such command 'ru'. Did you mean 'run'?", "cutlayer"),
         (("pki", "isue"), "no such command 'isue'. Did you mean 'issue'?", "cutlayer pki"),
-        (("run",), "missing argument", "cutlayer run"),
+        (("join",), "missing argument", "cutlayer join"),
         (("plan", "c", "--gird"), "no such option: --gird", "cutlayer plan"),
         (("plan", "c", "--program", "x", "--samples", "0"), "invalid value for '--samples'", "cutlayer plan"),
         (("plan", "c", "--samples", "few"), "invalid value for '--samples'", "cutlayer plan"),

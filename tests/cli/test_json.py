@@ -36,6 +36,7 @@ CASES: dict[Words, tuple[list[Words], Words | None, Words, str]] = {
     ("env",): ([], (), ("--no-such",), "E210"),
     ("export",): ([RUN], ("out",), ("nowhere",), "E229"),
     ("cut",): ([], ("parties.py:small", "--input", "float32[batch, 4]"), ("parties.py:small",), "E237"),
+    ("new",): ([], ("study", "--template", "text"), ("study", "--template", "none"), "E247"),
     ("pki", "init"): ([], ("ca",), ("ca", "--name", ""), "E230"),
     ("pki", "issue"): ([("pki", "init", "ca")], ("hospital",), ("Hospital",), "E230"),
     ("pki", "show"): ([("pki", "init", "ca")], ("ca",), ("nowhere",), "E232"),

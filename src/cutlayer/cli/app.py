@@ -11,11 +11,13 @@ import typer
 from cutlayer.cli.completion import complete_code, complete_party_file, complete_run
 from cutlayer.cli.console import (
     ContractArgument,
+    ContractHere,
     FolderOption,
     JsonOption,
     Output,
     PartyFileArgument,
     PartyFilesArgument,
+    PartyFilesHere,
     QuietOption,
     VerboseOption,
     reporting,
@@ -90,10 +92,27 @@ def _top(
     """Split learning: one network trained across organisations, where only declared tensors leave."""
 
 
+@app.command(epilog="Example: cutlayer new study --template images-u")
+@spread
+def new(
+    name: Annotated[str, typer.Argument(help="The project, and its folder.", show_default=False)],
+    template: Annotated[
+        str, typer.Option("--template", help="images-u, tabular-vertical or text.", show_default=True)
+    ] = "images-u",
+    told: Told = _TOLD,
+) -> None:
+    """Write a project that runs as it is, on real data: contract, party files, modules and data in Python."""
+    output = told.output()
+    with reporting(output):
+        from cutlayer.cli.creating import new_project
+
+        new_project(name, template, output)
+
+
 @app.command(epilog="Example: cutlayer run contract.toml hospital.toml server.toml --processes")
 def run(
-    contract: ContractArgument,
-    party_files: PartyFilesArgument,
+    contract: ContractHere = None,
+    party_files: PartyFilesHere = None,
     processes: Annotated[
         bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
     ] = False,
@@ -102,12 +121,17 @@ def run(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train with all parties on this machine. Results go to runs/<time>-<name>/ unless told."""
+    """Train with all parties on this machine. Results go to runs/<time>-<name>/ unless told.
+
+    Without arguments: contract.toml of this folder, and the party files beside it.
+    """
     output = Output(json, quiet, verbose)
     with reporting(output):
+        from cutlayer.cli.here import contract_here, party_files_here
         from cutlayer.cli.running import run_here
 
-        run_here(contract, party_files, folder, output, processes=processes)
+        path = contract_here(contract)
+        run_here(path, party_files_here(party_files, path), folder, output, processes=processes)
 
 
 @app.command(epilog="Example: cutlayer join contract.toml hospital.toml --accept DIGEST")
@@ -132,16 +156,15 @@ def join(
 
 
 @app.command(epilog="Example: cutlayer resume runs/20260101-090000-digits")
+@spread
 def resume(
     run_folder: Annotated[
         Path, typer.Argument(help="The folder that the run named at its start.", autocompletion=complete_run)
     ],
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Go on with a run after a crash, from the last checkpoint that all parties have."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.running import resume_run
 
@@ -194,17 +217,16 @@ def serve(
 
 
 @app.command(epilog="Example: cutlayer report runs/20260101-090000-digits --open")
+@spread
 def report(
     run_folder: Annotated[
         Path, typer.Argument(help="The folder of a run that has ended.", autocompletion=complete_run)
     ],
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the web browser.")] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Write the report of a run again: report.html, and beside it drawings (SVG, PNG) and tables (CSV)."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.report import show_report
 
@@ -212,8 +234,9 @@ def report(
 
 
 @app.command(epilog="Example: cutlayer plan contract.toml --grid")
+@spread
 def plan(
-    contract: ContractArgument,
+    contract: ContractHere = None,
     grid: Annotated[bool, typer.Option("--grid", help="Print the schedule of one step: a row a party.")] = False,
     program: Annotated[
         str, typer.Option("--program", metavar="PARTY", help="Print the programs that this party will run.")
@@ -221,35 +244,39 @@ def plan(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples of each data holder, for --program.", show_default="one batch")
     ] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Print who holds what, what leaves whom, and the digest that a site accepts."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
+        from cutlayer.cli.here import contract_here
         from cutlayer.cli.showing import show_plan
 
-        show_plan(contract, output, grid=grid, program=program, samples=samples)
+        show_plan(contract_here(contract), output, grid=grid, program=program, samples=samples)
 
 
 @app.command(epilog="Example: cutlayer check contract.toml hospital.toml")
+@spread
 def check(
-    contract: ContractArgument,
+    contract: ContractHere = None,
     party_files: Annotated[
         list[Path] | None,
         typer.Argument(help="Party files, if any.", show_default=False, autocompletion=complete_party_file),
     ] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Check contract, party files, certificates, modules and one batch of data. Sends nothing."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
+        from cutlayer.cli.here import contract_here, party_files_here
         from cutlayer.cli.showing import show_check
 
-        show_check(contract, party_files or [], output)
+        path = contract_here(contract)
+        show_check(
+            path,
+            party_files_here(party_files, path, all_of_them=False) if contract is None else party_files or [],
+            output,
+        )
 
 
 @app.command(epilog="Example: cutlayer explain E351")
@@ -312,15 +339,14 @@ def cut(
 
 
 @app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")
+@spread
 def export(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.safetensors"),
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Put the whole model together and write its weights, where the contract allows it (assemble_at)."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.exporting import export_model
 

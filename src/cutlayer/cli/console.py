@@ -34,11 +34,13 @@ from cutlayer.errors import (
 __all__ = [
     "EXIT_CODES",
     "ContractArgument",
+    "ContractHere",
     "FolderOption",
     "JsonOption",
     "Output",
     "PartyFileArgument",
     "PartyFilesArgument",
+    "PartyFilesHere",
     "QuietOption",
     "VerboseOption",
     "error_document",
@@ -66,6 +68,22 @@ PartyFileArgument = Annotated[
 PartyFilesArgument = Annotated[
     list[Path],
     typer.Argument(help="Party files, one for each party.", show_default=False, autocompletion=complete_party_file),
+]
+ContractHere = Annotated[
+    Path | None,
+    typer.Argument(
+        help="The contract. Default: contract.toml of this folder.",
+        show_default=False,
+        autocompletion=complete_contract,
+    ),
+]
+PartyFilesHere = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help="Party files, one for each party. Default: those beside the contract.",
+        show_default=False,
+        autocompletion=complete_party_file,
+    ),
 ]
 FolderOption = Annotated[
     Path | None,

@@ -1,0 +1,77 @@
+"""Files that a command was not told: the contract and the party files of the current folder.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E240 | ConfigError | no contract is named, and there is none here |
+| E241 | ConfigError | no party files are named, and a party of the plan has none here |
+| E242 | ConfigError | no party files are named, and a party has several here |
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from cutlayer.errors import ConfigError
+from cutlayer.run.config import load_contract
+
+__all__ = ["contract_here", "party_files_here"]
+
+CONTRACT = "contract.toml"
+
+
+def contract_here(given: Path | None) -> Path:
+    """Return the contract that was named, or `contract.toml` of this folder. Raises `ConfigError` E240."""
+    if given is not None:
+        return given
+    if not Path(CONTRACT).is_file():
+        raise ConfigError(
+            "no contract is named, and there is none here",
+            where=str(Path.cwd()),
+            expected=f"a file {CONTRACT} in this folder, or the path of one",
+            remedy="name it, go to its folder, or begin a project: cutlayer new NAME --template images-u",
+            code="E240",
+        )
+    return Path(CONTRACT)
+
+
+def party_files_here(given: Sequence[Path] | None, contract: Path, *, all_of_them: bool = True) -> list[Path]:
+    """Return the party files that were named, or one for each party of the plan from the contract's folder.
+
+    With `all_of_them=False`, for those parties that have one there.
+
+    Raises:
+        ConfigError: E241, a party has none; E242, a party has several.
+    """
+    if given:
+        return list(given)
+    found: dict[str, list[Path]] = {}
+    for path in sorted(contract.parent.glob("*.toml")):
+        try:
+            name = tomllib.loads(path.read_text(encoding="utf-8")).get("party")
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+            continue
+        if isinstance(name, str):
+            found.setdefault(name, []).append(path)
+    parties = load_contract(contract).plan.parties
+    missing = [party for party in parties if party not in found]
+    if missing and all_of_them:
+        raise ConfigError(
+            f"no party files are named, and {', '.join(missing)} has none here",
+            where=str(contract.parent.absolute()),
+            expected=f'a file with party = "{missing[0]}" beside the contract',
+            got=", ".join(sorted(found)) or "no party files",
+            remedy="name the party files: cutlayer run CONTRACT PARTYFILE...",
+            code="E241",
+        )
+    several = [party for party in parties if len(found.get(party, [])) > 1]
+    if several:
+        raise ConfigError(
+            f"no party files are named, and {several[0]} has several here",
+            where=str(contract.parent.absolute()),
+            got=", ".join(path.name for path in found[several[0]]),
+            remedy="name the party files that are meant",
+            code="E242",
+        )
+    return [found[party][0] for party in parties if party in found]

@@ -1,0 +1,113 @@
+"""`cutlayer new`, and commands without arguments in a project's folder: what a newcomer does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer.cli.creating import templates
+from cutlayer.run.config import load_contract
+from cutlayer.run.partyfile import load_party_file
+
+Call = Callable[..., Any]
+DATA = Path(__file__).parents[2] / ".data"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / ".data").symlink_to(DATA)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_templates_are_named_in_the_help(call: Call):
+    assert templates() == ["images-u", "tabular-vertical", "text"]
+    shown = " ".join(" ".join(call("new", "--help").out).split())
+    assert all(name in shown for name in templates())
+
+
+@pytest.mark.parametrize("template", templates())
+def test_a_project_has_a_file_for_each_party_and_is_well(template: str, call: Call, here: Path):
+    result = call("new", "study", "--template", template)
+    assert (result.code, result.out[-1]) == (0, "project: study/; go on with: cd study && cutlayer run")
+    contract = load_contract(here / "study" / "contract.toml")
+    assert contract.plan.name == "study"
+    for party in contract.plan.parties:
+        assert load_party_file(here / "study" / f"{party}.toml").name == party
+    assert "NAME" not in "".join(p.read_text() for p in (here / "study").iterdir() if p.is_file())
+    assert (here / "study" / ".gitignore").exists()
+
+
+def test_new_run_and_the_report_is_there(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two commands, and the third opens the report that the last line names."""
+    assert call("new", "study", "--template", "tabular-vertical").code == 0
+    monkeypatch.chdir(here / "study")
+    contract = Path("contract.toml")
+    contract.write_text(contract.read_text().replace("epochs = 5", "epochs = 2"))
+    result = call("run")
+    assert result.code == 0, result.err
+    page = Path(result.out[-1].removeprefix("results: "))
+    assert page.name == "report.html"
+    assert "study" in page.read_text()
+    assert "accuracy 0.8" in "".join(result.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("template", "good"), [("images-u", "accuracy 0.9"), ("text", "perplexity")])
+def test_the_others_run_and_learn(template: str, good: str, call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):
+    assert call("new", "study", "--template", template).code == 0
+    monkeypatch.chdir(here / "study")
+    result = call("run")
+    assert result.code == 0, result.err
+    assert good in "".join(result.out)
+
+
+def test_plan_and_check_without_arguments(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):
+    call("new", "study", "--template", "images-u")
+    monkeypatch.chdir(here / "study")
+    assert call("plan").out[-1].startswith("contract digest: ")
+    shown = call("check")
+    assert shown.code == 0, shown.out
+    assert sum("one batch through" in line for line in shown.out) == 3
+
+
+@pytest.mark.provokes(by="code")
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("My Study",), "E245", "'My Study' cannot be the name of a project"),
+        (("taken",), "E246", "'taken' is there already"),
+        (("study", "--template", "images"), "E247", "there is no template 'images'"),
+    ],
+)
+def test_what_cannot_be_made(words: tuple[str, ...], code: str, said: str, call: Call, here: Path):
+    (here / "taken").mkdir()
+    result = call("new", *words)
+    assert (result.code, result.err[0]) == (2, f"{code} {said}")
+    assert sorted(path.name for path in here.iterdir()) == [".data", "taken"]
+
+
+@pytest.mark.provokes("E240")
+@pytest.mark.parametrize("command", ["run", "plan", "check"])
+def test_no_contract_here(command: str, call: Call, here: Path):
+    result = call(command)
+    assert (result.code, result.err[0]) == (2, "E240 no contract is named, and there is none here")
+    assert "cutlayer new" in result.err[3]
+
+
+@pytest.mark.provokes("E241", "E242")
+def test_a_party_without_a_file_and_one_with_two(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):
+    call("new", "study", "--template", "text")
+    monkeypatch.chdir(here / "study")
+    text = Path("server.toml").read_text()
+    Path("server.toml").rename("server.txt")
+    result = call("run")
+    assert (result.code, result.err[0]) == (2, "E241 no party files are named, and server has none here")
+    for name in ("one", "two"):
+        Path(f"{name}.toml").write_text(text)
+    result = call("run")
+    assert (result.code, result.err[0]) == (2, "E242 no party files are named, and server has several here")
+    assert "one.toml, two.toml" in result.err[2]
