@@ -110,6 +110,7 @@ def new(
 
 
 @app.command(epilog="Example: cutlayer run contract.toml hospital.toml server.toml --processes")
+@spread
 def run(
     contract: ContractHere = None,
     party_files: PartyFilesHere = None,
@@ -117,15 +118,13 @@ def run(
         bool, typer.Option("--processes", help="A process for each party, over mutual TLS on this machine.")
     ] = False,
     folder: FolderOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Train with all parties on this machine. Results go to runs/<time>-<name>/ unless told.
 
     Without arguments: contract.toml of this folder, and the party files beside it.
     """
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.here import contract_here, party_files_here
         from cutlayer.cli.running import run_here
@@ -135,20 +134,19 @@ def run(
 
 
 @app.command(epilog="Example: cutlayer join contract.toml hospital.toml --accept DIGEST")
+@spread
 def join(
     contract: ContractArgument,
     party_file: PartyFileArgument,
     accept: AcceptOption = "",
     folder: FolderOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Take part in a run as one party; the others join from where they are.
 
     Shows what may leave this party and asks once whether it may. Without a terminal it never asks: give --accept.
     """
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.running import join_run
 
