@@ -265,6 +265,7 @@ def test_nothing_is_written_where_there_is_nothing(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"prediction.json", "predictions.safetensors"}
 
 
+@pytest.mark.provokes("E260")
 def test_outputs_of_several_lengths_are_refused():
     stages = [
         cl.Stage("head", at="a", inputs=["data.x"], output="float32[batch, time<=9]"),

@@ -123,6 +123,7 @@ def test_training_is_that_of_one_party_with_all_samples():
     assert result.agreed["a"]["y"].values == (5, 15, 25)
 
 
+@pytest.mark.provokes("E262")
 def test_a_prediction_uses_what_training_agreed_on():
     trained = simulate(plan(), parties())
     rest = {name: trained.agreed[name] for name in NAMES}
