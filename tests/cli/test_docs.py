@@ -116,12 +116,13 @@ TABLES = {
     "deadlines": config.DeadlineTable,
     "network": partyfile._NetworkTable,
     "run": partyfile._RunTable,
+    "logging": partyfile._LoggingTable,
 }
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_defaults_in_the_references_are_those_of_the_code(table: str):
-    page = PARTY_FILE if table in ("network", "run") else CONTRACT
+    page = PARTY_FILE if table in ("network", "run", "logging") else CONTRACT
     rows = re.findall(r"(?m)^\| `(\w+)` \| [^|]+ \| `?([^|`]+)`? \|", _section(page.read_text(), table))
     shown = dict(rows)
     for field in msgspec.structs.fields(TABLES[table]):
