@@ -36,15 +36,6 @@ def test_the_tutorials_plan_runs_and_learns(capsys):
     assert names["result"].metrics("evaluate")["loss"]["loss"] < 0.1
 
 
-def test_the_page_on_trackers_runs_as_it_stands(tmp_path, monkeypatch):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "log-to-trackers.md").read_text(), re.S)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(block, "log-to-trackers.md", "exec"), names)  # noqa: S102 - our own page
-    assert set(names["heard"]) == {"step", "round"}
-    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
-
-
 def test_the_page_on_loops_runs_as_it_stands():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "own-loop.md").read_text(), re.S)
     names: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from cutlayer.cli.console import Output
 from cutlayer.errors import CutlayerError, LinkError, PeerError, StageError
 from cutlayer.run.config import load_contract
 from cutlayer.run.launch import read_run
+from tests.report.reading import page
 
 Call = Callable[..., Any]
 ALL = ("contract.toml", "hospital.toml", "server.toml")
@@ -121,6 +122,20 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def assert_reports_of_their_own(folder: Path, hashes: dict[str, str]) -> None:
+    """Each party's report is in its own folder, and holds its own record alone."""
+    whole = page(folder)
+    assert list(whole.column("Cost by party", "sent")) == ["hospital", "server"]
+    for party, other in (("hospital", "server"), ("server", "hospital")):
+        own = page(folder / party)
+        assert f"Seen from {party}." in own.words
+        assert f"This folder holds the record of {party} only. What {other} computed is not known here" in own.words
+        assert own.tables[f"What left {party}"] == whole.tables[f"What left {party}"]
+        assert list(own.column("Cost by party", "sent")) == [party]
+        assert hashes[party] in own.words
+        assert hashes[other] not in own.words
+
+
 def assert_no_process_left(folder: Path) -> None:
     left = [p.info for p in psutil.process_iter(["cmdline"]) if any(str(folder) in w for w in p.info["cmdline"] or ())]
     assert left == []
@@ -137,6 +152,7 @@ def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path
     one, many = (json.loads((demo / name / "summary.json").read_text()) for name in ("one", "many"))
     for part in ("plan", "metrics", "history", "cuts", "weights_sha256"):
         assert one[part] == many[part]
+    assert_reports_of_their_own(demo / "many", many["weights_sha256"])
     assert not list((demo / "many").rglob("*.key"))
     assert_no_process_left(demo)
     assert call("resume", "many").out[-1] == "results: many/report.html"

@@ -81,6 +81,7 @@ def test_rare_values_are_not_told():
     assert b"rare" not in told
 
 
+@pytest.mark.provokes("E261")
 def test_classes_are_numbered_and_an_unknown_one_is_an_error():
     shared = Shared("grade", at="a", kind="classes")
     agreed = agreed_of(shared, [[torch.tensor([4, 2])], [torch.tensor([9])]])

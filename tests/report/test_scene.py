@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutlayer.report.palette import STYLES
-from cutlayer.report.scene import Box, Label, Line, arrow, fit, lock, width
+from cutlayer.report.scene import Box, Label, Line, arrow, fit, fit_name, lock, width
 
 TEXTS = [
     string.ascii_lowercase, string.ascii_uppercase, string.digits, string.punctuation, "hospital-a", "MMMM", "illi",
@@ -42,6 +42,25 @@ def test_fit_leaves_out_no_more_than_it_must(text: str, most: float, bold: bool)
         assert shown.endswith("…")
         assert text.startswith(kept)
         assert width(shown, 11.0, bold=bold) <= most
+
+
+@given(st.text(st.sampled_from("aMi .-"), max_size=30), st.floats(0, 300), st.booleans())
+def test_fit_name_keeps_both_ends(name: str, most: float, bold: bool):
+    shown = fit_name(name, most, 14.0, bold=bold)
+    if width(name, 14.0, bold=bold) <= most:
+        assert shown == name
+    elif shown != "…":
+        begin, _, end = shown.partition("…")
+        assert name.startswith(begin)
+        assert name.endswith(end)
+        assert 0 <= len(begin) - len(end) <= 1
+        assert width(shown, 14.0, bold=bold) <= most
+
+
+def test_names_that_differ_at_their_ends_are_told_apart():
+    shown = [fit_name(f"hospital-of-the-district-of-the-north-{n:02}", 200.0, 14.0, bold=True) for n in range(10)]
+    assert len(set(shown)) == 10
+    assert shown[3].endswith("-03")
 
 
 @pytest.mark.parametrize("angle", [0.0, 1.0, math.pi / 2, math.pi, -2.0])

@@ -83,6 +83,8 @@ def test_ten_hospitals_with_long_names(tmp_path: Path):
     assert {row["party"] for row in table(tmp_path, "costs.csv")} == set(plan.parties)
     assert len({(row["from"], row["to"]) for row in table(tmp_path, "cuts.csv") if row["direction"] == "up"}) == 20
     assert report.page.stat().st_size < 300_000
+    shown = [text for text in found.words.splitlines() if text.startswith("hospital") and "…" in text]
+    assert len(set(shown)) >= 10, "told apart, though cut"
 
 
 def test_one_party_alone(tmp_path: Path):

@@ -72,6 +72,28 @@ def test_paths_count_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.M
     assert file.folder.resolve() == tmp_path / "out"
 
 
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ("", ""),
+        ("runs.db", "sqlite:///{home}/runs.db"),
+        ("/srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_trackers(tmp_path: Path, text: str, stored: str):
+    file = load_party_file(site(tmp_path, more=f'[logging]\ntensorboard = true\nmlflow = "{text}"\n'))
+    assert (file.tensorboard, file.mlflow) == (True, stored.format(home=tmp_path))
+    (tmp_path / "copy.toml").write_text(write_party_file(file))
+    copy = load_party_file(tmp_path / "copy.toml")
+    assert (copy.tensorboard, copy.mlflow) == (file.tensorboard, file.mlflow)
+
+
+def test_a_password_in_an_address_is_not_shown(tmp_path: Path):
+    file = load_party_file(site(tmp_path, more='[logging]\nmlflow = "https://me:secret@tracker.example"\n'))
+    assert "secret" not in repr(file)
+
+
 def test_builder_makes_the_party(tmp_path: Path):
     party = load_party_file(site(tmp_path)).party()
     assert (party.name, party.seed) == ("hospital", 3)

@@ -1,4 +1,4 @@
-"""The commands and their help. Each loads what it needs when it runs, so that `cutlayer --help` is quick."""
+"""The commands and their help. Each loads what it needs when it runs, so that help is quick."""
 
 from __future__ import annotations
 
@@ -270,11 +270,8 @@ def check(
         from cutlayer.cli.showing import show_check
 
         path = contract_here(contract)
-        show_check(
-            path,
-            party_files_here(party_files, path, all_of_them=False) if contract is None else party_files or [],
-            output,
-        )
+        files = party_files or ([] if contract else party_files_here(None, path, all_of_them=False))
+        show_check(path, files, output)
 
 
 @app.command(epilog="Example: cutlayer explain E351")

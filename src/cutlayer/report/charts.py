@@ -8,7 +8,7 @@ from itertools import groupby
 
 from cutlayer.report.palette import SERIES
 from cutlayer.report.record import Record
-from cutlayer.report.scene import Box, Dot, Group, Label, Line, Scene, Shape, fit, width
+from cutlayer.report.scene import Box, Dot, Group, Label, Line, Scene, Shape, fit, fit_name, width
 from cutlayer.report.tally import KINDS, Cost, Series, costs, series
 from cutlayer.report.words import duration, number
 
@@ -221,7 +221,7 @@ def _colour(kind: str) -> str:
 
 
 def _bar(row: Cost, kinds: Sequence[str], y: float, longest: float) -> list[Shape]:
-    name = fit(row.party, _BARS[0] - 12.0, 12.0, bold=True)
+    name = fit_name(row.party, _BARS[0] - 12.0, 12.0, bold=True)
     items: list[Shape] = [Label(_BARS[0] - 10.0, y + 18.0, name, "ink", 12.0, "end", bold=True, title=row.party)]
     x, total = _BARS[0], sum(row.seconds.values())
     for kind in kinds:

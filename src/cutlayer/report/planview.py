@@ -11,7 +11,7 @@ from cutlayer.core.parts import Loss, Stage
 from cutlayer.core.plan import Plan
 from cutlayer.report.layout import Layout, Link, Node, Rect, Route, arrange
 from cutlayer.report.record import Record
-from cutlayer.report.scene import Box, Group, Label, Line, Scene, Shape, arrow, fit, lock, width
+from cutlayer.report.scene import Box, Group, Label, Line, Scene, Shape, arrow, fit, fit_name, lock, width
 from cutlayer.report.tally import Moved, exchanged, moved, totals
 from cutlayer.report.words import compact, size
 
@@ -227,7 +227,13 @@ def _draw_party(one: Inside, box: Rect) -> list[Shape]:
     items: list[Shape] = [
         Box(box.x, box.y, box.width, box.height, "party", 9.0),
         Label(
-            box.x + 12.0, box.y + 20.0, fit(one.name, most, _NAME, bold=True), "ink", _NAME, bold=True, title=one.name
+            box.x + 12.0,
+            box.y + 20.0,
+            fit_name(one.name, most, _NAME, bold=True),
+            "ink",
+            _NAME,
+            bold=True,
+            title=one.name,
         ),
         Label(box.x + 12.0, box.y + 34.0, fit(one.remark, most, _SMALL), "soft", _SMALL),
     ]
@@ -252,7 +258,7 @@ def _draw_party(one: Inside, box: Rect) -> list[Shape]:
 
 def _draw_stage(name: str, remark: str, kind: str, place: Rect) -> list[Shape]:
     side = width(remark, _SMALL)
-    text = fit(name, place.width - side - 24.0, _TEXT, bold=True)
+    text = fit_name(name, place.width - side - 24.0, _TEXT, bold=True)
     base = place.y + place.height / 2 + 4.0
     return [
         Box(place.x, place.y, place.width, place.height, kind, 5.0, name),

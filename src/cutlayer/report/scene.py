@@ -22,6 +22,7 @@ __all__ = [
     "Shape",
     "arrow",
     "fit",
+    "fit_name",
     "lock",
     "width",
 ]
@@ -136,6 +137,19 @@ def fit(text: str, most: float, size: float = 11.0, *, bold: bool = False) -> st
     while text and width(f"{text}…", size, bold=bold) > most:
         text = text[:-1]
     return f"{text.rstrip()}…"
+
+
+def fit_name(name: str, most: float, size: float = 11.0, *, bold: bool = False) -> str:
+    """Return the name, its middle left out if it would take more than `most` pixels: names often differ at the end."""
+    if width(name, size, bold=bold) <= most:
+        return name
+    kept = len(name) - 1
+    while kept > 1:
+        shown = f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
+        if width(shown, size, bold=bold) <= most:
+            return shown
+        kept -= 1
+    return "…"
 
 
 def arrow(tip: Point, before: Point, kind: str, size: float = 7.0) -> Polygon:
