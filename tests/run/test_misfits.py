@@ -18,7 +18,7 @@ from torchmetrics.wrappers import LambdaInputTransformer, MinMaxMetric
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import TensorTable
-from cutlayer.errors import ConfigError, CutlayerError, DataError, StageError
+from cutlayer.errors import ConfigError, CutlayerError, DataError, NonFiniteError, StageError
 from cutlayer.run.party import Party
 from cutlayer.run.simulate import Result, simulate
 
@@ -235,6 +235,20 @@ def test_a_loss_that_adds_where_the_plan_means_is_refused():
     error = refused(torch.rand(4), torch.rand(4), nn.MSELoss(reduction="sum"), code="E223")
     assert "expected reduction='mean', got 'sum'" in str(error)
     assert "Loss(..., reduction='sum')" in error.remedy
+
+
+@pytest.mark.provokes("E351")
+def test_a_loss_over_no_label_is_refused():
+    """Also where no cut would stop it: the loss and what it trains are at one party."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 3]"),
+        Loss("loss", at="a", inputs=["head", "data.y"]),
+    ]
+    table = TensorTable(x=torch.rand(4, 3), y=torch.tensor([0, 1, -100, -100]))
+    party = Party("a", data=table, modules={"head": Scale(), "loss": nn.CrossEntropyLoss()}, optimizer=still)
+    with pytest.raises(NonFiniteError, match=r"the loss 'loss' is a NaN.*microbatch 0 of lane 0.*ignore_index"):
+        simulate(Plan(stages, training=Training(batch_size=2, shuffle=False)), [party])
+    simulate(Plan(stages, training=Training(batch_size=4, shuffle=False)), [party])
 
 
 def test_a_loss_of_each_sample_says_what_to_do():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from cutlayer.engine.stage import Context, Gradients, ModuleStage
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
-from cutlayer.errors import ContractError, DataError
+from cutlayer.errors import ContractError, DataError, NonFiniteError
 
 __all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
 
@@ -104,6 +105,7 @@ class Worker:
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
+            self._check_loss(job, outputs[0])
             role.book.update(outputs[0], inputs, job.size, role.reduction, role.stage.scale)
             return
         self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
@@ -196,6 +198,18 @@ class Worker:
                 reduction=part.reduction if isinstance(part, Loss) else "",
             )
         return role
+
+    def _check_loss(self, job: Forward, value: Tensor) -> None:
+        """Raise `NonFiniteError` E351 for a loss that would ruin the weights of this party before anything crosses."""
+        if self.mode == "train" and self.parts.finite and not isfinite(value.item()):
+            raise NonFiniteError(
+                f"the loss {job.stage!r} is a NaN or an infinity",
+                where=f"party {self.party}, train round {self.round}, microbatch {job.micro} of lane {job.lane}",
+                expected="a finite number",
+                remedy="look for bad samples, and for microbatches with no label that counts (ignore_index): use fewer "
+                "of them; or lower the learning rate",
+                code="E351",
+            )
 
     def _check_leaving(self, job: Send, value: Tensor) -> None:
         edge = self.graph.edges[job.edge]
