@@ -53,6 +53,10 @@ class Values:
         """Keep a value that came over a cut."""
         self._values[self._key(edge, lane), lane, micro] = value
 
+    def has(self, edge: Edge, lane: int, micro: int) -> bool:
+        """Whether the value of an edge is here."""
+        return (self._key(edge, lane), lane, micro) in self._values
+
     def get(self, edge: Edge, lane: int, micro: int) -> Tensor:
         """Return the value of an edge."""
         return self._values[self._key(edge, lane), lane, micro]

@@ -128,6 +128,14 @@ class Worker:
             if edge.trained and value is not None:
                 self._values.put_gradient(edge.index, job.lane, job.micro, value)
 
+    def has(self, edge: Edge, lane: int, micro: int) -> bool:
+        """Whether the value of an edge is here."""
+        return self._values.has(edge, lane, micro)
+
+    def value(self, edge: Edge, lane: int, micro: int) -> Tensor:
+        """Return the value of an edge that is here, of shape (microbatch, ...)."""
+        return self._values.get(edge, lane, micro)
+
     def parcel(self, job: Send) -> Parcel:
         """SEND: return the value or gradient of an edge as bytes.
 

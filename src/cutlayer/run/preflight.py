@@ -18,7 +18,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.program import Checkpoint, Credit, Exchange, Forward, Instruction, Mode, Program, Recv
 from cutlayer.engine.party import Do, fulfil
 from cutlayer.engine.tensors import to_payload, torch_dtype
-from cutlayer.engine.worker import Parcel
+from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.errors import ConfigError, CutlayerError, DataError
 from cutlayer.run.config import Contract
 from cutlayer.run.launch import assumed_roster, network_settings
@@ -103,7 +103,7 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     for mode in modes:
         worker.begin(mode, 1)
         for job in _first_step(programs[mode]):
-            parcel = _parcel(job, made_up) if isinstance(job, Recv) else None
+            parcel = _parcel(job, _shape(worker, job), made_up) if isinstance(job, Recv) else None
             fulfil(worker, Do(job, 0, parcel), lambda: 0.0)
         worker.end_step()
 
@@ -116,9 +116,32 @@ def _first_step(program: Program) -> list[Instruction]:
     return []
 
 
-def _parcel(job: Recv, made_up: torch.Generator) -> Parcel:
-    """Return random numbers (zeros for integers, which may be indices) of the dtype and shape that the plan says."""
-    shape = job.spec.concrete(job.size)
+def _shape(worker: Worker, job: Recv) -> tuple[int, ...]:
+    """Return the shape of what others would send: of a gradient, that of its value; else as the plan says.
+
+    A length that may differ from batch to batch is that of a tensor here with a length of the same name, or else its
+    bound. Where only some samples have a row, nobody has one: masks are made up as False, so these say the same.
+    """
+    edges = worker.graph.edges
+    if job.direction == "down":
+        return tuple(worker.value(edges[job.edge], job.lane, job.micro).shape)
+    lengths: dict[str, int] = {}
+    for edge in edges:
+        if edge.spec is not None and edge.spec.free and worker.has(edge, job.lane, job.micro):
+            value = worker.value(edge, job.lane, job.micro)
+            lengths |= {_name(edge.spec.shape[place]): value.shape[place] for place in edge.spec.free}
+    shape = list(job.spec.concrete(job.size))
+    for place in job.spec.free:
+        shape[place] = min(shape[place], lengths.get(_name(job.spec.shape[place]), shape[place])) if place else 0
+    return tuple(shape)
+
+
+def _name(dim: int | str) -> str:
+    return str(dim).partition("<=")[0]
+
+
+def _parcel(job: Recv, shape: tuple[int, ...], made_up: torch.Generator) -> Parcel:
+    """Return random numbers (zeros for integers, which may be indices, and for masks) of the plan's dtype."""
     value: Tensor = torch.zeros(shape)
     if job.spec.floating:
         value = torch.randn(shape, generator=made_up)
