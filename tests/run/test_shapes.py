@@ -230,7 +230,7 @@ def language(score: Tensor, after: Tensor) -> Tensor:
 
 def text_plan(kept: bool, **training: Any) -> Plan:
     """`kept`: no mask leaves, and the server attends to padding too; else it is released, as are the labels."""
-    long = "[batch, time<=8"
+    long = "[batch, time<=64"
     server = ["embed"] if kept else ["embed", "data.padding@clinic"]
     stages = [
         Stage("embed", at="clinic", inputs=["data.words"], output=f"float32{long}, {WIDTH}]"),
@@ -239,8 +239,8 @@ def text_plan(kept: bool, **training: Any) -> Plan:
         Loss("loss", at="clinic" if kept else "server", inputs=["score", "data.after@clinic"]),
     ]
     releases = [
-        Release("padding", at="clinic", to="server", spec="bool[batch, time<=8]"),
-        Release("after", at="clinic", to="server", spec="int64[batch, time<=8]"),
+        Release("padding", at="clinic", to="server", spec="bool[batch, time<=64]"),
+        Release("after", at="clinic", to="server", spec="int64[batch, time<=64]"),
     ]
     settings = Training(epochs=2, batch_size=8, **training)
     return Plan(stages, training=settings, releases=[] if kept else releases)
