@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -98,12 +99,14 @@ STRETCHED = {
 
 
 @pytest.mark.provokes("E309")
-@pytest.mark.parametrize("name", STRETCHED)
-@pytest.mark.parametrize("shapes", [((4, 1), (4,)), ((4,), (4, 1)), ((4, 3), (4, 1))])
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [*itertools.product(STRETCHED, [((4, 1), (4,)), ((4,), (4, 1))]), ("MSELoss", ((4, 3), (4, 1)))],
+)
 def test_a_loss_never_compares_each_with_each(name, shapes):
     x, y = (torch.ones(shape) for shape in shapes)
     error = refused(x, y, STRETCHED[name], code="E309")
-    assert "would compare each prediction with each label" in error.what
+    assert "would stretch prediction and label to each other" in error.what
     assert error.got == f"float32{list(shapes[0])}, float32{list(shapes[1])}"
     assert ("squeeze(-1)" in error.remedy) == (shapes[0] != (4, 3))
 
@@ -116,6 +119,7 @@ def test_a_loss_may_pair_samples_when_it_means_to():
         return -(risk[:, 0] - (risk[:, 0].exp() * later).sum(1).log()).mean()
 
     tried(torch.rand(4, 1), torch.rand(4), cox)
+    tried(torch.rand(4, 3), torch.rand(4, 1), STRETCHED["by hand"])  # one label for all columns, written so
 
 
 METRICS = {
