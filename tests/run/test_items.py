@@ -191,7 +191,17 @@ def test_five_lines_with_a_dictionary_of_tensors(labels):
             optimizer.zero_grad()
     trained = run.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in uncut.state_dict().items())
-    released = {r.field for r in run.result.plan.releases}
+    plan = run.result.plan
+    parties = [
+        Party(at, modules={**split.modules(at), **({"loss": nn.CrossEntropyLoss()} if at == labels else {})},
+              prediction=TensorTable(**{name: fields[name] for name in example}) if at == "client" else None)
+        for at in ("client", "server")
+    ]  # fmt: skip
+    with torch.no_grad():
+        parts = [{name: fields[name][begin : begin + 4] for name in example} for begin in range(0, 12, 4)]
+        expected = torch.cat([uncut.eval()(**part) for part in parts])
+    assert torch.equal(next(iter(cl.predict(plan, parties).values())), expected)
+    released = {r.field for r in plan.releases}
     assert released == ({"padding", "facts", "label"} if labels == "server" else set())
 
 
