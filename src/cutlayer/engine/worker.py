@@ -67,7 +67,7 @@ class Worker:
         self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
         self.mode: Mode = "start"
         self.round = 0
-        self._values = Values(self.graph, self.party)
+        self.values = Values(self.graph, self.party)  # of the step that is under way
         self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
@@ -95,12 +95,12 @@ class Worker:
             value = _field(batch, name, sum(job.sizes), where)
             parts = torch.split(value, list(job.sizes)) if len(job.sizes) > 1 else (value,)
             for micro, part in enumerate(parts):
-                self._values.put_field(name, job.lane, micro, part)
+                self.values.put_field(name, job.lane, micro, part)
 
     def forward(self, job: Forward) -> None:
         """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
         role = self._role(job.stage, job.lane)
-        inputs = self._values.inputs(job.stage, job.lane, job.micro)
+        inputs = self.values.inputs(job.stage, job.lane, job.micro)
         context = Context(key=(job.lane, job.micro), batch=job.size, training=self.mode == "train", wanted=role.wanted)
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
@@ -108,7 +108,7 @@ class Worker:
             self._check_loss(job, outputs[0])
             role.book.update(outputs[0], inputs, job.size, role.reduction, role.stage.scale)
             return
-        self._values.put_outputs(job.stage, job.lane, job.micro, outputs)
+        self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
             for port, output in zip(self.graph.by_name[job.stage].ports, outputs, strict=True):
                 if port in self.graph.output_ports[job.stage]:
@@ -120,21 +120,13 @@ class Worker:
         role = self._role(job.stage, job.lane)
         gradients: Gradients = job.scale
         if role.book is None:
-            self._values.drop_outputs(job.stage, job.lane, job.micro)
-            gradients = self._values.added(job.stage, job.lane, job.micro, role.stage.device)
+            self.values.drop_outputs(job.stage, job.lane, job.micro)
+            gradients = self.values.added(job.stage, job.lane, job.micro, role.stage.device)
         found = role.stage.backward(gradients, (job.lane, job.micro))
         self.ledger.compute("backward", job.stage, role.stage.spent)
         for edge, value in zip(role.edges, found, strict=True):
             if edge.trained and value is not None:
-                self._values.put_gradient(edge.index, job.lane, job.micro, value)
-
-    def has(self, edge: Edge, lane: int, micro: int) -> bool:
-        """Whether the value of an edge is here."""
-        return self._values.has(edge, lane, micro)
-
-    def value(self, edge: Edge, lane: int, micro: int) -> Tensor:
-        """Return the value of an edge that is here, of shape (microbatch, ...)."""
-        return self._values.get(edge, lane, micro)
+                self.values.put_gradient(edge.index, job.lane, job.micro, value)
 
     def parcel(self, job: Send) -> Parcel:
         """SEND: return the value or gradient of an edge as bytes.
@@ -144,10 +136,10 @@ class Worker:
         """
         edge = self.graph.edges[job.edge]
         if job.direction == "down":
-            value = self._values.take_gradient(job.edge, job.lane, job.micro)
+            value = self.values.take_gradient(job.edge, job.lane, job.micro)
         else:
-            value = self._values.get(edge, job.lane, job.micro)
-            if self._values.used_here(edge, job.lane):
+            value = self.values.get(edge, job.lane, job.micro)
+            if self.values.used_here(edge, job.lane):
                 value = value.clone()  # an in-place operation of a consumer here must not reach bytes on their way
         self._check_leaving(job, value)
         return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
@@ -158,9 +150,9 @@ class Worker:
         if self.parts.finite:
             check_finite(value, lambda: f"party {self.party}, from {job.source} at {self.graph.edges[job.edge].label}")
         if job.direction == "down":
-            self._values.put_gradient(job.edge, job.lane, job.micro, value)
+            self.values.put_gradient(job.edge, job.lane, job.micro, value)
         else:
-            self._values.put(self.graph.edges[job.edge], job.lane, job.micro, value)
+            self.values.put(self.graph.edges[job.edge], job.lane, job.micro, value)
 
     def step(self, job: Step) -> None:
         """STEP: clip, and update parameters."""
@@ -173,7 +165,7 @@ class Worker:
 
     def end_step(self) -> None:
         """Drop all values of a step: none is needed after it."""
-        self._values.clear()
+        self.values.clear()
         for stage in self.site.stages.values():
             stage.forget()
 
@@ -191,7 +183,7 @@ class Worker:
 
     def clear(self) -> None:
         """Forget everything of an unfinished step, for a roll-back."""
-        self._values.clear()
+        self.values.clear()
         self.site.clear()
 
     def _role(self, stage: str, lane: int) -> _Role:

@@ -124,11 +124,11 @@ def _shape(worker: Worker, job: Recv) -> tuple[int, ...]:
     """
     edges = worker.graph.edges
     if job.direction == "down":
-        return tuple(worker.value(edges[job.edge], job.lane, job.micro).shape)
+        return tuple(worker.values.get(edges[job.edge], job.lane, job.micro).shape)
     lengths: dict[str, int] = {}
     for edge in edges:
-        if edge.spec is not None and edge.spec.free and worker.has(edge, job.lane, job.micro):
-            value = worker.value(edge, job.lane, job.micro)
+        if edge.spec is not None and edge.spec.free and worker.values.has(edge, job.lane, job.micro):
+            value = worker.values.get(edge, job.lane, job.micro)
             lengths |= {_name(edge.spec.shape[place]): value.shape[place] for place in edge.spec.free}
     shape = list(job.spec.concrete(job.size))
     for place in job.spec.free:
