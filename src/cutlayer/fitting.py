@@ -119,7 +119,7 @@ def fit(
     plan = split.plan(
         names[0] if len(names) == 1 else names,
         label=LABEL,
-        label_spec=TensorSpec(dtype_name(sample.dtype), ("batch", *sample.shape[1:])),
+        label_spec=_label_spec(sample, split),
         training=Training(**{**_of_loaders(held), **training}),
     )
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
@@ -177,6 +177,14 @@ def _sample(data: Data, split: Split) -> Tensor:
             code="E253",
         )
     return label
+
+
+def _label_spec(label: Tensor, split: Split) -> TensorSpec:
+    """Return the spec of the labels; those of shape (batch, length, ...) are as long as the inputs that are padded."""
+    shape: tuple[int | str, ...] = ("batch", *label.shape[1:])
+    if split.longest and label.dim() > 1:
+        shape = ("batch", f"time<={next(iter(split.longest.values()))}", *label.shape[2:])
+    return TensorSpec(dtype_name(label.dtype), shape)
 
 
 def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:

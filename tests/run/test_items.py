@@ -15,7 +15,7 @@ import cutlayer as cl
 from cutlayer.core.parts import Loss, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import TensorTable
-from cutlayer.errors import DataError
+from cutlayer.errors import DataError, StageError
 from cutlayer.run.party import Party
 from cutlayer.run.simulate import simulate
 from tests.small import adam
@@ -191,5 +191,108 @@ def test_five_lines_with_a_dictionary_of_tensors(labels):
             optimizer.zero_grad()
     trained = run.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in uncut.state_dict().items())
-    released = {r.field for r in run.result.plan.releases}
+    plan = run.result.plan
+    parties = [
+        Party(at, modules={**split.modules(at), **({"loss": nn.CrossEntropyLoss()} if at == labels else {})},
+              prediction=TensorTable(**{name: fields[name] for name in example}) if at == "client" else None)
+        for at in ("client", "server")
+    ]  # fmt: skip
+    with torch.no_grad():
+        parts = [{name: fields[name][begin : begin + 4] for name in example} for begin in range(0, 12, 4)]
+        expected = torch.cat([uncut.eval()(**part) for part in parts])
+    assert torch.equal(next(iter(cl.predict(plan, parties).values())), expected)
+    released = {r.field for r in plan.releases}
     assert released == ({"padding", "facts", "label"} if labels == "server" else set())
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Words of unequal lengths; `padded` gives a batch as the model takes it."""
+
+    def __init__(self, word_labels: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.randint(2, 9, (14,), generator=generator).tolist()
+        self.rows = [torch.randint(1, WORDS, (length,), generator=generator) for length in lengths]
+        self.word_labels = word_labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.rows[place]
+
+    def padded(self, rows: list[Tensor]) -> dict[str, Tensor]:
+        words = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        label = words % CLASSES if self.word_labels else words[:, 0] % CLASSES
+        return {"words": words, "padding": words == 0, "facts": words[:, :2].float(), "label": label}
+
+
+class Tagger(nn.Module):
+    """A class for each word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.out = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.relu(self.norm(self.table(words)))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("model", [Patient, Tagger])
+def test_five_lines_with_texts_of_any_length(model):
+    """`longest` leaves the length open in the plan; labels at the server are as long as the words."""
+    sentences = Sentences(word_labels=model is Tagger)
+    loader = torch.utils.data.DataLoader(sentences, batch_size=4, collate_fn=sentences.padded)
+    first = sentences.padded(sentences.rows[:3])
+    torch.manual_seed(0)
+    cut = model()
+    uncut = copy.deepcopy(cut)
+    names = ["words"] if model is Tagger else ["words", "padding", "facts"]
+    longest = dict.fromkeys(["words"] if model is Tagger else ["words", "padding"], 64)
+    split = cl.split(
+        cut, at="norm" if model is Tagger else ["table", "norm"], example={name: first[name] for name in names},
+        labels="server" if model is Tagger else "client", longest=longest,
+    )  # fmt: skip
+    assert str(split.ports[0].specs[next(iter(split.ports[0].specs))]) == f"float32[batch, time<=64, {WIDTH}]"
+    run = cl.fit(split, loader, loss=nn.CrossEntropyLoss(), epochs=2)
+    optimizer = torch.optim.Adam(uncut.parameters())
+    for _ in (1, 2):
+        for begin in range(0, 14, 4):
+            batch = sentences.padded(sentences.rows[begin : begin + 4])
+            F.cross_entropy(uncut(**{name: batch[name] for name in names}), batch["label"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = run.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in uncut.state_dict().items())
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize(
+    ("longest", "words"),
+    [
+        ({"words": 64, "facts": 64}, r"lengths \[2, 7\]"),
+        ({"words": 64, "padding": 32}, r"bounds \[32, 64\]"),
+        ({"word": 64}, r"lengths \[0\]"),
+        ({"words": 6}, r"lengths \[7\] in the example, bounds \[6\]"),
+    ],
+)
+def test_inputs_that_have_no_common_length_are_refused(longest, words):
+    example = {"words": torch.ones(3, 7).long(), "padding": torch.zeros(3, 7).bool(), "facts": torch.ones(3, 2)}
+    with pytest.raises(StageError, match=words) as caught:
+        cl.split(Patient(), at=["table", "norm"], example=example, longest=longest)
+    assert caught.value.code == "E325"
+
+
+@pytest.mark.provokes("E322")
+def test_a_piece_for_one_length_only_is_refused():
+    class Places(Tagger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(64, WIDTH)
+
+        def forward(self, words: Tensor) -> Tensor:
+            size = words.shape[1]
+            return self.out(self.norm(self.table(words)) + self.places(torch.arange(size)))
+
+    with pytest.raises(StageError, match=r"cut for another size.*words\.shape") as caught:
+        cl.split(Places(), at=["table", "norm"], example=torch.ones(3, 7).long(), longest={"words": 64})
+    assert caught.value.code == "E322"

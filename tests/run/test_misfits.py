@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchmetrics.wrappers import LambdaInputTransformer, MinMaxMetric
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import TensorTable
-from cutlayer.errors import ConfigError, CutlayerError, DataError, StageError
+from cutlayer.errors import ConfigError, CutlayerError, DataError, NonFiniteError, StageError
 from cutlayer.run.party import Party
 from cutlayer.run.simulate import Result, simulate
 
@@ -98,12 +99,14 @@ STRETCHED = {
 
 
 @pytest.mark.provokes("E309")
-@pytest.mark.parametrize("name", STRETCHED)
-@pytest.mark.parametrize("shapes", [((4, 1), (4,)), ((4,), (4, 1)), ((4, 3), (4, 1))])
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [*itertools.product(STRETCHED, [((4, 1), (4,)), ((4,), (4, 1))]), ("MSELoss", ((4, 3), (4, 1)))],
+)
 def test_a_loss_never_compares_each_with_each(name, shapes):
     x, y = (torch.ones(shape) for shape in shapes)
     error = refused(x, y, STRETCHED[name], code="E309")
-    assert "would compare each prediction with each label" in error.what
+    assert "would stretch prediction and label to each other" in error.what
     assert error.got == f"float32{list(shapes[0])}, float32{list(shapes[1])}"
     assert ("squeeze(-1)" in error.remedy) == (shapes[0] != (4, 3))
 
@@ -116,6 +119,7 @@ def test_a_loss_may_pair_samples_when_it_means_to():
         return -(risk[:, 0] - (risk[:, 0].exp() * later).sum(1).log()).mean()
 
     tried(torch.rand(4, 1), torch.rand(4), cox)
+    tried(torch.rand(4, 3), torch.rand(4, 1), STRETCHED["by hand"])  # one label for all columns, written so
 
 
 METRICS = {
@@ -235,6 +239,20 @@ def test_a_loss_that_adds_where_the_plan_means_is_refused():
     error = refused(torch.rand(4), torch.rand(4), nn.MSELoss(reduction="sum"), code="E223")
     assert "expected reduction='mean', got 'sum'" in str(error)
     assert "Loss(..., reduction='sum')" in error.remedy
+
+
+@pytest.mark.provokes("E351")
+def test_a_loss_over_no_label_is_refused():
+    """Also where no cut would stop it: the loss and what it trains are at one party."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 3]"),
+        Loss("loss", at="a", inputs=["head", "data.y"]),
+    ]
+    table = TensorTable(x=torch.rand(4, 3), y=torch.tensor([0, 1, -100, -100]))
+    party = Party("a", data=table, modules={"head": Scale(), "loss": nn.CrossEntropyLoss()}, optimizer=still)
+    with pytest.raises(NonFiniteError, match=r"the loss 'loss' is a NaN.*microbatch 0 of lane 0.*ignore_index"):
+        simulate(Plan(stages, training=Training(batch_size=2, shuffle=False)), [party])
+    simulate(Plan(stages, training=Training(batch_size=4, shuffle=False)), [party])
 
 
 def test_a_loss_of_each_sample_says_what_to_do():

@@ -16,7 +16,8 @@ from cutlayer.data.missing import spread
 from cutlayer.errors import DataError, PlanError, StageError
 from cutlayer.models.rows import Absent, Present, fill
 from cutlayer.run.prediction import predict
-from cutlayer.run.simulate import simulate
+from cutlayer.run.preflight import try_party
+from cutlayer.run.simulate import roster_of, simulate
 from tests.run.trial import Trial
 
 COUNT, BATCH, EPOCHS = 24, 8, 3
@@ -164,6 +165,12 @@ def test_over_the_network_the_bits_and_bytes_are_the_same(tmp_path: Path):
         ledger = result.ledgers[name]
         assert ledger.flows == local.ledgers[name].flows
         assert ledger.total("sent") == local.ledgers[name].total("sent") > 0
+
+
+def test_each_party_can_be_tried_alone():
+    members, _ = parties()
+    for party in members:
+        try_party(plan_of(microbatches=2), party, roster_of(members))
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from cutlayer.data.sources import TensorTable
 from cutlayer.errors import DataError
 from cutlayer.run.party import Party
 from cutlayer.run.prediction import predict
-from cutlayer.run.simulate import simulate
+from cutlayer.run.preflight import try_party
+from cutlayer.run.simulate import roster_of, simulate
 from tests.run.trial import Trial
 from tests.small import Case, adam, difference
 
@@ -229,7 +230,7 @@ def language(score: Tensor, after: Tensor) -> Tensor:
 
 def text_plan(kept: bool, **training: Any) -> Plan:
     """`kept`: no mask leaves, and the server attends to padding too; else it is released, as are the labels."""
-    long = "[batch, time<=8"
+    long = "[batch, time<=64"
     server = ["embed"] if kept else ["embed", "data.padding@clinic"]
     stages = [
         Stage("embed", at="clinic", inputs=["data.words"], output=f"float32{long}, {WIDTH}]"),
@@ -238,8 +239,8 @@ def text_plan(kept: bool, **training: Any) -> Plan:
         Loss("loss", at="clinic" if kept else "server", inputs=["score", "data.after@clinic"]),
     ]
     releases = [
-        Release("padding", at="clinic", to="server", spec="bool[batch, time<=8]"),
-        Release("after", at="clinic", to="server", spec="int64[batch, time<=8]"),
+        Release("padding", at="clinic", to="server", spec="bool[batch, time<=64]"),
+        Release("after", at="clinic", to="server", spec="int64[batch, time<=64]"),
     ]
     settings = Training(epochs=2, batch_size=8, **training)
     return Plan(stages, training=settings, releases=[] if kept else releases)
@@ -311,3 +312,14 @@ def test_predictions_of_unequal_length_are_refused():
     with pytest.raises(DataError, match="pad the data to one length") as caught:
         predict(plan, text_parties(plan, modules))
     assert caught.value.code == "E260"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["mask kept", "mask released"])
+def test_each_party_can_be_tried_alone(kept):
+    """What others would send is made up as long as the party's own batch is."""
+    plan = text_plan(kept, microbatches=2)
+    modules = {"embed": nn.Embedding(WORDS, WIDTH), "attend": Alone() if kept else Attend()}
+    modules |= {"score": nn.Linear(WIDTH, WORDS), "loss": language}
+    parties = text_parties(plan, modules)
+    for party in parties:
+        try_party(plan, party, roster_of(parties))

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,18 +148,15 @@ class MetricBook:
                     yield f"{name}.{path}.{key}" if path else f"{name}.{key}", owner, key, value
 
 
-class _naming:  # noqa: N801 - used as a function
-    """Turns what a metric raises into a `StageError` that names it."""
-
-    def __init__(self, name: str, metric: Metric, inputs: Sequence[Tensor]) -> None:
-        self.name, self.metric, self.inputs = name, metric, inputs
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, CutlayerError):
-            raise metric_error(self.name, self.metric, self.inputs, error) from error
+@contextmanager
+def _naming(name: str, metric: Metric, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Turn what a metric raises into a `StageError` that names it."""
+    try:
+        yield
+    except CutlayerError:
+        raise
+    except Exception as error:
+        raise metric_error(name, metric, inputs, error) from error
 
 
 def _named(stage: str, name: str, made: object) -> Iterator[tuple[str, Metric]]:

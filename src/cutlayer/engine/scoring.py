@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | E307 | StageError | a loss does not take what it is given |
 | E308 | StageError | a metric does not take what it is given |
-| E309 | StageError | a loss would compare each prediction with each label |
+| E309 | StageError | a loss would stretch prediction and label to each other |
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Pairs(TorchFunctionMode):
     """While a loss runs: refuse what torch computes, with a warning at most, for shapes that do not pair up.
 
     `mse_loss` of (batch, 1) and (batch) is a mean over all batch x batch pairs. Watched are torch's losses by element,
-    and subtractions of two of the loss's own inputs. `scale` is what turns the prediction into probabilities, if the
-    loss shows it: "sigmoid", "softmax" or "".
+    and the subtraction of (batch) from (batch, 1) where these are the loss's own inputs. `scale` is what turns the
+    prediction into probabilities, if the loss shows it: "sigmoid", "softmax" or "".
 
     Args:
         name: The loss.
@@ -71,11 +71,13 @@ class Pairs(TorchFunctionMode):
         if kind in _SCALES:
             self._scales.add(_SCALES[kind])
         if kind in _BY_ELEMENT or kind == "sub":
-            first, second = [*args, *(named[key] for key in ("input", "target", "other") if key in named)][:2]
-            own = kind != "sub" or (id(first) in self.own and id(second) in self.own)
-            if own and isinstance(first, Tensor) and isinstance(second, Tensor) and _stretched(first, second):
+            given = [*args, *(named[key] for key in ("input", "target", "other") if key in named)]
+            first, second = (*given, None, None)[:2]
+            both = isinstance(first, Tensor) and isinstance(second, Tensor) and _stretched(first, second)
+            own = kind != "sub" or ({id(first), id(second)} <= self.own.keys() and first.numel() == second.numel())
+            if both and own:
                 raise StageError(
-                    f"the loss {self.name!r} would compare each prediction with each label",
+                    f"the loss {self.name!r} would stretch prediction and label to each other",
                     where=f"stage {self.name}",
                     expected="prediction and label of one shape",
                     got=shown([first, second]),

@@ -39,13 +39,6 @@ class Values:
         """Keep a field of this party's own data, shape (microbatch, ...)."""
         self._values[f"data.{name}@{self.party}", lane, micro] = value
 
-    def field(self, name: str, lane: int, micro: int) -> Tensor | None:
-        """Return a field, of this party's data or released to it; None if it is not here."""
-        for (key, at, part), value in self._values.items():
-            if (at, part) == (lane, micro) and key.startswith(f"data.{name}@"):
-                return value
-        return None
-
     def put_outputs(self, stage: str, lane: int, micro: int, values: Sequence[Tensor]) -> None:
         """Keep a stage's outputs, given in the order of its ports."""
         for name, value in zip(self._outputs[stage], values, strict=True):
@@ -59,6 +52,10 @@ class Values:
     def put(self, edge: Edge, lane: int, micro: int, value: Tensor) -> None:
         """Keep a value that came over a cut."""
         self._values[self._key(edge, lane), lane, micro] = value
+
+    def has(self, edge: Edge, lane: int, micro: int) -> bool:
+        """Whether the value of an edge is here."""
+        return (self._key(edge, lane), lane, micro) in self._values
 
     def get(self, edge: Edge, lane: int, micro: int) -> Tensor:
         """Return the value of an edge."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
-from cutlayer.errors import ContractError, CutlayerError, DataError
+from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError
 
 __all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
 
@@ -70,7 +71,7 @@ class Worker:
         self.predictions: dict[tuple[str, int], list[Tensor]] = {}  # (stage or stage.port, lane)
         self.mode: Mode = "start"
         self.round = 0
-        self.values = Values(self.graph, self.party)
+        self.values = Values(self.graph, self.party)  # of the step that is under way
         self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
@@ -113,6 +114,7 @@ class Worker:
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
+            _check_loss(self, job, outputs[0])
             role.book.update(outputs[0], inputs, job.size, role.reduction, getattr(role.stage, "scale", ""))
             return
         self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
@@ -222,6 +224,19 @@ class Worker:
                 reduction=part.reduction if isinstance(part, Loss) else "",
             )
         return role
+
+
+def _check_loss(worker: Worker, job: Forward, value: Tensor) -> None:
+    """Raise `NonFiniteError` E351 for a loss that would ruin the weights of this party before anything crosses."""
+    if worker.mode == "train" and worker.parts.finite and not isfinite(value.item()):
+        raise NonFiniteError(
+            f"the loss {job.stage!r} is a NaN or an infinity",
+            where=f"party {worker.party}, train round {worker.round}, microbatch {job.micro} of lane {job.lane}",
+            expected="a finite number",
+            remedy="look for bad samples, and for microbatches with no label that counts (ignore_index): use fewer "
+            "of them; or lower the learning rate",
+            code="E351",
+        )
 
 
 def _check_leaving(worker: Worker, job: Send, value: Tensor, spec: TensorSpec | None) -> None:

@@ -99,7 +99,7 @@ def fill(rows: Tensor, present: Tensor) -> Tensor:
             "there are not as many rows as are said to be present",
             expected=f"{int(present.sum())} rows",
             got=f"{rows.shape[0]}",
-            remedy="let one stage give both, as cutlayer.models.Present does",
+            remedy="let one stage give both, as cutlayer.models.rows.Present does",
             code="E306",
         )
     places = present.nonzero().squeeze(1)

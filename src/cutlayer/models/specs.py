@@ -27,7 +27,13 @@ class Ports:
     detached: tuple[str, ...]
 
 
-def port_specs(cut: Cut, arguments: Arguments, *, autocast: torch.dtype | None = None) -> tuple[Ports, ...]:
+def port_specs(
+    cut: Cut,
+    arguments: Arguments,
+    *,
+    autocast: torch.dtype | None = None,
+    longest: Mapping[str, int] | None = None,
+) -> tuple[Ports, ...]:
     """Return what each piece gives, found by running the pieces on the example with two batch sizes.
 
     Leaves modules, random generators and gradients as they were.
@@ -36,16 +42,22 @@ def port_specs(cut: Cut, arguments: Arguments, *, autocast: torch.dtype | None =
         cut: The cut model.
         arguments: The example: inputs of shape (batch, ...).
         autocast: Run under `torch.autocast` with this dtype.
+        longest: Input of shape (batch, length, ...) -> most that its length may be; found by a third, shorter run.
 
     Raises:
-        StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross.
+        StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
+            a piece works for the example's length only.
     """
     large, small = (_run(cut, arguments.resized(batch), autocast) for batch in BATCHES)
+    lengths = _Lengths.of(arguments, longest or {})
+    short = _run(cut, lengths.shorter(arguments.resized(BATCHES[0])), autocast) if lengths.names else large
     return tuple(
         Ports(
             {
-                port: _spec(port, first, second)
-                for port, first, second in zip(piece.outputs, large[index], small[index], strict=True)
+                port: _spec(port, (first, second, third), lengths)
+                for port, first, second, third in zip(
+                    piece.outputs, large[index], small[index], short[index], strict=True
+                )
             },
             tuple(
                 port
@@ -57,14 +69,57 @@ def port_specs(cut: Cut, arguments: Arguments, *, autocast: torch.dtype | None =
     )
 
 
-def input_specs(arguments: Arguments) -> dict[str, TensorSpec]:
+def input_specs(arguments: Arguments, longest: Mapping[str, int] | None = None) -> dict[str, TensorSpec]:
     """Return the spec of each of the model's inputs. Raises `StageError` E319 as `port_specs` does."""
     large, small = (arguments.resized(batch).tensors for batch in BATCHES)
+    lengths = _Lengths.of(arguments, longest or {})
+    short = lengths.shorter(arguments.resized(BATCHES[0])).tensors
     return {
-        name: _spec(f"data.{name}", value, small[name])  # type: ignore[arg-type]
+        name: _spec(f"data.{name}", (value, small[name], short[name]), lengths)  # type: ignore[arg-type]
         for name, value in large.items()
         if value is not None
     }
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Inputs whose second dimension is a length: `size` in the example, `bound` at most."""
+
+    names: frozenset[str]
+    size: int = 0
+    bound: int = 0
+
+    @classmethod
+    def of(cls, arguments: Arguments, longest: Mapping[str, int]) -> _Lengths:
+        if not longest:
+            return cls(frozenset())
+        given = {name: arguments.tensors.get(name) for name in longest}
+        sizes = {value.shape[1] if value is not None and value.dim() > 1 else 0 for value in given.values()}
+        if len(sizes) > 1 or len(set(longest.values())) > 1 or not 1 < min(sizes) <= min(longest.values()):
+            raise StageError(
+                "the inputs named in `longest` have no common length",
+                expected="inputs of shape (batch, length, ...), of one length of 2 or more, and one bound for it",
+                got=f"lengths {sorted(sizes)} in the example, bounds {sorted(set(longest.values()))}",
+                remedy="name the inputs that are padded together, as in longest={'words': 512, 'padding': 512}",
+                code="E325",
+            )
+        return cls(frozenset(longest), sizes.pop(), next(iter(longest.values())))
+
+    def shorter(self, arguments: Arguments) -> Arguments:
+        """Return the arguments, one shorter."""
+        tensors = {
+            name: value[:, :-1].contiguous() if value is not None and name in self.names else value
+            for name, value in arguments.tensors.items()
+        }
+        return Arguments(tensors, arguments.constants, arguments.batch)
+
+    def dim(self, size: int, shorter: int) -> int | str:
+        """Return a dimension's size, or its bound if it follows the length."""
+        grows = size - shorter
+        if not grows:
+            return size
+        name = "time" if size == self.size and grows == 1 else "length"
+        return f"{name}<={size + grows * (self.bound - self.size)}"
 
 
 def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:
@@ -77,10 +132,12 @@ def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[t
         return run_pieces(cut.pieces, inputs)
 
 
-def _spec(port: str, first: Tensor, second: Tensor) -> TensorSpec:
+def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:
+    first, second, shorter = runs
     dtype, (large, small) = dtype_name(first.dtype), BATCHES
     begins = first.dim() and second.dim() and (first.shape[0], second.shape[0]) == (large, small)
-    if not begins or first.shape[1:] != second.shape[1:] or dtype not in DTYPES:
+    alike = first.shape[1:] == second.shape[1:] and first.dim() == shorter.dim()
+    if not begins or not alike or shorter.shape[0] != large or dtype not in DTYPES:
         raise StageError(
             "a tensor that would cross the cut does not begin with the batch",
             where=port,
@@ -89,4 +146,5 @@ def _spec(port: str, first: Tensor, second: Tensor) -> TensorSpec:
             remedy="cut elsewhere, or hand in the stages by hand",
             code="E319",
         )
-    return TensorSpec(dtype, ("batch", *first.shape[1:]))
+    dims = zip(first.shape[1:], shorter.shape[1:], strict=True)
+    return TensorSpec(dtype, ("batch", *(lengths.dim(size, less) for size, less in dims)))

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -45,6 +45,7 @@ class Split:
         inputs: Name of a model input -> its spec; the data has fields of these names.
         labels: Where the labels and the loss are: "client" or "server".
         release: Model inputs that may leave the client, for pieces at the server.
+        longest: Model input of shape (batch, length, ...) -> most that its length may be.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Split:
     inputs: dict[str, TensorSpec]
     labels: str
     release: tuple[str, ...] = ()
+    longest: Mapping[str, int] = field(default_factory=dict)
 
     def plan(
         self,
@@ -128,6 +130,7 @@ def split(
     labels: str = CLIENT,
     release: Iterable[str] = (),
     autocast: str = "",
+    longest: Mapping[str, int] | None = None,
 ) -> Split:
     """Cut a model and place its pieces in turn at the client and at the server, beginning with the client.
 
@@ -139,6 +142,8 @@ def split(
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
         autocast: "bfloat16" or "float16", if the parties are to run under it (`Party(autocast=...)`).
+        longest: Inputs of shape (batch, length, ...) that are padded to another length in each batch -> most that it
+            may be, such as {"words": 512, "padding": 512}. Else all lengths are those of the example.
 
     Raises:
         StageError: E31x, the model cannot be cut there; the text names the operation and what to do.
@@ -168,10 +173,11 @@ def split(
         cut=made,
         names=_NAMES.get(len(places)) or tuple(f"part-{index}" for index in range(len(places))),
         places=places,
-        ports=port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None),
-        inputs=input_specs(arguments),
+        ports=port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest),
+        inputs=input_specs(arguments, longest),
         labels=labels,
         release=tuple(release),
+        longest=dict(longest or {}),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cutlayer.core.program import Checkpoint, Credit, Exchange, Load, Program, Recv, Send
 from cutlayer.engine.party import Cursor, Do, EndStep, Interpreter, Post, Take, fulfil
 from cutlayer.engine.worker import Worker
-from cutlayer.run.course import Item
+from cutlayer.run.course import Item, Key
 from cutlayer.transport.base import Transport
 
 __all__ = ["Hands"]
@@ -71,6 +71,12 @@ class Hands:
     def take_field(self, job: Recv) -> None:
         """Wait for a field of another party's data, and keep it for this step."""
         self.worker.values.put(self.worker.graph.edges[job.edge], job.lane, job.micro, self.take(job))
+
+    def held(self, name: str, key: Key) -> Tensor | None:
+        """Return a field of a microbatch that was loaded or has come; None if it is not here."""
+        values = self.worker.values
+        edges = [edge for edge in self.worker.graph.edges if edge.source.field == name]
+        return next((values.get(edge, *key) for edge in edges if values.has(edge, *key)), None)
 
     def zeros(self, job: Send) -> Tensor:
         """Return a gradient of zeros, for a value that the loop did not use."""

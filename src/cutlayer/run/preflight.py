@@ -112,7 +112,7 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     for mode in modes:
         worker.begin(mode, 1)
         for job in _first_step(programs[mode]):
-            parcel = _parcel(job, made_up, worker) if isinstance(job, Recv) else None
+            parcel = _parcel(job, _shape(worker, job), made_up, worker) if isinstance(job, Recv) else None
             fulfil(worker, Do(job, 0, parcel), lambda: 0.0)
         worker.end_step()
 
@@ -125,11 +125,35 @@ def _first_step(program: Program) -> list[Instruction]:
     return []
 
 
-def _parcel(job: Recv, made_up: torch.Generator, worker: Worker) -> Parcel:
-    """Return random numbers (zeros for integers, which may be indices) of the dtype and shape that the plan says."""
+def _shape(worker: Worker, job: Recv) -> tuple[int, ...]:
+    """Return the shape of what others would send: of a gradient, that of its value; else as the plan says.
+
+    A length that may differ from batch to batch is that of a tensor here with a length of the same name, or else its
+    bound. Where only some samples have a row, nobody has one: masks are made up as False, so these say the same.
+    """
+    edges = worker.graph.edges
+    if job.direction == "down":
+        return tuple(worker.values.get(edges[job.edge], job.lane, job.micro).shape)
+    lengths: dict[str, int] = {}
+    for edge in edges:
+        if edge.spec is not None and edge.spec.free and worker.values.has(edge, job.lane, job.micro):
+            value = worker.values.get(edge, job.lane, job.micro)
+            lengths |= {_name(edge.spec.shape[place]): value.shape[place] for place in edge.spec.free}
+    spec = edges[job.edge].spec or job.spec
+    shape = list(spec.concrete(job.size))
+    for place in spec.free:
+        shape[place] = min(shape[place], lengths.get(_name(spec.shape[place]), shape[place])) if place else 0
+    return tuple(shape)
+
+
+def _name(dim: int | str) -> str:
+    return str(dim).partition("<=")[0]
+
+
+def _parcel(job: Recv, shape: tuple[int, ...], made_up: torch.Generator, worker: Worker) -> Parcel:
+    """Return random numbers (zeros for integers, which may be indices, and for masks) of the plan's dtype."""
     edge = worker.graph.edges[job.edge]
     spec = edge.spec or job.spec
-    shape = spec.concrete(job.size)
     value: Tensor = torch.zeros(shape)
     if spec.floating:
         value = torch.randn(shape, generator=made_up)

@@ -177,13 +177,13 @@ class Walk:
     def field(self, name: str) -> Tensor | None:
         """Return a field of this microbatch's data, also one that another party releases; None if there is none."""
         key = self.key("a field of the batch")
-        value = self.hands.worker.values.field(name, *key)
+        value = self.hands.held(name, key)
         if value is None:
             for job in self.course.ahead(key):
                 if isinstance(job, Recv) and self.course.graph.edges[job.edge].source.field == name:
                     self.hands.take_field(job)
                     self._done.add((job.edge, job.lane, job.micro, "up"))
-                    return self.hands.worker.values.field(name, *key)
+                    return self.hands.held(name, key)
         return value
 
     def _do(self, job: Item) -> None:
