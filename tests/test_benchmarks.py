@@ -49,3 +49,10 @@ def test_all_ways_in_two_processes():
     assert [row["way"] for row in rows] == [
         "hand", "process", "socket", "grpc", "plain", "socket-tls", "grpc-tls", "mtls"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_serving_answers_right_and_says_what_it_found():
+    script = Path(__file__).parents[1] / "benchmarks" / "serving.py"
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip().splitlines()[-1].startswith("results: 4 clients: light body ")
