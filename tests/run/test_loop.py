@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cutlayer as cl
+from cutlayer.engine.ledger import Ledger
 from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError, StageError
 from tests.provoking import saw
 from tests.run import plans
@@ -258,8 +261,9 @@ def test_two_loops_of_ones_own_meet(tmp_path: Path):
     results: dict[str, cl.Result] = {}
 
     def part(name: str, loop: Loop) -> Callable[[], None]:
+        party = case.build(name)  # here: threads share the generator that initialises weights
+
         def run() -> None:
-            party = case.build(name)
             with cl.session(case.plan, party, network=trial.settings(name)) as session:
                 loop(session, party)
             results[name] = session.result()
@@ -270,6 +274,40 @@ def test_two_loops_of_ones_own_meet(tmp_path: Path):
     assert found == {"alpha": None, "server": None}
     for result in results.values():
         same(result, expected, "")
+
+
+def test_the_ledger_notes_the_same_waits_and_moves_as_that_of_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    case, notes = plans.u_shaped(schedule="sequential"), Counter[str]()
+    spend = Ledger.spend
+
+    def noted(ledger: Ledger, kind: str, stage: str, seconds: float) -> None:
+        if ledger.party == "alpha":
+            notes[kind] += 1
+        spend(ledger, kind, stage, seconds)
+
+    monkeypatch.setattr(Ledger, "spend", noted)
+
+    def joined(name: str, folder: Path, trial: Trial) -> Callable[[], None]:
+        def run() -> None:
+            cl.join(case.plan, case.build(name), network=trial.settings(name), folder=folder / f"run-{name}")
+
+        return run
+
+    def looped(trial: Trial) -> None:
+        party = case.build("alpha")
+        with cl.session(case.plan, party, network=trial.settings("alpha")) as session:
+            u_shaped(session, party)
+
+    found = []
+    for own in (False, True):
+        folder = tmp_path / str(own)
+        trial = Trial(case.plan, folder)
+        alpha = partial(looped, trial) if own else joined("alpha", folder, trial)
+        assert not any(trial.play({"alpha": alpha, "server": joined("server", folder, trial)}).values())
+        found.append({kind: notes.pop(kind) for kind in ("wait", "send", "recv", "load", "checkpoint")})
+        notes.clear()
+    assert found[0] == found[1]
+    assert all(found[0].values())
 
 
 def test_global_clipping_and_sums_of_replicas_come_before_the_step():

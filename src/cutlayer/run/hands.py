@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cutlayer.core.program import Checkpoint, Credit, Exchange, Load, Program, Recv, Send
-from cutlayer.engine.party import Cursor, Do, EndStep, Interpreter, Post, Take, fulfil
+from cutlayer.engine.party import Cursor, Do, EndStep, Interpreter, fulfil
 from cutlayer.engine.worker import Worker
 from cutlayer.run.course import Item, Key
+from cutlayer.run.drive import drive, waited
 from cutlayer.transport.base import Transport
 
 __all__ = ["Hands"]
@@ -47,22 +47,25 @@ class Hands:
             self._told(self._party.step)
             self._party.step += 1
         elif isinstance(job, Load):
-            fulfil(self.worker, Do(job, self._party.batch(job.lane)), time.perf_counter)
+            self._fulfil(Do(job, self._party.batch(job.lane)))
         elif isinstance(job, Exchange | Credit | Checkpoint):
-            self._converse(self._party.talk(job))
+            drive(self._party.talk(job), self.link, self.worker.ledger, self._fulfil)
 
     def post(self, job: Send, value: Tensor) -> None:
         """Send a value or gradient that the loop has computed; the loop may write to it afterwards."""
+        begin = time.perf_counter()
         parcel = self.worker.packed(job, self._party.step, value.detach().clone())
+        self.worker.ledger.spend("send", "", time.perf_counter() - begin)
         post = self._party.post(job.to, self._party.tag(job), parcel)
         self.link.send(post.to, post.frame)
 
     def take(self, job: Recv) -> Tensor:
         """Wait for a value or gradient, and return it."""
+        frame = waited(self.link, self.worker.ledger, job.source, self._party.tag(job))
         begin = time.perf_counter()
-        frame = self.link.recv(job.source, self._party.tag(job))
-        self.worker.ledger.spend("wait", job.source, time.perf_counter() - begin)
-        return self.worker.opened(job, self._party.taken(job.source, frame))
+        value = self.worker.opened(job, self._party.taken(job.source, frame))
+        self.worker.ledger.spend("recv", "", time.perf_counter() - begin)
+        return value
 
     def send_field(self, job: Send) -> None:
         """Send a field of this party's data, which the plan releases."""
@@ -83,19 +86,5 @@ class Hands:
         spec = self.worker.graph.edges[job.edge].spec
         return torch.zeros(spec.concrete(job.size) if spec else ())
 
-    def _converse(self, talk: Generator[Any, Any, None]) -> None:
-        answer: object = None
-        try:
-            while True:
-                effect = talk.send(answer)
-                answer = None
-                if isinstance(effect, Post):
-                    self.link.send(effect.to, effect.frame)
-                elif isinstance(effect, Take):
-                    answer = self.link.recv(effect.source, effect.tag)
-                else:
-                    answer = fulfil(self.worker, effect, time.perf_counter)
-        except StopIteration:
-            return
-        finally:
-            talk.close()
+    def _fulfil(self, effect: Do | EndStep) -> object:
+        return fulfil(self.worker, effect, time.perf_counter) if isinstance(effect, Do) else None

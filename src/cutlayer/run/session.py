@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from cutlayer.core.bounds import mailbox_bounds
 from cutlayer.core.compile import Roster, agenda, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Checkpoint, Mode, Program
-from cutlayer.engine.party import Cursor, Do, Effect, EndStep, Post, Take, fulfil, interpret
+from cutlayer.engine.party import Cursor, Do, EndStep, fulfil, interpret
 from cutlayer.engine.snapshot import restore, snapshot
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, CutlayerError, PeerError, StageError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
+from cutlayer.run.drive import drive
 from cutlayer.run.memory import keep_freed_memory
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
@@ -29,8 +30,6 @@ from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionR
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cutlayer.transport.base import Transport
 
 __all__ = ["Task", "join", "run_session", "take_part"]
 
@@ -245,7 +244,7 @@ def _work(run: _Run, worker: Worker, session: _Session) -> None:
             _save(run, worker, session, identifiers[place, job.number], Position(place, job.number, job.last))
 
         observer = _Observer(run, worker, mode, number, session.programs[mode].steps, saved)
-        _drive(interpret(session.programs[mode], cursor, worker), observer, run.link)
+        drive(interpret(session.programs[mode], cursor, worker), run.link, worker.ledger, observer.handle)
         rows = [row for row in worker.history if (row["mode"], row["round"]) == (mode, number)]
         run.tell("round", {"party": run.party.name, "mode": mode, "round": number, "history": rows})
 
@@ -272,27 +271,6 @@ class _Observer:
         if isinstance(effect.instruction, Checkpoint):
             self.saved(effect.instruction)
         return result
-
-
-def _drive(talk: Generator[Effect, Any, None], observer: _Observer, link: Transport) -> None:
-    """Fulfil a party's effects until its program ends."""
-    answer: object = None
-    try:
-        while True:
-            effect = talk.send(answer)
-            answer = None
-            if isinstance(effect, Post):
-                link.send(effect.to, effect.frame)
-            elif isinstance(effect, Take):
-                begin = time.perf_counter()
-                answer = link.recv(effect.source, effect.tag)
-                observer.worker.ledger.spend("wait", effect.source, time.perf_counter() - begin)
-            else:
-                answer = observer.handle(effect)
-    except StopIteration:
-        return
-    finally:
-        talk.close()
 
 
 def _save(run: _Run, worker: Worker, session: _Session, identifier: int, position: Position) -> None:
