@@ -310,6 +310,23 @@ def test_the_ledger_notes_the_same_waits_and_moves_as_that_of_join(tmp_path: Pat
     assert all(found[0].values())
 
 
+def test_a_loop_in_a_process_of_its_own_uses_the_partys_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    case, calls = plans.u_shaped(schedule="sequential", epochs=1), list[int]()
+    alpha, trial = replace(case.build("alpha"), threads=3), Trial(case.plan, tmp_path)
+    server, before = replace(case.build("server"), threads=2), torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+
+    def looped() -> None:
+        with cl.session(case.plan, alpha, network=trial.settings("alpha")) as session:
+            u_shaped(session, alpha)
+
+    def joined() -> None:
+        cl.join(case.plan, server, network=trial.settings("server"), folder=tmp_path / "run")
+
+    assert trial.play({"alpha": looped, "server": joined}) == {"alpha": None, "server": None}
+    assert sorted(calls) == sorted([2, 3, before, before])
+
+
 def test_global_clipping_and_sums_of_replicas_come_before_the_step():
     case = plans.parallel(clip_norm=0.1, clip="global")
     expected = cl.simulate(case.plan, case.parties())

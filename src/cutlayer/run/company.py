@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
-from cutlayer.core.admission import Admission
-from cutlayer.core.bounds import mailbox_bounds
 from cutlayer.core.compile import Roster, agenda, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.engine.party import Cursor, interpret
 from cutlayer.engine.worker import Worker
-from cutlayer.errors import CutlayerError, StageError
 from cutlayer.run.course import Course
 from cutlayer.run.hands import Hands
 from cutlayer.run.hooks import Hooks
+from cutlayer.run.meeting import let_in, own_process, tell_others
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.simulate import check_parties, handler, roster_of
 from cutlayer.run.walk import Walk
@@ -65,7 +64,6 @@ class Here:
         self.roster = Roster({})
         self._workers: dict[str, Worker] = {}
         self._link: Others | None = None
-        self._mode: tuple[Mode, int] = ("start", 0)
 
     @property
     def workers(self) -> dict[str, Worker]:
@@ -134,20 +132,19 @@ class There:
 
     def meet(self) -> None:
         """Meet all parties. Raises what `join` raises."""
-        self._network = Network(self._settings, lambda _event, _details: None)
-        self._network.__enter__()
-        try:
-            start = self._network.rendezvous(Ready(counts(self.party), ()))
-            self.roster, self._session = Roster(start.counts), start.session
-            self.worker = build(self.plan, self.party, self.roster)
-            programs = compile_plan(self.plan, self.roster)
-            self._programs: Mapping[Mode, Program] = programs[self.party.name]
-            bounds = mailbox_bounds(programs, self.plan.training.window)
-            admitted = {sender: most for (sender, receiver), most in bounds.items() if receiver == self.party.name}
-            self._network.open(Admission(self._programs, agenda(self.plan, self.roster)), admitted)
-        except BaseException as error:
-            self.leave(error)
-            raise
+        with ExitStack() as opened:
+            opened.enter_context(own_process(self.party))
+            network = self._network = opened.enter_context(Network(self._settings, lambda _event, _details: None))
+            try:
+                start = network.rendezvous(Ready(counts(self.party), ()))
+                self.roster, self._session = Roster(start.counts), start.session
+                self.worker = build(self.plan, self.party, self.roster)
+                programs, phases = compile_plan(self.plan, self.roster), agenda(self.plan, self.roster)
+                self._programs = let_in(network, self.plan, self.party.name, programs, phases)
+            except Exception as error:
+                self._tell(error)
+                raise
+            self._opened = opened.pop_all()
 
     def begin(self, mode: Mode, number: int) -> None:
         """Begin a round of this party."""
@@ -166,18 +163,11 @@ class There:
 
     def leave(self, error: BaseException | None) -> None:
         """Close the network; tell the others of an error of this party."""
-        if isinstance(error, CutlayerError):
-            self._network.abort(error)
-        elif isinstance(error, Exception):
-            self._network.abort(
-                StageError(
-                    f"the loop of party {self.party.name!r} failed",
-                    got=type(error).__name__,
-                    remedy="look at its terminal: the error there is its own code's",
-                    code="E390",
-                )
-            )
-        self._network.close()
+        self._tell(error)
+        self._opened.close()
+
+    def _tell(self, error: BaseException | None) -> None:
+        tell_others(self._network, error, f"the loop of party {self.party.name!r}")
 
 
 def _walk(program: Program, cursor: Cursor, worker: Worker, link: Transport, hooks: Hooks | None) -> Walk:

@@ -25,6 +25,7 @@ from cutlayer.core.compile import agenda
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode
+from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError
 from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
@@ -169,8 +170,8 @@ class Session:
             raise early
 
     @property
-    def worker(self) -> Any:  # noqa: ANN401 - a Worker, which most users never need
-        """Return the engine's worker of this party."""
+    def worker(self) -> Worker:
+        """Return the engine's worker of this party, which most users never need."""
         return self._company.worker
 
     @property

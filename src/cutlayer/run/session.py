@@ -9,20 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cutlayer.core.admission import Admission
-from cutlayer.core.bounds import mailbox_bounds
 from cutlayer.core.compile import Roster, agenda, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Checkpoint, Mode, Program
 from cutlayer.engine.party import Cursor, Do, EndStep, fulfil, interpret
 from cutlayer.engine.snapshot import restore, snapshot
 from cutlayer.engine.worker import Worker
-from cutlayer.errors import CheckpointError, CutlayerError, PeerError, StageError
+from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.drive import drive
-from cutlayer.run.memory import keep_freed_memory
+from cutlayer.run.meeting import let_in, own_process, tell_others
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.simulate import gathered
@@ -89,15 +85,9 @@ def take_part(
 ) -> Result:
     """Meet the other parties and do this party's share of a task. Raises what `join` raises."""
     tell: Notify = notify or (lambda _event, _details: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(party.threads)
-    keep_freed_memory()
     begin = time.perf_counter()
-    try:
-        with Network(network, tell) as link:
-            worker, roster = run_session(plan, party, task, link, tell)
-    finally:
-        torch.set_num_threads(threads)
+    with own_process(party), Network(network, tell) as link:
+        worker, roster = run_session(plan, party, task, link, tell)
     return Result(
         plan=plan,
         history=history_rows({party.name: worker}),
@@ -117,20 +107,8 @@ def run_session(plan: Plan, party: Party, task: Task, link: Network, tell: Notif
     """
     try:
         return _until_done(_Run(plan, party, task, link, tell))
-    except PeerError:
-        raise
-    except CutlayerError as error:
-        link.abort(error)
-        raise
     except Exception as error:
-        link.abort(
-            StageError(
-                f"party {party.name!r} failed",
-                got=type(error).__name__,
-                remedy="look at its terminal: the error there is its own code's",
-                code="E390",
-            )
-        )
+        tell_others(link, error, f"party {party.name!r}")
         raise
 
 
@@ -197,7 +175,6 @@ def _open(
 ) -> _Session:
     """Compile the programs, go back to the checkpoint (-1: the beginning), and let frames in."""
     programs = run.task.programs(run.plan, roster)
-    mine = programs[run.party.name]
     phases, store = run.task.agenda(run.plan, roster), run.task.store
     phase, cursor = 0, -1
     if store is not None:
@@ -225,9 +202,7 @@ def _open(
         restore(worker.site, loaded.tensors, f"checkpoint {checkpoint}")
         worker.ledger.restore(loaded.document["ledger"])
         worker.history[:] = loaded.document["history"]
-    bounds = mailbox_bounds(programs, run.plan.training.window)
-    admitted = {sender: most for (sender, receiver), most in bounds.items() if receiver == run.party.name}
-    run.link.open(Admission(mine, phases), admitted)
+    mine = let_in(run.link, run.plan, run.party.name, programs, phases)
     return _Session(number, roster, phases, mine, phase, cursor)
 
 
