@@ -129,7 +129,7 @@ def gathered(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
                 f"the output {stage!r} has another shape in each batch",
                 expected="outputs of one shape a sample, so that all of them are one tensor",
                 got=", ".join(str(list(shape)) for shape in shapes[:4]),
-                remedy="pad the data to one length, or ask batch by batch with cutlayer.remote",
+                remedy="pad the data to one length, or predict the samples of each length by a call of their own",
                 code="E260",
             )
     return {stage: torch.cat(parts) for stage, parts in stages.items()}
