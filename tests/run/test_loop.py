@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import cutlayer as cl
 from cutlayer.engine.ledger import Ledger
-from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError, StageError
+from cutlayer.errors import ConfigError, NonFiniteError, PeerError, PlanError, ProgramError, StageError
 from tests.provoking import saw
 from tests.run import plans
 from tests.run.trial import Trial
@@ -103,6 +103,8 @@ def same(one: cl.Result, other: cl.Result, party: str) -> None:
         assert {k: (f.payload, f.messages) for k, f in ledger.flows.items()} == {
             k: (f.payload, f.messages) for k, f in other.ledgers[name].flows.items()
         }
+    for name, ledger in one.ledgers.items():
+        assert ledger.flops == other.ledgers[name].flops
     for row in one.history:
         assert row in other.history
 
@@ -137,6 +139,41 @@ def test_equals_simulate(name: str, settings: dict[str, Any]):
     with cl.session(case.plan, mine, others=others) as session:
         loop(session, mine)
     same(session.result(), expected, party)
+
+
+class Few(nn.Module):
+    """Logits that a metric may take for probabilities: in some batches all are within 0..1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0].abs().clamp(max=0.9) * (x[:, 0] > 0)
+
+
+def test_metrics_get_probabilities_as_in_simulate():
+    from torchmetrics.classification import BinaryAccuracy
+
+    plan = cl.vanilla("alpha", "server", cut="float32[batch, 2]", output="float32[batch]", label="float32[batch]")
+    plan = replace(plan, training=cl.Training(batch_size=4, epochs=1, schedule="sequential"))
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1))
+
+    def build(name: str) -> cl.Party:
+        modules = (
+            {"head": nn.Linear(2, 2, bias=False)}
+            if name == "alpha"
+            else {"body": Few(), "loss": nn.BCEWithLogitsLoss()}
+        )
+        torch.nn.init.eye_(modules["head"].weight) if name == "alpha" else None
+        data = cl.TensorTable(x=x, y=(x[:, 0] > 0).float())
+        metrics = {"loss": BinaryAccuracy} if name == "server" else {}
+        return cl.Party(name, modules=modules, data=data if name == "alpha" else None, optimizer=sgd, metrics=metrics)
+
+    expected = cl.simulate(plan, [build(name) for name in plan.parties])
+    server = build("server")
+    with cl.session(plan, server, others=[build("alpha")]) as session:
+        for round in session.rounds():
+            for part in round:
+                loss = server.modules["loss"](server.modules["body"](session.remote()), part["y"])
+                (loss * part.scale).backward()
+    assert session.result().history == expected.history
 
 
 # --- a loop with all that PyTorch has --------------------------------------------------------------------------------
@@ -482,6 +519,15 @@ def test_the_others_are_told_of_an_error_in_the_loop(tmp_path: Path):
     assert "the loop of party 'alpha' failed" in told
     assert "E390" in told
     assert "secret" not in told
+
+
+@pytest.mark.provokes("E351")
+def test_a_loss_that_is_not_finite_ends_the_loop():
+    session, modules, party = opened()
+    with torch.no_grad():
+        modules["tail"].weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"E351.*the loss 'loss' is a NaN.*party alpha, train round 1"), session:
+        u_shaped(session, party)
 
 
 @pytest.mark.provokes("E710")

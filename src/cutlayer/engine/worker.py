@@ -26,7 +26,7 @@ from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError
 
-__all__ = ["Batches", "Parcel", "Parts", "Worker", "stage_seed"]
+__all__ = ["Batches", "Parcel", "Parts", "Worker", "check_loss", "stage_seed"]
 
 
 class Parcel(msgspec.Struct, frozen=True):
@@ -114,7 +114,7 @@ class Worker:
         outputs = role.stage.forward(inputs, context)
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
-            _check_loss(self, job, outputs[0])
+            check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
             role.book.update(outputs[0], inputs, job.size, role.reduction, getattr(role.stage, "scale", ""))
             return
         self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
@@ -226,12 +226,15 @@ class Worker:
         return role
 
 
-def _check_loss(worker: Worker, job: Forward, value: Tensor) -> None:
-    """Raise `NonFiniteError` E351 for a loss that would ruin the weights of this party before anything crosses."""
+def check_loss(worker: Worker, loss: str, value: Tensor, place: str) -> None:
+    """Raise `NonFiniteError` E351 for a loss that would ruin the weights of this party before anything crosses.
+
+    `place` follows party and round in the message.
+    """
     if worker.mode == "train" and worker.parts.finite and not isfinite(value.item()):
         raise NonFiniteError(
-            f"the loss {job.stage!r} is a NaN or an infinity",
-            where=f"party {worker.party}, train round {worker.round}, microbatch {job.micro} of lane {job.lane}",
+            f"the loss {loss!r} is a NaN or an infinity",
+            where=f"party {worker.party}, train round {worker.round}{place}",
             expected="a finite number",
             remedy="look for bad samples, and for microbatches with no label that counts (ignore_index): use fewer "
             "of them; or lower the learning rate",
