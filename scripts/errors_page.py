@@ -56,12 +56,19 @@ def messages() -> list[Message]:
     found = set()
     for tree in _trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
+            if isinstance(node, ast.Call) and (kind := _kind(node.func)):
                 words = {keyword.arg: keyword.value for keyword in node.keywords}
                 code = words.get("code")
                 if isinstance(code, ast.Constant) and node.args:
-                    found.add(Message(str(code.value), node.func.id, _text(node.args[0]), _text(words.get("remedy"))))
+                    found.add(Message(str(code.value), kind, _text(node.args[0]), _text(words.get("remedy"))))
     return sorted(found)
+
+
+def _kind(function: ast.expr) -> str:
+    """Return the class of error that a call makes: itself, or through the gate's helper; "" for other calls."""
+    if isinstance(function, ast.Attribute) and function.attr == "_refused":
+        return "LinkError"
+    return function.id if isinstance(function, ast.Name) and function.id.endswith("Error") else ""
 
 
 def source_codes() -> dict[str, set[str]]:

@@ -53,29 +53,24 @@ class Gate:
         """Take a place for one session. Raises `LinkError` E612, E613 or E614."""
         quota = self._serving.quota_of(identity)
         if not quota.sessions:
-            raise LinkError(
+            raise self._refused(
                 f"{self._server} serves nothing to {identity!r}",
-                where=f"party {self._server}",
                 expected="an identity with a quota",
                 got=identity,
                 remedy=f"ask {self._server}'s people for a quota",
                 code="E613",
             )
         if self._inside[identity] >= quota.sessions:
-            raise LinkError(
+            raise self._refused(
                 f"{identity!r} has as many sessions as it may have",
-                where=f"party {self._server}",
                 expected=f"at most {quota.sessions} at one time",
-                got="one more",
                 remedy=f"ask again in {_AGAIN} s, or when one has ended",
                 code="E613",
             )
         if self.inside >= self._serving.places:
-            raise LinkError(
+            raise self._refused(
                 f"all places at {self._server} are taken",
-                where=f"party {self._server}",
                 expected=f"at most {self._serving.places} sessions at one time",
-                got="one more",
                 remedy=f"ask again in {_AGAIN} s",
                 code="E612",
             )
@@ -116,9 +111,8 @@ class Gate:
             _until_free([(when, s) for when, _, s in used], samples, quota.samples, now - window),
         )
         if wait > 0:
-            raise LinkError(
+            raise self._refused(
                 f"{identity!r} has used up its quota",
-                where=f"party {self._server}",
                 expected=_allowance(quota.requests, quota.samples, window),
                 got=f"{sum(r for _, r, _ in used)} requests and {sum(s for _, _, s in used)} samples so far",
                 remedy=f"ask again in {ceil(wait)} s",
@@ -130,14 +124,17 @@ class Gate:
             del self._used[identity]
 
     def _too_much(self, identity: str, what: str, amount: int, most: int, span: str) -> LinkError:
-        return LinkError(
+        return self._refused(
             f"{identity!r} asks for more than it ever may",
-            where=f"party {self._server}",
             expected=f"at most {most} {what} {span}",
             got=f"{amount} {what}",
             remedy="predict for fewer samples at once, a part after the other",
             code="E614",
         )
+
+    def _refused(self, what: str, *, expected: str, got: str = "one more", remedy: str, code: str) -> LinkError:
+        where = f"party {self._server}"
+        return LinkError(what, where=where, expected=expected, got=got, remedy=remedy, code=code)
 
 
 def closing(server: str) -> LinkError:
