@@ -144,7 +144,9 @@ def test_without_data_to_predict_for(tmp_path: Path):
     found = trial.play(
         {p.name: (lambda p=p: cl.predict(case.plan, p, network=trial.settings(p.name))) for p in case.parties()}
     )
-    assert {error.code for error in found.values()} == {"E252"}
+    told = [error for error in found.values() if error.code == "E703"]  # the others were quicker, and told it
+    assert len(told) < len(found)
+    assert all("E252" in str(error) for error in found.values())
 
 
 def test_one_process_is_one_party(tmp_path: Path):
