@@ -63,7 +63,7 @@ class Stage:
         detached: Ports at which no gradient is wanted (masks, positions); `[""]` for the one output of a stage.
         frozen: Its parameters are not trained. Where nothing before it is trained either, no gradient is sent to it.
         state_limit: Upper bound, in bytes, of its state (parameters, buffers, optimizer, generator) when it is handed
-            on or synchronised between replicas.
+            on or synchronised between replicas. `cl.split` raises it for large pieces.
     """
 
     name: str

@@ -109,9 +109,7 @@ class MetricBook:
         found = {"loss": torch.tensor(self.loss_sum, dtype=torch.float64), "samples": torch.tensor(self.samples)}
         for name, owner, key, value in self._states():
             if isinstance(value, Tensor):
-                begin: Any = owner._defaults[
-                    key
-                ]  # its shape, where a metric changed it, as R2Score does with (batch, 1)
+                begin: Any = owner._defaults[key]  # some metrics change the shape, as R2Score does with (batch, 1)
                 known = isinstance(begin, Tensor) and begin.numel() == value.numel()
                 found[name] = value.detach().reshape(begin.shape if known else value.shape).clone()
         return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cutlayer.core.parts import Loss, Release, Stage, Training
+from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
@@ -112,6 +112,7 @@ class Split:
             output=next(iter(ports.specs.values())) if single else dict(ports.specs),
             detached=[] if frozen and single else detached,
             frozen=frozen,
+            state_limit=max(STATE_LIMIT, _state_bound(piece.module)),
         )
 
     def _input(self, text: str, place: str) -> str:
@@ -179,6 +180,18 @@ def split(
         release=tuple(release),
         longest=dict(longest or {}),
     )
+
+
+def _state_bound(module: nn.Module) -> int:
+    """Return the most bytes that a piece's state is expected to have when it is handed on.
+
+    For each parameter its value and three tensors of the optimizer (Adam with amsgrad), each in float32 or wider; the
+    buffers; names and step counters of each parameter; the generator and the optimizer's numbers.
+    """
+    parameters = list(module.parameters())
+    tensors = sum(4 * one.numel() * max(4, one.element_size()) for one in parameters)
+    buffers = sum(one.numel() * one.element_size() for one in module.buffers())
+    return tensors + buffers + 1024 * len(parameters) + 2**20
 
 
 def tail_point(model: nn.Module) -> str:
