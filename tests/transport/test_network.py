@@ -387,7 +387,8 @@ def test_a_frame_for_nobody_or_of_another_session_is_an_error(cast: Cast):
 
 
 def test_the_port_is_free_again_after_closing(cast: Cast, tmp_path: Path):
-    cast.addresses["server"] = f"127.0.0.1:{free_port()}"
+    port = free_port()
+    cast.addresses["server"] = f"127.0.0.1:{port}"
     for _ in range(3):
-        with cast.network("server"):
-            pass
+        with cast.network("server"), socket.create_connection(("127.0.0.1", port), timeout=10) as there:
+            assert there.getpeername() == ("127.0.0.1", port)
