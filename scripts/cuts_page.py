@@ -24,6 +24,7 @@ TITLES = {
     "densenet121": "DenseNet-121 of MONAI",
     "unet": "A U-Net with two levels and long skips",
     "lstm": "Embedding, two-layer bidirectional LSTM, linear",
+    "writer": "A forward that makes a module, and writes into slices",
     "tied": "A language model whose embedding and last layer are one weight",
     "encoder": "`nn.TransformerEncoder` of three layers, without a last norm",
     "gpt2": "GPT-2 of Hugging Face, three blocks",

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import cutlayer as cl
@@ -46,6 +46,10 @@ class Net(nn.Module):
 def model() -> Net:
     torch.manual_seed(0)
     return Net()
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def images(count: int, seed: int = 0) -> TensorDataset:
@@ -253,6 +257,84 @@ def test_settings_and_data_that_do_not_fit_are_refused():
         fit(made, TensorDataset(torch.zeros(8, 1, 8, 8)), loss=nn.CrossEntropyLoss())
     assert missing.value.code == "E253"
     assert "expected a tuple (image, label)" in str(missing.value)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from images(4)
+
+
+class Named(Dataset):
+    """Items with a label that is a text."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return torch.zeros(1, 8, 8), "cat"
+
+
+def test_data_that_is_none_is_refused_by_what_it_is():
+    made = split(model(), "layer1", example=EXAMPLE)
+    sampler = BatchSampler(SequentialSampler(images(8)), 4, drop_last=False)
+    for data, code, words in (
+        ([], "E236", "an empty list"),
+        (
+            [images(4)[0], images(4)[1]],
+            "E236",
+            "a list of data sets: one for each data holder, got a list of tuple of Tensor",
+        ),
+        (DataLoader(images(8), batch_sampler=sampler), "E236", "loaders with a batch_size"),
+        (DataLoader(images(8), batch_size=None), "E236", "loaders with a batch_size"),
+        (images(0), "E253", "the data has no samples"),
+        (Stream(), "E255", "got Stream"),
+        (DataLoader(Stream(), batch_size=2), "E255", "got Stream"),
+        (iter(images(4)), "E255", "map-style data set"),
+        (Named(), "E253", "the label is a tuple of str. give labels as numbers"),
+    ):
+        with pytest.raises((ConfigError, DataError)) as caught:
+            fit(made, data, loss=nn.CrossEntropyLoss())
+        assert (caught.value.code, words in str(caught.value)) == (code, True), str(caught.value)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    made = split(model(), "layer1", example=EXAMPLE)
+    with pytest.raises(ConfigError, match=r"E221.*LBFGS.*no closure, such as SGD"):
+        fit(made, images(8), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS)
+
+
+def test_the_label_has_the_name_that_the_data_gives_it():
+    rows = [{"image": image, "labels": label} for image, label in images(8)]
+    settings = {"loss": nn.CrossEntropyLoss(), "shuffle": False, "party": {"seed": 0}}
+    named = fit(split(model(), "layer1", example=EXAMPLE), DataLoader(rows, batch_size=4), **settings)
+    plain = fit(split(model(), "layer1", example=EXAMPLE), DataLoader(images(8), batch_size=4), **settings)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in named.state_dict().items())
+    more = [{**row, "id": 0} for row in rows]
+    with pytest.raises(DataError, match=r"E253.*\(image, label\).*got fields image, labels, id"):
+        fit(split(model(), "layer1", example=EXAMPLE), DataLoader(more, batch_size=4), **settings)
+
+
+class Conditioned(nn.Module):
+    """An argument of its forward is called `label`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.three(torch.relu(self.two(torch.relu(self.one(x + label)))))
+
+
+def test_an_argument_called_label_is_not_taken_for_the_label():
+    x, label, target = torch.randn(8, 4), torch.randn(8, 4), torch.arange(8) % 2
+    made = split(Conditioned(), "one", example=(x[:2], label[:2]))
+    run = fit(made, TensorDataset(x, label, target), loss=nn.CrossEntropyLoss(), batch_size=8, optimizer=sgd)
+    uncut = Conditioned()
+    nn.functional.cross_entropy(uncut(x, label), target).backward()
+    sgd(list(uncut.parameters())).step()
+    order = {key: value.double() for key, value in uncut.state_dict().items()}
+    assert all(torch.allclose(value.double(), order[key], atol=1e-6) for key, value in run.state_dict().items())
 
 
 def test_names_are_public():

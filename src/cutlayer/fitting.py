@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
+from cutlayer.data.sources import no_length, sample_count
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.checkpoint import write_atomic
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "adam", "fit"]
 
 Data = Dataset[Any] | DataLoader[Any]
-LABEL = "label"
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -99,7 +99,8 @@ def fit(
     Args:
         split: What `cutlayer.split` gave.
         data: A loader or map-style data set, or one for each data holder. Items are tuples (inputs in the order of the
-            model's forward, then the label), or dictionaries of the model's arguments and "label".
+            model's forward, then the label), or dictionaries of the model's arguments and of "label", or of one field
+            more, by any name.
         loss: Called with (prediction, label); gives a scalar.
         optimizer: Makes each party's optimizer from its parameters.
         evaluation: The same as `data`, for evaluation.
@@ -108,24 +109,24 @@ def fit(
             the loaders, unless given.
 
     Raises:
-        ConfigError: E236, an argument that neither `Training` nor `Party` has, or unequal loaders.
-        DataError: E253, the data does not give the model's inputs and a label.
+        ConfigError: E236, an argument that neither `Training` nor `Party` has, or loaders that do not fit.
+        DataError: E253, the data does not give the model's inputs and a label; E255, it has no length.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
     held = _listed(data)
     names = ["client"] if len(held) == 1 else [f"client-{place + 1}" for place in range(len(held))]
-    sample = _sample(held[0], split)
-    _check_names(training, dict(party or {}))
-    plan = split.plan(
-        names[0] if len(names) == 1 else names,
-        label=LABEL,
-        label_spec=_label_spec(sample, split),
-        training=Training(**{**_of_loaders(held), **training}),
-    )
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
     if len(tried) != len(held):
         raise _odd("as many data sets for evaluation as for training", f"{len(tried)} and {len(held)}")
-    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, LABEL], **(party or {})}
+    _check_names(training, dict(party or {}))
+    label, sample = _sample(next(one for one in held if sample_count(one)), split)
+    plan = split.plan(
+        names[0] if len(names) == 1 else names,
+        label=label,
+        label_spec=_label_spec(sample, split),
+        training=Training(**{**_of_loaders(held), **training}),
+    )
+    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], **(party or {})}
     server = {**given, "metrics": {}} if split.labels == "client" else given
     client = given if split.labels == "client" else {**given, "metrics": {}}
     parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]
@@ -143,7 +144,28 @@ def _modules(
 
 
 def _listed(data: Data | Sequence[Data]) -> list[Data]:
-    return list(data) if isinstance(data, list | tuple) else [data]  # type: ignore[list-item]
+    """Return one data set for each holder. Raises `ConfigError` E236 and `DataError` E253, E255 for what is none."""
+    held: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
+    if any(isinstance(one, tuple | Mapping | Tensor) for one in held):
+        raise _odd("a data set, or a list of data sets: one for each data holder", f"a list of {_kind(held[0])}")
+    if not held:
+        raise _odd("a data set, or one for each data holder", "an empty list")
+    given = [one for one in held if one is not None]
+    for one in given:
+        if isinstance(one, DataLoader) and one.batch_size is None:
+            raise _odd("loaders with a batch_size", "one that has its own batches, or none")
+        if isinstance(one, DataLoader) and isinstance(one.dataset, IterableDataset):
+            raise no_length(one.dataset)
+    if not sum(sample_count(one) for one in given):
+        raise DataError(
+            "the data has no samples",
+            where="data",
+            expected="a sample or more",
+            got="0",
+            remedy="look at what the data set was made from",
+            code="E253",
+        )
+    return held
 
 
 def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
@@ -155,28 +177,32 @@ def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
     return {"batch_size": next(iter(found))[0], "drop_last": next(iter(found))[1]} if found else {}
 
 
-def _sample(data: Data, split: Split) -> Tensor:
-    """Return the labels of two samples, after a look at what the data gives."""
+def _sample(data: Data, split: Split) -> tuple[str, Tensor]:
+    """Return the name of the label and the labels of two samples, after a look at what the data gives."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     collate = data.collate_fn if isinstance(data, DataLoader) else default_collate
     batch = collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
-    wanted = [*split.cut.inputs, LABEL]
+    others = [str(one) for one in batch if one not in split.cut.inputs] if isinstance(batch, Mapping) else []
+    name = others[0] if len(others) == 1 else "target" if "label" in split.cut.inputs else "label"
+    wanted = [*split.cut.inputs, name]
     if isinstance(batch, Mapping):
-        label = batch.get(LABEL)
-        fits = all(name in batch for name in wanted)
+        label, fits = batch.get(name), all(one in batch for one in wanted)
+        got = f"fields {', '.join(map(str, batch))}"
     else:
         values = list(batch) if isinstance(batch, tuple | list) else [batch]
-        fits, label = len(values) == len(wanted), values[-1]
+        label, fits, got = values[-1], len(values) == len(wanted), f"{len(values)} values"
     if not fits or not isinstance(label, Tensor):
         raise DataError(
             "the data does not give the model's inputs and a label",
             where="the first items of the data",
-            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these",
-            got=f"fields {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(values)} values",
-            remedy="let the data set give these; the names are those of the model's forward",
+            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these, whose label becomes a tensor",
+            got=f"{got}; the label is a {_kind(label)}" if fits else got,
+            remedy="give labels as numbers or tensors"
+            if fits
+            else "let the data set give these; the names are those of the model's forward",
             code="E253",
         )
-    return label
+    return name, label
 
 
 def _label_spec(label: Tensor, split: Split) -> TensorSpec:
@@ -207,3 +233,8 @@ def _odd(expected: str, got: str) -> ConfigError:
     return ConfigError(
         "the loaders do not fit each other", expected=expected, got=got, remedy="make them alike", code="E236"
     )
+
+
+def _kind(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else kind

@@ -28,6 +28,11 @@ def test_help_has_an_example(call: Call, words: tuple[str, ...]):
     assert f"Example: cutlayer {' '.join(words)}".strip() in shown
 
 
+def test_brackets_of_an_example_are_shown(call: Call):
+    shown = " ".join(" ".join(call("cut", "--help").out).split())
+    assert "--input 'float32[batch, 3, 32, 32]'" in shown
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_has_the_common_options(call: Call, words: tuple[str, ...]):
     shown = "\n".join(call(*words, "--help").out)

@@ -91,7 +91,12 @@ def lying(self: Net, x: Tensor) -> Tensor:
         (by_value, "one", "E314", "depends on the values of its data.*by_value.*torch.where|torch.where"),
         (by_batch, "one", "E314", "something else for another batch size"),
         (in_place, "two", "E316", r"written in place on one side of the cut.*x = x \+ y"),
-        (lambda self, x: (self.two(self.one(x)), x), "one", "E317", "not one tensor.*output=0"),
+        (
+            lambda self, x: (self.two(self.one(x)), x),
+            "one",
+            "E317",
+            "not one tensor.*let a subclass choose one.*forward\\(...\\)\\[0\\]",
+        ),
         (lying, "one", "E321", "the pieces do not give what the model gives.*hand in the stages by hand"),
         (lambda self, x: self.three(torch.from_numpy(self.one(x).numpy())), "one", "E313", "cannot be followed"),
     ],
@@ -259,3 +264,32 @@ def test_a_model_without_a_last_layer():
 def test_an_error_says_which_line():
     with pytest.raises(CutlayerError, match=r"test_refused.py:\d+ `return self.two\(y\) if y.sum\(\) > 0"):
         cut(Net(by_value), "one", example=X)
+
+
+def test_a_subclass_chooses_an_output_as_E317_says():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.one(x)
+            return {"pred": self.two(hidden), "hidden": hidden}
+
+    class Only(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)["pred"]
+
+    with pytest.raises(StageError, match=r"E317.*super\(\).forward\(...\)\['pred'\]"):
+        cl.split(Two(), "one", labels="server", example=torch.zeros(2, 4))
+    made = cl.split(Only(), "one", labels="server", example=torch.zeros(2, 4))
+    assert [key for piece in made.cut.pieces for key in piece.module.state_dict()] == list(Two().state_dict())
+
+
+def test_one_cut_point_that_leaves_the_server_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    named = nn.Sequential()
+    for name, module in zip(("first", "act", "last"), model, strict=True):
+        named.add_module(name, module)
+    with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after 'act'.*labels='server'"):
+        cl.split(named, "act", example=torch.zeros(2, 4))

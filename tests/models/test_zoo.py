@@ -98,6 +98,8 @@ def test_resnet18_has_all_its_boundaries():
         ("lstm", "table", "client"),
         ("lstm", "lstm", "client"),
         ("lstm", "lstm", "server"),
+        ("writer", "first", "client"),
+        *(("writer", at, "server") for at in ("first", "second")),
         ("tied", "table", "client"),
         ("tied", ("middle", "norm"), "client"),
         ("tied", "middle.1", "client"),

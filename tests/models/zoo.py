@@ -132,6 +132,23 @@ class Tagger(nn.Module):
         return self.out(self.drop(states[:, -1]))
 
 
+class Writer(nn.Module):
+    """A forward that takes `input`, makes a module without weights, and writes into slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, 6) to (batch, 3)."""
+        hidden = nn.Tanh()(self.first(input))
+        held = torch.zeros(input.size(0), 8)
+        held[:, :4] = hidden[:, 4:]
+        inner = self.second(held)
+        inner[:, 0] = 0
+        return self.third(nn.functional.relu(inner)) + hidden[:, :3]
+
+
 class Tied(nn.Module):
     """A small language model with one table for words in and words out."""
 
@@ -203,6 +220,7 @@ SUBJECTS: dict[str, Subject] = {
     "densenet121": Subject(make=seeded(densenet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
     "unet": Subject(make=seeded(UNet), inputs={"x": drawn(6, 1, 8, 8)}, labels=classes(2, 6, 8, 8)),
     "lstm": Subject(make=seeded(Tagger), inputs={"words": WORDS}, labels=classes(4, 6)),
+    "writer": Subject(make=seeded(Writer), inputs={"input": drawn(6, 6)}, labels=classes(3, 6)),
     "tied": Subject(make=seeded(Tied), inputs={"words": WORDS}, labels=WORDS, loss=of_words),
     "encoder": Subject(make=seeded(Encoder), inputs={"words": WORDS}, labels=classes(3, 6)),
     "gpt2": Subject(make=seeded(transformer("gpt2")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),

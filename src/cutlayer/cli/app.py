@@ -309,7 +309,7 @@ def env(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOp
         show_environment(output)
 
 
-@app.command(epilog="Example: cutlayer cut model.py:resnet --input 'float32[batch, 3, 32, 32]'")
+@app.command(epilog="Example: cutlayer cut model.py:resnet --input 'float32\\[batch, 3, 32, 32]'")
 @spread
 def cut(
     model: Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cutlayer.engine.stage import StageProtocol
@@ -59,6 +59,13 @@ class Bundle:
                     code="E221",
                 )
             self.optimizer = optimizer(self.parameters)
+            if isinstance(self.optimizer, LBFGS):
+                raise ConfigError(
+                    "LBFGS runs the whole network again within a step, which no party can do alone",
+                    where=f"stages {', '.join(stages)}",
+                    remedy="use an optimizer whose step() takes no closure, such as SGD or Adam",
+                    code="E221",
+                )
             self.scheduler = scheduler(self.optimizer) if scheduler else None
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 raise ConfigError(

@@ -157,7 +157,7 @@ def split(
         )  # fmt: skip
     points: list[Point] = [at] if isinstance(at, str | int) else list(at)
     if labels == CLIENT and len(points) == 1:
-        points.append(tail_point(model))
+        points.append(_second(model, points[0]))
     if len(points) % 2 == (labels == CLIENT):
         raise PlanError(
             f"{len(points)} cut points with the labels at the {labels}",
@@ -192,6 +192,20 @@ def _state_bound(module: nn.Module) -> int:
     tensors = sum(4 * one.numel() * max(4, one.element_size()) for one in parameters)
     buffers = sum(one.numel() * one.element_size() for one in module.buffers())
     return tensors + buffers + 1024 * len(parameters) + 2**20
+
+
+def _second(model: nn.Module, first: Point) -> str:
+    """Return where the tail begins. Raises `PlanError` E330 if that is where the server's piece begins too."""
+    point = tail_point(model)
+    if point == str(first):
+        raise PlanError(
+            f"nothing is left for the server after {first!r}",
+            where=f"at={first!r}: the tail begins after {point!r} too, before the last layer with parameters",
+            expected="an earlier cut point, or two of them",
+            remedy="cut earlier; name both: at=(FIRST, SECOND); or give the labels to the server: labels='server'",
+            code="E330",
+        )
+    return point
 
 
 def tail_point(model: nn.Module) -> str:

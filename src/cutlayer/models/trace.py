@@ -101,6 +101,9 @@ class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         return int(self.tracer.constant(self, len))  # type: ignore[attr-defined]
 
+    def __setitem__(self, place: Any, value: Any) -> None:  # noqa: ANN401
+        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
+
 
 def _written(operation: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], Any]:
     def method(self: _Proxy, other: Any) -> Any:  # noqa: ANN401
@@ -156,6 +159,8 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
+            return forward(*args, **kwargs)  # made in forward, such as nn.ReLU()(x): a function by another name
         outer, self.path = self.path, self.path_of_module(m)
         try:
             if self.path in self.stacks:
@@ -176,6 +181,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:  # noqa: ANN401
         """Add a step and compute it."""
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if kind == "placeholder":
+            node.name = target  # fx calls an argument `input` "input_1", as it does with all names of builtins
         self.record.note(node, self.path)
         if kind == "placeholder":
             if self.arguments.batch:
