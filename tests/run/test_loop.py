@@ -266,6 +266,35 @@ def test_autocast_accumulation_clipping_and_a_scheduler_give_the_bits_of_fit():
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("name", ["u-shaped client", "vertical client"])
+def test_a_loss_that_is_scaled_gives_the_bits_of_one_that_is_not(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Scales are powers of two: dividing by them is exact. A party without a loss may have a scaler too."""
+    make, party, loop = CASES[name]
+    case = make(schedule="sequential")
+    expected = cl.simulate(case.plan, case.parties())
+    scaler, scaled = torch.amp.GradScaler("cpu", init_scale=2.0**16), list[float]()
+
+    def learn_scaled(session: Any, round: Any, part: Any, loss: Tensor) -> None:
+        session.scaler = scaler
+        if not round.training:
+            return
+        (scaler.scale(loss * part.scale) if loop is u_shaped else loss).backward()
+        if part.last:
+            scaler.scale(loss)  # a party without a loss makes its scale so
+            scaler.unscale_(session.optimizer)
+            scaled.append(scaler.get_scale())
+            scaler.step(session.optimizer)
+            scaler.update()
+            session.optimizer.zero_grad()
+
+    monkeypatch.setitem(globals(), "learn", learn_scaled)
+    mine, others = case.build(party), [case.build(one) for one in case.plan.parties if one != party]
+    with cl.session(case.plan, mine, others=others) as session:
+        loop(session, mine)
+    assert set(scaled) == {2.0**16}
+    same(session.result(), expected, party)
+
+
 def test_the_same_over_the_network(tmp_path: Path):
     expected, result = fitted()
     plan, client, server = halves()

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -88,24 +88,30 @@ class _Remote(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
-        hold = ctx.hold
-        known = gradients if hold.leg.got else ()
-        sums = hold.walk.backward(hold.leg, known)
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # noqa: ANN401
+        hold, scale = ctx.hold, ctx.hold.scale()
+        known = [g if g is None or scale == 1 else g / scale for g in gradients] if hold.leg.got else ()
+        sums = {name: total * scale for name, total in hold.walk.backward(hold.leg, known).items()}
         return (None, None, *(sums.get(name) for name in hold.names))
 
 
 @dataclass
 class _Hold:
-    """What a call of `remote` keeps for its way back."""
+    """What a call of `remote` keeps for its way back. `scale`: gives what this party's own gradients are times."""
 
     walk: Walk
     names: tuple[str, ...]
     leg: Leg
+    scale: Callable[[], float]
 
 
 class Session:
-    """A party's part of a run, driven by the user's loop. Made by `cutlayer.session`; use it in a `with`."""
+    """A party's part of a run, driven by the user's loop. Made by `cutlayer.session`; use it in a `with`.
+
+    Attributes:
+        scaler: The `GradScaler` with which the loop scales its loss, if it does. What leaves is divided by its scale,
+            and what comes in is multiplied by it: the scale is this party's own matter.
+    """
 
     def __init__(self, plan: Plan, party: Party, others: Sequence[Party], network: NetworkSettings | None) -> None:
         """Check that the plan can be driven so; nothing runs yet."""
@@ -120,6 +126,7 @@ class Session:
                 code="E244",
             )
         self.plan, self.party = plan, party
+        self.scaler: torch.amp.GradScaler | None = None
         self._company: Company = There(plan, party, network) if network else Here(plan, party, others)
         self._walk: Walk | None = None
         self._hooks: Hooks | None = None
@@ -241,7 +248,7 @@ class Session:
         if named or len(values) > len(origins):
             names = (*names, *named, *(f"value {n}" for n in range(len(origins), len(values))))
             given += list(named.values())
-        hold = _Hold(walk, names, Leg())
+        hold = _Hold(walk, names, Leg(), lambda: 1.0 if self.scaler is None else self.scaler.get_scale())
         handle = torch.zeros((), requires_grad=walk.training and torch.is_grad_enabled())
         found = _Remote.apply(hold, handle, *given)  # type: ignore[no-untyped-call]
         return found[0] if len(found) == 1 else found
