@@ -168,9 +168,13 @@ def test_over_the_network_the_bits_and_bytes_are_the_same(tmp_path: Path):
 
 
 def test_each_party_can_be_tried_alone():
-    members, _ = parties()
+    members, mine = parties()
     for party in members:
         try_party(plan_of(microbatches=2), party, roster_of(members))
+    _, fresh = parties()
+    for name, module in mine.items():
+        changed = zip(module.parameters(), fresh[name].parameters(), strict=True)
+        assert not all(torch.equal(one, other) for one, other in changed), f"{name} has made one step"
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

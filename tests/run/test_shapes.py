@@ -320,6 +320,9 @@ def test_each_party_can_be_tried_alone(kept):
     plan = text_plan(kept, microbatches=2)
     modules = {"embed": nn.Embedding(WORDS, WIDTH), "attend": Alone() if kept else Attend()}
     modules |= {"score": nn.Linear(WIDTH, WORDS), "loss": language}
-    parties = text_parties(plan, modules)
+    parties, before = text_parties(plan, modules), copy.deepcopy(modules)
     for party in parties:
         try_party(plan, party, roster_of(parties))
+    for name in ("embed", "attend", "score"):
+        changed = zip(modules[name].parameters(), before[name].parameters(), strict=True)
+        assert not all(torch.equal(one, other) for one, other in changed), f"{name} has made one step"

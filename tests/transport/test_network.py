@@ -391,5 +391,8 @@ def test_the_port_is_free_again_after_closing(cast: Cast, tmp_path: Path):
     port = free_port()
     cast.addresses["server"] = f"127.0.0.1:{port}"
     for _ in range(3):
-        with cast.network("server"), socket.create_connection(("127.0.0.1", port), timeout=10) as there:
-            assert there.getpeername() == ("127.0.0.1", port)
+        with cast.network("server"), socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+            assert other.getsockname() == ("127.0.0.1", port)

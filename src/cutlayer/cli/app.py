@@ -13,13 +13,9 @@ from cutlayer.cli.console import (
     ContractArgument,
     ContractHere,
     FolderOption,
-    JsonOption,
-    Output,
     PartyFileArgument,
     PartyFilesArgument,
     PartyFilesHere,
-    QuietOption,
-    VerboseOption,
     reporting,
 )
 from cutlayer.cli.doctor import doctor
@@ -275,6 +271,7 @@ def check(
 
 
 @app.command(epilog="Example: cutlayer explain E351")
+@spread
 def explain(
     code: Annotated[
         str,
@@ -284,12 +281,10 @@ def explain(
             autocompletion=complete_code,
         ),
     ] = "",
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Say what an error code means, what brings it about, what to do and who can do it."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.explain import explain_code, list_codes
 
@@ -300,9 +295,10 @@ app.command(epilog="Example: cutlayer doctor contract.toml --party hospital.toml
 
 
 @app.command(epilog="Example: cutlayer env --json")
-def env(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
+@spread
+def env(told: Told = _TOLD) -> None:
     """Print what a bug report needs: versions, processors, memory. Names no host, user, folder or address."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.environment import show_environment
 
@@ -349,16 +345,15 @@ def export(
 
 
 @pki.command("init", epilog="Example: cutlayer pki init ca --name heart-study")
+@spread
 def pki_init(
     folder: Annotated[Path, typer.Argument(help="Where the authority is kept; its key never leaves there.")],
     name: Annotated[str, typer.Option("--name", help="The authority's name, for people.")] = "cutlayer",
     days: Annotated[int, typer.Option("--days", min=1, help="Valid for so many days.")] = 3650,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Make a certificate authority. Whoever holds it can make any party's certificate."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.certificates import init
 
@@ -366,17 +361,16 @@ def pki_init(
 
 
 @pki.command("issue", epilog="Example: cutlayer pki issue hospital server --authority ca --out credentials")
+@spread
 def pki_issue(
     parties: Annotated[list[str], typer.Argument(help="Names of parties, as in the contract.")],
     authority: Annotated[Path, typer.Option("--authority", help="Folder of the authority.")] = Path("ca"),
     out: Annotated[Path, typer.Option("--out", help="Gets a folder for each party.")] = Path("credentials"),
     days: Annotated[int, typer.Option("--days", min=1, help="Valid for so many days.")] = 397,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Make a key and a certificate for each party. Hand each folder to its party over a trusted way."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.certificates import issue_all
 
@@ -384,14 +378,13 @@ def pki_issue(
 
 
 @pki.command("show", epilog="Example: cutlayer pki show credentials/hospital")
+@spread
 def pki_show(
     path: Annotated[Path, typer.Argument(help="A certificate, or a folder of one.", show_default=False)],
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Print whose certificate it is, who made it and until when it is valid."""
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         from cutlayer.cli.certificates import show
 

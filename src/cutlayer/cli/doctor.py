@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cutlayer.cli.completion import complete_contract, complete_party_file
-from cutlayer.cli.console import JsonOption, Output, QuietOption, VerboseOption, reporting
+from cutlayer.cli.console import Output, reporting
+from cutlayer.cli.spread import Told, spread
 from cutlayer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor"]
 
+_TOLD = Told()
 _WIDTH = 24  # of a row's name
 _AGAIN = 30.0  # seconds in which the same visit is told once
 _MOST = 10_000  # visits that are kept for --json
 
 
+@spread
 def doctor(
     contract: Annotated[
         Path | None, typer.Argument(help="The contract.", show_default=False, autocompletion=complete_contract)
@@ -41,16 +44,14 @@ def doctor(
         bool, typer.Option("--serve", help="Listen as this party, answer the doctors of others, and say who came.")
     ] = False,
     minutes: Annotated[float, typer.Option("--minutes", min=0.01, max=1440, help="How long, with --serve.")] = 30.0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    told: Told = _TOLD,
 ) -> None:
     """Look at this machine, this site's files and the way to the other parties, and say what to do.
 
     Versions, memory, disk, certificates, modules, one batch of data, names, proxy, connection, whether the server
     accepts our certificate, speed, clocks. Changes nothing and sends nothing of a run.
     """
-    output = Output(json, quiet, verbose)
+    output = told.output()
     with reporting(output):
         if serve:
             _serve(contract, party, minutes, output)
