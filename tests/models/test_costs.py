@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import cutlayer as cl
 from cutlayer import models
 from cutlayer.models.costs import candidates, costs
 from tests.models.zoo import SUBJECTS
@@ -27,7 +29,7 @@ def test_costs_of_a_small_network_worked_out_by_hand():
     assert one.client is not None
     assert one.server is not None
     assert (one.client.parameters, one.server.parameters) == (30, 15)
-    assert one.client.flops == 3 * 2 * 4 * 6 * 5  # forward, and backward for the weights and for the input
+    assert one.client.flops == 2 * 2 * 4 * 6 * 5  # forward, and backward for the weights: none goes on to the data
     assert one.server.flops == 3 * 2 * 4 * 5 * 3
     assert one.client.memory == 30 * 4 * 4 + 4 * 6 * 4  # Adam's four, and the input
     assert one.server.memory == 15 * 4 * 4 + 2 * 4 * 5 * 4 or one.server.memory == 15 * 4 * 4 + 4 * 5 * 4
@@ -79,3 +81,19 @@ def test_the_page_of_cuts_is_current_for_small_models():
         row, section = script.section(name, SUBJECTS[name])
         assert row in text, "run python scripts/cuts_page.py"
         assert section in text, "run python scripts/cuts_page.py"
+
+
+def test_operations_are_those_of_a_run():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    (found,) = [one for one in costs(net, torch.zeros(2, 1, 8, 8), batch=4) if one.point == "1"]
+    made = cl.split(net, "1", labels="server", example=torch.zeros(2, 1, 8, 8))
+    data = TensorDataset(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
+    run = cl.fit(made, DataLoader(data, batch_size=4), loss=nn.CrossEntropyLoss())
+    ledgers = run.result.ledgers
+    spent = {
+        party: sum(number for (_, stage), number in ledgers[party].flops.items() if stage != "loss")
+        for party in ledgers
+    }
+    assert found.client is not None
+    assert found.server is not None
+    assert spent == {"client": found.client.flops, "server": found.server.flops}

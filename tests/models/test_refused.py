@@ -293,3 +293,16 @@ def test_one_cut_point_that_leaves_the_server_nothing():
         named.add_module(name, module)
     with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after 'act'.*labels='server'"):
         cl.split(named, "act", example=torch.zeros(2, 4))
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (torch.zeros(2, 5), r"E325.*does not fit.*got float32\[3, 5\]; RuntimeError: mat1 and mat2"),
+        (torch.zeros(2, 4, dtype=torch.uint8), r"E325.*does not fit.*got uint8\[3, 4\]"),
+    ],
+)
+def test_an_example_that_the_layers_do_not_take(example: Tensor, words: str):
+    with pytest.raises(StageError, match=words):
+        cl.split(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2)), 1, labels="server", example=example)

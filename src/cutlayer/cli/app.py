@@ -95,6 +95,7 @@ def new(
     template: Annotated[
         str, typer.Option("--template", help="images-u, tabular-vertical or text.", show_default=True)
     ] = "images-u",
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Fetch its data with pip, unless here.")] = True,
     told: Told = _TOLD,
 ) -> None:
     """Write a project that runs as it is, on real data: contract, party files, modules and data in Python."""
@@ -102,7 +103,7 @@ def new(
     with reporting(output):
         from cutlayer.cli.creating import new_project
 
-        new_project(name, template, output)
+        new_project(name, template, output, data=data)
 
 
 @app.command(epilog="Example: cutlayer run contract.toml hospital.toml server.toml --processes")

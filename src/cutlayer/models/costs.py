@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,15 +111,18 @@ def _sides(made: Cut, arguments: Arguments) -> tuple[Side, Side]:
     with undisturbed(*modules):
         for module in modules:
             module.train(True)
-        first, given = _measured(made.pieces[0], [inputs[source] for source in made.pieces[0].inputs])
+        first, given = _measured(made.pieces[0], inputs)
         known = inputs | {f"0.{port}": value for port, value in zip(made.pieces[0].outputs, given, strict=True)}
-        second, _ = _measured(made.pieces[1], [known[source] for source in made.pieces[1].inputs])
+        second, _ = _measured(made.pieces[1], known)
     return first, second
 
 
-def _measured(piece: Piece, values: Sequence[Tensor]) -> tuple[Side, list[Tensor]]:
-    """Run one piece forwards and backwards."""
-    leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in values]
+def _measured(piece: Piece, known: Mapping[str, Tensor]) -> tuple[Side, list[Tensor]]:
+    """Run one piece forwards, and backwards as far as a run does: to what crossed a cut, not to the data."""
+    leaves = [
+        known[source].detach().requires_grad_(known[source].is_floating_point() and not source.startswith("data."))
+        for source in piece.inputs
+    ]
     entered = [leaf.clone() for leaf in leaves]  # an in-place ReLU may come first
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in piece.module.parameters()}

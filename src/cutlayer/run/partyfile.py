@@ -299,7 +299,7 @@ def _said(error: BaseException) -> str:
 
 
 def _bad_builder(what: str, where: str, expected: str, got: str) -> ConfigError:
-    remedy = "correct the builder in the party file; -v shows where it failed"
+    remedy = "correct the function, or its name here; -v shows where it failed"
     return ConfigError(what, where=where, expected=expected, got=got, remedy=remedy, code="E204")
 
 
