@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from cutlayer.cli.catalogue import catalogue
-from cutlayer.cli.completion import complete_code, complete_contract, complete_party_file, complete_run
+from cutlayer.cli.completion import (
+    complete_code,
+    complete_contract,
+    complete_ended_run,
+    complete_party_file,
+    complete_run,
+    complete_template,
+)
 
 Call = Callable[..., Any]
 Answers = Callable[..., list[str]]
@@ -56,6 +63,18 @@ def test_runs_that_can_be_gone_on_with(here: Path):
     assert complete_run("runs/b") == ["runs/begun"]
     assert complete_run("runs/d") == ["runs/done/"]  # finished: a folder to look into, as any other
     assert complete_run("si") == ["sites/"]
+
+
+def test_runs_that_have_ended(here: Path):
+    assert complete_ended_run("") == ["runs/done"]
+    assert complete_ended_run("runs/d") == ["runs/done"]
+    assert complete_ended_run("runs/b") == ["runs/begun/"]
+
+
+def test_templates():
+    assert complete_template("") == ["images-u", "tabular-vertical", "text"]
+    assert complete_template("t") == ["tabular-vertical", "text"]
+    assert complete_template("x") == []
 
 
 @pytest.mark.parametrize(("typed", "first"), [("E66", "E660"), ("e66", "e660"), ("66", "660")])

@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_made(call: Call, here: Path):
 
 
 def test_templates_are_named_in_the_help(call: Call):
-    assert templates() == ["images-u", "tabular-vertical", "text"]
+    assert templates() == ["images-u", "tabular-vertical", "text"] == list(fetching.DATA)
     shown = " ".join(" ".join(call("new", "--help").out).split())
     assert all(name in shown for name in templates())
 
@@ -119,6 +119,9 @@ def test_new_run_and_the_report_is_there(
     page = Path(result.out[-1].removeprefix("results: "))
     assert page.name == "report.html"
     assert "study" in page.read_text()
+    given = call("predict", "--weights", str(page.parent), "--json")
+    assert given.code == 0, given.err
+    assert [out["shape"][0] > 100 for out in given.json()["outputs"].values()] == [True]
 
 
 def test_plan_and_check_without_arguments(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cutlayer.cli.completion import complete_code, complete_party_file, complete_run
+from cutlayer.cli import completion
 from cutlayer.cli.console import (
     ContractArgument,
     ContractHere,
     FolderOption,
     PartyFileArgument,
-    PartyFilesArgument,
     PartyFilesHere,
     reporting,
 )
@@ -45,6 +44,8 @@ AcceptOption = Annotated[
 ]
 
 
+_ENDED = completion.complete_ended_run
+EndedRun = Annotated[Path, typer.Argument(help="The folder of a run that has ended.", autocompletion=_ENDED)]
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
@@ -52,6 +53,7 @@ WeightsOption = Annotated[
         metavar="RUN",
         help="Folder of the training run, which holds <party>.safetensors. Default: modules as the builder makes them.",
         show_default=False,
+        autocompletion=_ENDED,
     ),
 ]
 
@@ -93,7 +95,10 @@ def _top(
 def new(
     name: Annotated[str, typer.Argument(help="The project, and its folder.", show_default=False)],
     template: Annotated[
-        str, typer.Option("--template", help="images-u, tabular-vertical or text.", show_default=True)
+        str,
+        typer.Option(
+            "--template", help="images-u, tabular-vertical or text.", autocompletion=completion.complete_template
+        ),
     ] = "images-u",
     data: Annotated[bool, typer.Option("--data/--no-data", help="Fetch its data with pip, unless here.")] = True,
     told: Told = _TOLD,
@@ -154,7 +159,7 @@ def join(
 @spread
 def resume(
     run_folder: Annotated[
-        Path, typer.Argument(help="The folder that the run named at its start.", autocompletion=complete_run)
+        Path, typer.Argument(help="The folder that the run named at its start.", autocompletion=completion.complete_run)
     ],
     told: Told = _TOLD,
 ) -> None:
@@ -171,8 +176,8 @@ def resume(
 )
 @spread
 def predict(
-    contract: ContractArgument,
-    party_files: PartyFilesArgument,
+    contract: ContractHere = None,
+    party_files: PartyFilesHere = None,
     weights: WeightsOption = None,
     where: Where = _HERE,
     folder: FolderOption = None,
@@ -180,14 +185,18 @@ def predict(
 ) -> None:
     """Predict with trained weights, for the data that parties give as `prediction`. Needs no labels.
 
+    Without arguments: contract.toml of this folder, and the party files beside it.
+
     With --join or --served, shows what may leave this party and asks once whether it may, unless --accept says so.
     """
     output = told.output()
     with reporting(output):
+        from cutlayer.cli.here import contract_here, party_files_here
         from cutlayer.cli.predicting import How, predict_command
 
+        path = contract_here(contract)
         how = How(processes=where.processes, join=where.join, served=where.served, accept=where.accept)
-        predict_command(contract, party_files, weights, folder, output, how)
+        predict_command(path, party_files_here(party_files, path), weights, folder, output, how)
 
 
 @app.command(epilog="Example: cutlayer serve contract.toml cloud.toml --weights runs/20260101-090000-scans")
@@ -214,9 +223,7 @@ def serve(
 @app.command(epilog="Example: cutlayer report runs/20260101-090000-digits --open")
 @spread
 def report(
-    run_folder: Annotated[
-        Path, typer.Argument(help="The folder of a run that has ended.", autocompletion=complete_run)
-    ],
+    run_folder: EndedRun,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the web browser.")] = False,
     told: Told = _TOLD,
 ) -> None:
@@ -256,7 +263,7 @@ def check(
     contract: ContractHere = None,
     party_files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Party files, if any.", show_default=False, autocompletion=complete_party_file),
+        typer.Argument(help="Party files, if any.", show_default=False, autocompletion=completion.complete_party_file),
     ] = None,
     told: Told = _TOLD,
 ) -> None:
@@ -279,7 +286,7 @@ def explain(
         typer.Argument(
             help="An error code, such as E351 or 351; without one, all are listed.",
             show_default=False,
-            autocompletion=complete_code,
+            autocompletion=completion.complete_code,
         ),
     ] = "",
     told: Told = _TOLD,
@@ -333,7 +340,9 @@ def cut(
 @app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")
 @spread
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run_folder: Annotated[
+        Path, typer.Argument(help="The folder of a run.", autocompletion=completion.complete_ended_run)
+    ],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.safetensors"),
     told: Told = _TOLD,
 ) -> None:

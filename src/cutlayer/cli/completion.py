@@ -29,6 +29,19 @@ def complete_run(incomplete: str) -> list[str]:
     return sorted(begun) or _offer(incomplete, lambda _: False)
 
 
+def complete_ended_run(incomplete: str) -> list[str]:
+    """Offer the folders of runs that have finished, those in `runs/` too, and folders to look into."""
+    ended = [word for start in {incomplete, incomplete or "runs/"} for word, path in _words(start) if _ended(path)]
+    return sorted(ended) or _offer(incomplete, lambda _: False)
+
+
+def complete_template(incomplete: str) -> list[str]:
+    """Offer the templates of `cutlayer new`."""
+    from cutlayer.cli.fetching import DATA
+
+    return [name for name in DATA if name.startswith(incomplete)]
+
+
 def complete_code(incomplete: str) -> list[tuple[str, str]]:
     """Offer the error codes with their titles, written as they were begun: E351, e351 or 351.
 
@@ -63,6 +76,10 @@ def _words(incomplete: str) -> Iterator[tuple[str, Path]]:
 
 def _unfinished(folder: Path) -> bool:
     return (folder / "launch.json").is_file() and not (folder / "summary.json").exists()
+
+
+def _ended(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
 
 
 def _table(file: Path) -> dict[str, Any]:

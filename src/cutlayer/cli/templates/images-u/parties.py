@@ -40,7 +40,8 @@ def hospital(name: str) -> cl.Party:
         "loss": nn.CrossEntropyLoss(),
     }
     metrics = {"loss": lambda: {"accuracy": MulticlassAccuracy(10, average="micro")}}
-    return cl.Party(name, modules=modules, data=data, evaluation=evaluation, optimizer=adam, metrics=metrics)
+    held = {"data": data, "evaluation": evaluation, "prediction": evaluation}  # a prediction needs no labels
+    return cl.Party(name, modules=modules, optimizer=adam, metrics=metrics, **held)
 
 
 def server(name: str) -> cl.Party:

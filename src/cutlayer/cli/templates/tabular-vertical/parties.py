@@ -48,7 +48,8 @@ def patients(column: str, field: str) -> tuple[cl.TensorTable, cl.TensorTable]:
 def member(name: str) -> cl.Party:
     data, evaluation = patients(name, "x")
     head = nn.Sequential(nn.Linear(data.fields["x"].shape[1], 32), nn.ReLU(), nn.Linear(32, 16))
-    return cl.Party(name, modules={f"head-{name}": head}, data=data, evaluation=evaluation, optimizer=adam)
+    held = {"data": data, "evaluation": evaluation, "prediction": evaluation}
+    return cl.Party(name, modules={f"head-{name}": head}, optimizer=adam, **held)
 
 
 def registry(name: str) -> cl.Party:

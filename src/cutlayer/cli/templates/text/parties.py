@@ -67,7 +67,8 @@ def library(name: str) -> cl.Party:
         "loss": next_letter,
     }
     metrics = {"loss": lambda: {"perplexity": Perplexity()}}
-    return cl.Party(name, modules=modules, data=data, evaluation=evaluation, optimizer=adam, metrics=metrics)
+    held = {"data": data, "evaluation": evaluation, "prediction": evaluation}  # a prediction needs no labels
+    return cl.Party(name, modules=modules, optimizer=adam, metrics=metrics, **held)
 
 
 def server(name: str) -> cl.Party:
