@@ -171,9 +171,7 @@ def resume(
         resume_run(run_folder, output)
 
 
-@app.command(
-    epilog="Example: cutlayer predict contract.toml hospital.toml cloud.toml --weights runs/20260101-090000-scans"
-)
+@app.command(epilog="Example: cutlayer predict contract.toml hospital.toml cloud.toml --weights runs/first")
 @spread
 def predict(
     contract: ContractHere = None,
