@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from tests.data.sets import need
+from tests.scripts import importing
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -35,14 +35,9 @@ SHOWN = {
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Import an example as Python does when it is run: with the examples' folder in front."""
-    known = set(sys.modules)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module
-    for name in set(sys.modules) - known:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == EXAMPLES:
-            del sys.modules[name]
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    with importing(EXAMPLES) as load:
+        yield load
 
 
 def results_of(shown: str) -> Path:

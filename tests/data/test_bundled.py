@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cutlayer.data import bundled, images, records, texts
+from cutlayer.errors import DataError
 from tests.data.sets import MADE, need
 
 ROOT = Path(__file__).parents[2]
@@ -32,3 +35,14 @@ print(sorted(brought))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+@pytest.mark.provokes("E257")
+@pytest.mark.parametrize(("name", "module"), [("brain_slices", "nibabel"), ("clothing_reviews", "pyarrow.parquet")])
+def test_without_its_reader_it_says_what_to_install(name: str, module: str, monkeypatch: pytest.MonkeyPatch):
+    need(name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=f"the package '{module.partition('.')[0]}' is not here") as caught:
+        getattr(bundled, name)()
+    assert caught.value.code == "E257"
+    assert "cutlayer[data]" in caught.value.remedy

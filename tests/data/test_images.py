@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,16 +117,6 @@ def test_brain_slices_are_of_one_symmetric_head():
     assert image.squeeze(1)[white > 0.9].mean() > image.squeeze(1)[grey > 0.9].mean()  # T1: white matter is brighter
     assert not inside[:, 0].any()  # all of the brain is in the picture
     assert not inside[:, -1].any()
-
-
-@pytest.mark.provokes("E257")
-def test_without_nibabel_it_says_what_to_install(monkeypatch):
-    need("brain_slices")
-    monkeypatch.setitem(sys.modules, "nibabel", None)
-    with pytest.raises(DataError, match="the package 'nibabel' is not here") as caught:
-        brain_slices()
-    assert caught.value.code == "E257"
-    assert "cutlayer[data]" in caught.value.remedy
 
 
 @pytest.mark.provokes("E258")

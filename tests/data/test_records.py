@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -131,16 +130,6 @@ def test_the_text_says_what_the_stars_say(reviews):
     texts, table = reviews
     returned = torch.tensor(["disappoint" in text.lower() for text in texts])
     assert table["rating"][returned].float().mean() < table["rating"][~returned].float().mean() - 0.5
-
-
-@pytest.mark.provokes("E257")
-def test_without_pyarrow_it_says_what_to_install(monkeypatch):
-    need("clothing_reviews")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match="the package 'pyarrow' is not here") as caught:
-        clothing_reviews()
-    assert caught.value.code == "E257"
-    assert "cutlayer[data]" in caught.value.remedy
 
 
 @pytest.mark.provokes("E258")

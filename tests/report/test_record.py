@@ -115,3 +115,10 @@ def test_a_flow_of_a_stranger_is_refused(tmp_path: Path):
 def test_a_plan_of_python_is_one_of_files():
     plan = cl.vanilla("north", "server", cut="float32[batch, 3]", output="float32[batch, 2]", epochs=2)
     assert restored_plan(plan.document()).training == plan.training
+
+
+def test_a_plan_with_extras_comes_back():
+    plan = cl.u_shaped("a", "b", cut="float32[batch, 4]", back="float32[batch, 2]", output="float32[batch, 2]")
+    told = cl.PlannedExchange("capacity", ["a", "b"], says="x")
+    plan = cl.Plan(plan.stages, extras=[cl.Crossing("head", codec="int8", defences=["gaussian"]), told])
+    assert restored_plan(plain(plan.document())) == plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics as tm
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import classification as tc
 from torchmetrics import regression as tr
 from torchmetrics.text import Perplexity
@@ -22,7 +25,7 @@ from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.run.simulate import Result, simulate
 from tests import formulas
-from tests.small import Case, difference
+from tests.small import Case, difference, momentum
 
 COUNTS = (13, 9)
 WORDS, LENGTH, SIDE = 7, 5, 4
@@ -204,6 +207,15 @@ def both(case: Case) -> tuple[Result, Any]:
     return simulate(case.plan, parties), case.uncut()
 
 
+def check_metrics(task: Task, score: Tensor, label: Tensor, result: Result) -> None:
+    """Compare the metrics of the evaluation with those of another library."""
+    values, wanted = result.metrics()["loss"], task.other(score.numpy(), label.numpy())
+    assert values.keys() == {"loss", *wanted}
+    for key, expected in wanted.items():
+        value, tolerance = expected if isinstance(expected, tuple) else (expected, 1e-5)
+        assert np.abs(np.array(values[key]) - value).max() < tolerance, key
+
+
 @pytest.mark.parametrize("counts", [(13,), COUNTS], ids=["one clinic", "two clinics"])
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_equals_the_uncut_model(name, counts):
@@ -215,11 +227,7 @@ def test_a_task_equals_the_uncut_model(name, counts):
     whole = nn.Sequential(*(oracle.modules[stage] for stage in ("head", "body", "tail"))).eval()
     with torch.no_grad():
         score = whole(fields["x"])
-    values = result.metrics()["loss"]
-    assert values.keys() == {"loss", *task.other(score.numpy(), fields["y"].numpy())}
-    for key, expected in task.other(score.numpy(), fields["y"].numpy()).items():
-        value, tolerance = expected if isinstance(expected, tuple) else (expected, 1e-5)
-        assert np.abs(np.array(values[key]) - value).max() < tolerance, key
+    check_metrics(task, score, fields["y"], result)
 
 
 def test_a_loss_over_microbatches_of_unequal_numbers_of_labels():
@@ -290,16 +298,78 @@ def test_checkpoints_keep_what_wrapped_metrics_have_added():
     assert other.values() == {}
 
 
-def test_five_lines_for_several_labels():
-    """`cl.fit` takes labels of any dtype and shape; at the server they are released as they are."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    rows = TASKS["multi-label"].data(12)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows["x"], rows["y"][:, :3]), batch_size=4)
-    split = cl.split(model, at="1", example=rows["x"], labels="server")
-    metrics = {"loss": lambda: tc.MultilabelF1Score(3)}
-    run = cl.fit(split, loader, loss=nn.BCEWithLogitsLoss(), epochs=1, evaluation=loader, party={"metrics": metrics})
+# --- the same with `cl.split` and `cl.fit`, from a model that knows of no parties ------------------------------------
+
+
+class Mixed(nn.Module):
+    """Numbers, categories and truth values side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.ward = nn.Linear(3, 4), nn.Embedding(5, 4)
+        self.join, self.body, self.tail = nn.Identity(), nn.Linear(9, 8), nn.Linear(8, 3)
+
+    def forward(self, numbers: Tensor, ward: Tensor, smoker: Tensor) -> Tensor:
+        joined = torch.cat([self.numbers(numbers), self.ward(ward), smoker[:, None].float()], 1)
+        return self.tail(torch.relu(self.body(self.join(joined))))
+
+
+class Masked(nn.Module):
+    """Attention over words, with a padding mask that is used on both sides of the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.tail = nn.Embedding(WORDS, 8, padding_idx=0), nn.Linear(8, WORDS)
+        self.join, self.body = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        x = self.join(self.table(words), src_key_padding_mask=mask)
+        return self.tail(self.body(x, src_key_padding_mask=mask))
+
+
+def mixed(count: int) -> Fields:
+    ward, smoker = torch.randint(0, 5, (count,)), torch.rand(count) < 0.5
+    return {"numbers": torch.randn(count, 3), "ward": ward, "smoker": smoker, "y": ward % 3}
+
+
+def masked(count: int) -> Fields:
+    text = torch.randint(1, WORDS, (count, LENGTH))
+    mask = torch.arange(LENGTH) >= torch.randint(2, LENGTH + 1, (count, 1))
+    return {"words": text, "mask": mask, "y": text.masked_fill(mask, -100)}
+
+
+def whole(name: str) -> tuple[nn.Module, tuple[str, str], Task]:
+    """The uncut model of a task, where it is cut, and the task."""
+    torch.manual_seed(5)
+    if name == "mixed table":
+        return Mixed(), ("join", "body"), replace(TASKS["multi-class"], data=mixed)
+    if name == "masked words":
+        return Masked(), ("join", "body"), replace(TASKS["language"], data=masked)
+    return nn.Sequential(OrderedDict(TASKS[name].stages())), ("head", "body"), TASKS[name]
+
+
+@pytest.mark.parametrize("labels", ["client", "server"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in TASKS if name != "weighted samples"), "mixed table", "masked words"]
+)
+def test_a_whole_model_that_is_split(name: str, labels: str):
+    """With labels of any dtype and shape, which are released as they are where the loss is at the server."""
+    model, at, task = whole(name)
+    uncut, fields = copy.deepcopy(model), task.data(22)
+    *inputs, label = fields.values()
+    loader = DataLoader(TensorDataset(*inputs, label), batch_size=8)
+    optimizer = momentum(list(uncut.parameters()))
+    for _ in range(2):
+        for *batch, truth in loader:
+            task.loss(uncut(*batch), truth).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    places = at if labels == "client" else at[:1]
+    example, release = tuple(inputs), ["mask"] if "mask" in fields else []
+    split = cl.split(model, places, example=example, labels=labels, release=release)
+    settings = {"loss": task.loss, "optimizer": momentum, "party": {"metrics": {"loss": task.metrics}}}
+    run = cl.fit(split, loader, evaluation=loader, epochs=2, **settings)
+    assert all(torch.equal(run.state_dict()[key], value) for key, value in uncut.state_dict().items())
     with torch.no_grad():
-        found = (model(rows["x"]) > 0).numpy()
-    expected = np.mean([formulas.f1(rows["y"].numpy()[:, i] > 0, found[:, i]) for i in range(3)])
-    assert abs(run.result.metrics()["loss"]["MultilabelF1Score"] - expected) < 1e-6
+        score = uncut.eval()(*inputs)
+    check_metrics(task, score, label, run.result)

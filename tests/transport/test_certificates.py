@@ -1,7 +1,7 @@
 """Certificates that are wrong: each kind has its code, and the right ones pass."""
 
 import dataclasses
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,29 +14,10 @@ from cutlayer.errors import CertificateError, ConfigError
 from cutlayer.transport.certificates import names_of, readable
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.tls import Credentials, check_credentials, load_credentials
+from tests.transport.conftest import NOW
 
-NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 PEM = serialization.Encoding.PEM
 BOTH = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pki")
-
-
-@pytest.fixture(scope="module")
-def authority(folder: Path) -> Path:
-    """An authority and its parties a and b, in date at NOW."""
-    made = create_authority(folder / "ca", name="study", now=NOW)
-    for party in "ab":
-        issue(made, party, folder, now=NOW)
-    return made
-
-
-@pytest.fixture(scope="module")
-def good(authority: Path, folder: Path) -> Credentials:
-    return load_credentials(folder / "a", "a")
 
 
 def own_leaf(authority: Path, names: list[x509.GeneralName] | None, uses=BOTH, *, sign: bool = True, days: int = 30):

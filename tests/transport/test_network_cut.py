@@ -11,7 +11,7 @@ import pytest
 from cutlayer.errors import PeerError
 from cutlayer.transport.network import Deadlines, Network
 from cutlayer.transport.settings import Rhythm
-from tests.transport.parties import Cast, frame_of, meet, tag_of
+from tests.transport.parties import Cable, Cast, frame_of, meet, tag_of
 
 pytestmark = [pytest.mark.timeout(90), pytest.mark.usefixtures("no_thread_stays")]
 
@@ -42,6 +42,18 @@ def takes(steps: int, size: int, source: str = "clinic"):
     return run
 
 
+def cuts(line: Cable, times: int, after: int) -> None:
+    """Cut the cable each time that so many more bytes have passed, and mend it."""
+    for _ in range(times):
+        line.cut_after = line.passed + after
+        deadline = time.monotonic() + 5
+        while line._whole and time.monotonic() < deadline:
+            time.sleep(0.01)
+        line.cut()
+        time.sleep(0.15)
+        line.restore()
+
+
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "mtls"])
 @pytest.mark.parametrize(("steps", "size"), [(200, 20_000), (4, 5_000_000)], ids=["small", "large"])
 def test_frames_arrive_once_and_in_order_though_the_cable_is_cut(cast: Cast, cable, steps, size, secure):
@@ -51,17 +63,7 @@ def test_frames_arrive_once_and_in_order_though_the_cable_is_cut(cast: Cast, cab
     cast.settings("server")
     line = cable(cast.addresses["server"])
 
-    def cuts() -> None:
-        for _ in range(5):
-            line.cut_after = line.passed + steps * size // 7
-            deadline = time.monotonic() + 5
-            while line._whole and time.monotonic() < deadline:
-                time.sleep(0.01)
-            line.cut()
-            time.sleep(0.15)
-            line.restore()
-
-    breaker = threading.Thread(target=cuts)
+    breaker = threading.Thread(target=cuts, args=(line, 5, steps * size // 7))
     breaker.start()
     results = cast.play(
         {"server": takes(steps, size), "clinic": sends(steps, size)},
@@ -88,17 +90,7 @@ def test_relayed_frames_arrive_once_and_in_order_though_a_cable_is_cut(cast: Cas
         network.finish()
         return session
 
-    def cuts() -> None:
-        for _ in range(4):
-            line.cut_after = line.passed + steps * size // 5
-            deadline = time.monotonic() + 5
-            while line._whole and time.monotonic() < deadline:
-                time.sleep(0.01)
-            line.cut()
-            time.sleep(0.15)
-            line.restore()
-
-    breaker = threading.Thread(target=cuts)
+    breaker = threading.Thread(target=cuts, args=(line, 4, steps * size // 5))
     breaker.start()
     results = cast.play(
         {"server": server, "clinic": sends(steps, size, "lab"), "lab": takes(steps, size)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -118,9 +119,7 @@ def test_a_certificate_of_a_foreign_authority_is_refused_by_the_server(pair: Cas
     issue(foreign, "clinic", pair.folder / "foreign")
     theirs = load_credentials(pair.folder / "foreign" / "clinic", "clinic")
     both = theirs.authority + pair.credentials["server"].authority  # trusts the server, is not trusted by it
-    pair.credentials["clinic"] = type(theirs)(
-        party="clinic", certificate=theirs.certificate, private_key=theirs.private_key, authority=both
-    )
+    pair.credentials["clinic"] = dataclasses.replace(theirs, authority=both)
     server, clinic = outcome(pair, server_={"deadlines": SHORT})
     assert isinstance(clinic, CertificateError)
     assert clinic.code == "E668"
@@ -132,9 +131,7 @@ def test_the_servers_certificate_must_be_in_its_name(pair: Cast):
     pair.certify()
     issue(pair.folder / "ca", "ward", pair.folder)
     wrong = load_credentials(pair.folder / "ward", "ward")
-    pair.credentials["server"] = type(wrong)(
-        party="server", certificate=wrong.certificate, private_key=wrong.private_key, authority=wrong.authority
-    )
+    pair.credentials["server"] = dataclasses.replace(wrong, party="server")
     with pytest.raises(CertificateError) as caught:
         pair.network("server")
     assert caught.value.code == "E665"

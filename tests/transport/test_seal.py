@@ -6,47 +6,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
 import trustme
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from cutlayer.errors import CertificateError, ConfigError, ContractError, ProgramError, WireError
 from cutlayer.transport import seal as seal_module
-from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.seal import OFFER_LIMIT, OVERHEAD, Seal
-from cutlayer.transport.tls import Credentials, load_credentials
-
-NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
-CONTEXT = b"run 7, session 1"
-LABEL = "cutlayer sealed relay, version 1: offer of an ephemeral X25519 key to one peer"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pki")
-
-
-@pytest.fixture(scope="module")
-def parties(folder: Path) -> dict[str, Credentials]:
-    authority = create_authority(folder / "ca", name="study", now=NOW)
-    return {party: load_credentials(issue(authority, party, folder, now=NOW), party) for party in ("a", "b", "relay")}
-
-
-@pytest.fixture
-def pair(parties) -> tuple[Seal, Seal]:
-    """Two ends that accepted each other."""
-    a, b = Seal(parties["a"], "b", CONTEXT), Seal(parties["b"], "a", CONTEXT)
-    a.accept(b.offer(), now=NOW)
-    b.accept(a.offer(), now=NOW)
-    return a, b
-
-
-def leaf_der(credentials: Credentials) -> bytes:
-    return x509.load_pem_x509_certificate(credentials.certificate).public_bytes(serialization.Encoding.DER)
+from cutlayer.transport.tls import Credentials
+from tests.transport.conftest import CONTEXT, NOW, leaf_der
 
 
 def test_messages_go_both_ways(pair: tuple[Seal, Seal]):

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import trustme
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -22,34 +21,7 @@ from cutlayer.errors import CertificateError, ContractError, CutlayerError, Wire
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.seal import OFFER_LIMIT, Seal
 from cutlayer.transport.tls import Credentials, load_credentials
-
-NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
-CONTEXT = b"run 7, session 1"
-LABEL = "cutlayer sealed relay, version 1: offer of an ephemeral X25519 key to one peer"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pki")
-
-
-@pytest.fixture(scope="module")
-def parties(folder: Path) -> dict[str, Credentials]:
-    authority = create_authority(folder / "ca", name="study", now=NOW)
-    return {party: load_credentials(issue(authority, party, folder, now=NOW), party) for party in ("a", "b", "relay")}
-
-
-@pytest.fixture
-def pair(parties) -> tuple[Seal, Seal]:
-    """Two ends that accepted each other."""
-    a, b = Seal(parties["a"], "b", CONTEXT), Seal(parties["b"], "a", CONTEXT)
-    a.accept(b.offer(), now=NOW)
-    b.accept(a.offer(), now=NOW)
-    return a, b
-
-
-def leaf_der(credentials: Credentials) -> bytes:
-    return x509.load_pem_x509_certificate(credentials.certificate).public_bytes(serialization.Encoding.DER)
+from tests.transport.conftest import CONTEXT, LABEL, NOW, leaf_der
 
 
 class ByHand:

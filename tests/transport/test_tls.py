@@ -1,37 +1,18 @@
 """Certificates that are wrong are named before the dial."""
 
 import dataclasses
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 
 from cutlayer.errors import CertificateError
-from cutlayer.transport.pki import create_authority, issue
+from cutlayer.transport.pki import issue
 from cutlayer.transport.tls import Credentials, check_credentials, load_credentials
+from tests.transport.conftest import NOW
 
-NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 PEM = serialization.Encoding.PEM
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pki")
-
-
-@pytest.fixture(scope="module")
-def authority(folder: Path) -> Path:
-    """An authority and its parties a and b, in date at NOW."""
-    made = create_authority(folder / "ca", name="study", now=NOW)
-    for party in "ab":
-        issue(made, party, folder, now=NOW)
-    return made
-
-
-@pytest.fixture(scope="module")
-def good(authority: Path, folder: Path) -> Credentials:
-    return load_credentials(folder / "a", "a")
 
 
 def code_of(credentials: Credentials, now: datetime = NOW) -> str:

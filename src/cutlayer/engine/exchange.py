@@ -7,8 +7,9 @@ party only through `Local`. A new exchange is one function and a row in `EXCHANG
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -112,23 +113,8 @@ def add_gradients(job: Exchange, me: str, local: Local) -> Talk:
     Losses are scaled by each lane's share of the samples, so the sum is the gradient of one large batch. A lane that
     has no samples left says so with an empty message: the hub never runs ahead of it.
     """
-    places = list(enumerate(job.group))
-    if me == job.hub:
-        total: dict[str, Tensor] = {}
-        for lane, party in places:
-            heard = b"" if party == me else (yield Hear(party))
-            if lane in job.lanes:
-                given = local.gradients(job.stage, lane) if party == me else unpack(heard, party)
-                _add(total, given, _where(job, party))
-        for party in dict.fromkeys(job.group):
-            if party != me:
-                yield Say(party, pack(total))
-    else:
-        for lane, party in places:
-            if party == me:
-                yield Say(job.hub, pack(local.gradients(job.stage, lane)) if lane in job.lanes else b"")
-        total = unpack((yield Hear(job.hub)), job.hub)
-    for lane, party in places:
+    total = yield from _total(job, me, partial(local.gradients, job.stage), job.lanes)
+    for lane, party in enumerate(job.group):
         if party == me:
             local.set_gradients(job.stage, lane, total, _where(job, job.hub))
 
@@ -151,21 +137,8 @@ def global_norm(job: Exchange, me: str, local: Local) -> Talk:
 
 def add_metrics(job: Exchange, me: str, local: Local) -> Talk:
     """Add the sums behind the metrics of all replicas of a loss; all get the total, nobody a sample's value."""
-    places = list(enumerate(job.group))
-    if me == job.hub:
-        total: dict[str, Tensor] = {}
-        for lane, party in places:
-            given = local.metric_sums(job.stage, lane) if party == me else unpack((yield Hear(party)), party)
-            _add(total, given, _where(job, party))
-        for party in dict.fromkeys(job.group):
-            if party != me:
-                yield Say(party, pack(total))
-    else:
-        for lane, party in places:
-            if party == me:
-                yield Say(job.hub, pack(local.metric_sums(job.stage, lane)))
-        total = unpack((yield Hear(job.hub)), job.hub)
-    for lane, party in places:
+    total = yield from _total(job, me, partial(local.metric_sums, job.stage), range(len(job.group)))
+    for lane, party in enumerate(job.group):
         if party == me:
             local.set_metric_sums(job.stage, lane, total, _where(job, job.hub))
 
@@ -222,6 +195,26 @@ EXCHANGES: Mapping[str, ExchangeFunction] = {
     "global_norm": global_norm,
     "hand_on": hand_on,
 }
+
+
+def _total(
+    job: Exchange, me: str, own: Callable[[int], dict[str, Tensor]], lanes: Sequence[int]
+) -> Generator[Say | Hear, Buffer, dict[str, Tensor]]:
+    """Add what the `lanes` have of their `own` at the hub, in the order of lanes; others send an empty message."""
+    total: dict[str, Tensor] = {}
+    if me != job.hub:
+        for lane, party in enumerate(job.group):
+            if party == me:
+                yield Say(job.hub, pack(own(lane)) if lane in lanes else b"")
+        return unpack((yield Hear(job.hub)), job.hub)
+    for lane, party in enumerate(job.group):
+        heard = b"" if party == me else (yield Hear(party))
+        if lane in lanes:
+            _add(total, own(lane) if party == me else unpack(heard, party), _where(job, party))
+    for party in dict.fromkeys(job.group):
+        if party != me:
+            yield Say(party, pack(total))
+    return total
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
