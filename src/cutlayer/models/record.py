@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
-from cutlayer.models.example import Arguments
 from cutlayer.models.steps import Step, substitute
 from cutlayer.models.whereabouts import ambient, contexts, line, with_refs
 
@@ -22,7 +21,8 @@ class Trace:
     """A forward as steps.
 
     Attributes:
-        inputs: Names of the inputs, in the order of the arguments.
+        inputs: Name of each input among the steps -> name of its argument of forward, in the order of the arguments.
+            They differ where the argument is called as a builtin is, such as `input`.
         steps: The steps in the order in which the model runs them.
         output: Name of the value that is the model's output.
         modules: The submodule of each step that calls one, by the step's name.
@@ -31,7 +31,7 @@ class Trace:
         derived: Names of the steps that need no data, only sizes and buffers.
     """
 
-    inputs: tuple[str, ...]
+    inputs: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     output: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Recorder:
     the next "call_module" calls, and how.
     """
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Begin without steps."""
         self.model = model
-        self.found = Trace(tuple(arguments.tensors))
+        self.found = Trace()
         self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
         self.running = False
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward

@@ -132,7 +132,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=_MAKERS + from_einops())
         self._autowrap_search.append(torch)
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
-        self.record = Recorder(model, arguments)
+        self.record = Recorder(model)
         self.found, self.derived = self.record.found, self.record.found.derived
         self.path, self.seen = "", set[str]()
 
@@ -185,6 +185,7 @@ class _Tracer(fx.Tracer):
             node.name = target  # fx calls an argument `input` "input_1", as it does with all names of builtins
         self.record.note(node, self.path)
         if kind == "placeholder":
+            self.found.inputs[node.name] = target
             if self.arguments.batch:
                 self.record.keep(node, self.arguments.tensors[target])
         elif kind != "output":
