@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cutlayer as cl
+from cutlayer.errors import StageError
 from cutlayer.models.cut import compose, cut
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -32,3 +34,75 @@ def test_arguments_may_be_called_as_builtins_are(example: tuple[Tensor, Tensor] 
     assert made.inputs == ("input", "range")
     assert made.pieces[1].inputs == ("data.range", "0.one")
     assert torch.equal(compose(made, (X, 2 * X)), model(X, 2 * X))
+
+
+class Fresh(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.ReLU()(self.one(x))
+        x = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))(x)
+        return self.three(self.two(x))
+
+
+class FreshWeights(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(nn.Linear(6, 6)(self.two(self.one(x))))
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+def test_modules_without_weights_may_be_made_in_forward(example: Tensor | None):
+    model = Fresh()
+    made = cut(model, "one", example=example)
+    torch.manual_seed(0)
+    expected = model(X)
+    torch.manual_seed(0)
+    assert torch.equal(compose(made, X), expected)
+
+
+@pytest.mark.provokes("E313")
+def test_modules_with_weights_may_not_be_made_in_forward():
+    with pytest.raises(StageError, match=r"E313.*calls a Linear that is not one of its.*'weight'.*once, in __init__"):
+        cut(FreshWeights(), "one", example=X)
+
+
+def test_a_classifier_that_makes_its_activation_in_forward():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=2, n_heads=2, hidden_dim=8, num_labels=2)
+    model = transformers.DistilBertForSequenceClassification(config)
+    words = torch.arange(12).reshape(3, 4) % 9
+    assert cl.split(model, 0, example={"input_ids": words}).cut.checked
+
+
+class Slices(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        out = torch.zeros_like(x)
+        out[:, :4] = h[:, :4]
+        out[:, 4:] = 2 * h[:, 4:]
+        return self.three(self.two(out))
+
+
+class SliceAfter(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        part = h[:, :3]
+        z = self.two(h.clone())
+        h[:, :3] = 0.0
+        return self.three(z) + part.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_slices_may_be_assigned_on_one_side(at: str, example: Tensor | None):
+    model = Slices()
+    made = cut(model, at, example=example)
+    result = compose(made, X)
+    assert torch.equal(result, model(X))
+    result.sum().backward()
+    assert model.one.weight.grad is not None
+
+
+@pytest.mark.provokes("E316")
+def test_slices_may_not_be_assigned_across_the_cut():
+    with pytest.raises(StageError, match=r"E316.*setitem.*h\[:, :3\] = 0.0"):
+        cut(SliceAfter(), "two", example=X)
+    assert cut(SliceAfter(), "one", example=X).checked

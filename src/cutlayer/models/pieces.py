@@ -244,7 +244,7 @@ def _build(
     model: nn.Module, flows: dict[bool, Flow], drafts: dict[bool, list[_Draft]], frozen: tuple[str, ...]
 ) -> tuple[Piece, ...]:
     trace_ = flows[True].trace
-    ports: dict[str, str] = {name: f"data.{argument}" for name, argument in trace_.inputs.items()}
+    ports: dict[str, str] = {name: f"data.{name}" for name in trace_.inputs}
     modules, pieces = [], []
     for index, draft in enumerate(drafts[True]):
         both = {mode: drafts[mode][index] for mode in drafts}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
+from cutlayer.models.example import Arguments
 from cutlayer.models.steps import Step, substitute
 from cutlayer.models.whereabouts import ambient, contexts, line, with_refs
 
@@ -21,8 +22,7 @@ class Trace:
     """A forward as steps.
 
     Attributes:
-        inputs: Name of each input among the steps -> name of its argument of forward, in the order of the arguments.
-            They differ where the argument is called as a builtin is, such as `input`.
+        inputs: Names of the inputs, in the order of the arguments.
         steps: The steps in the order in which the model runs them.
         output: Name of the value that is the model's output.
         modules: The submodule of each step that calls one, by the step's name.
@@ -31,7 +31,7 @@ class Trace:
         derived: Names of the steps that need no data, only sizes and buffers.
     """
 
-    inputs: dict[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...]
     steps: list[Step] = field(default_factory=list)
     output: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Recorder:
     the next "call_module" calls, and how.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
         """Begin without steps."""
         self.model = model
-        self.found = Trace()
+        self.found = Trace(tuple(arguments.tensors))
         self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
         self.running = False
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward

@@ -116,6 +116,21 @@ for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruedi
     setattr(_Proxy, f"__{_operation.__name__}__", _written(_operation))  # `x += y` writes to x; fx alone makes it x + y
 
 
+def _made_inside(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a module that the model's forward has made itself, such as `nn.ReLU()(x)`, to look into."""
+    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    if held:
+        raise StageError(
+            f"the model's forward calls a {type(module).__name__} that is not one of its submodules",
+            where=line(),
+            expected="a submodule, or a module without parameters and buffers",
+            got=f"one that holds {', '.join(map(repr, held[:3]))}",
+            remedy="make it once, in __init__, and keep it as an attribute: self.layer = ...",
+            code="E313",
+        )
+    return forward
+
+
 class _Tracer(fx.Tracer):
     """`torch.fx`'s tracer, which computes as it goes and treats nearly all submodules as leaves."""
 
@@ -132,9 +147,9 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=_MAKERS + from_einops())
         self._autowrap_search.append(torch)
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
-        self.record = Recorder(model)
+        self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
-        self.path, self.seen = "", set[str]()
+        self.path, self.seen, self.known = "", set[str](), set(model.modules())
 
     # --- what fx asks ---
 
@@ -159,8 +174,8 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
-            return forward(*args, **kwargs)  # made in forward, such as nn.ReLU()(x): a function by another name
+        if m not in self.known:
+            return _made_inside(m, forward)(*args, **kwargs)
         outer, self.path = self.path, self.path_of_module(m)
         try:
             if self.path in self.stacks:
@@ -185,7 +200,6 @@ class _Tracer(fx.Tracer):
             node.name = target  # fx calls an argument `input` "input_1", as it does with all names of builtins
         self.record.note(node, self.path)
         if kind == "placeholder":
-            self.found.inputs[node.name] = target
             if self.arguments.batch:
                 self.record.keep(node, self.arguments.tensors[target])
         elif kind != "output":
