@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,70 @@ def test_slices_may_not_be_assigned_across_the_cut():
     with pytest.raises(StageError, match=r"E316.*setitem.*h\[:, :3\] = 0.0"):
         cut(SliceAfter(), "two", example=X)
     assert cut(SliceAfter(), "one", example=X).checked
+
+
+class Counts(Three):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+
+class Adds(Counts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.three(self.two(self.one(x)) * self.calls)
+
+
+class Assigns(Counts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return self.three(self.two(self.one(x)))
+
+
+class Chance(Three):
+    """Leaves out a layer at random."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        if random.random() < 0.5:
+            h = h + self.two(h)
+        return self.three(h)
+
+
+class Turns(Three):
+    """Does something else in every second call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.one(x)
+        return self.three(self.two(h) if self.calls % 2 else torch.relu(self.two(h)))
+
+
+def test_calls_may_be_counted():
+    model = Adds()
+    made = cut(model, "one", example=X)
+    assert model.calls == 0
+    expected = model(X)
+    model.calls.zero_()
+    assert torch.equal(compose(made, X), expected)
+    assert model.calls == 1
+
+
+@pytest.mark.provokes("E313")
+def test_a_buffer_may_not_be_replaced():
+    model = Assigns()
+    with pytest.raises(StageError, match=r"E313.*in place of its buffer 'calls'.*self.calls.copy_\(...\)"):
+        cut(model, "one", example=X)
+    assert isinstance(model.calls, Tensor)
+
+
+@pytest.mark.provokes("E314")
+@pytest.mark.parametrize("kind", [Chance, Turns])
+def test_chance_and_memory_are_not_taken_for_the_batch(kind: type[nn.Module]):
+    random.seed(1)  # the first two calls differ
+    with pytest.raises(StageError, match=r"E314.*each time it is called with the same example.*submodule of its own"):
+        cut(kind(), "one", example=X)

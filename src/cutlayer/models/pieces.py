@@ -110,8 +110,9 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
             model.train(mode)
             first = _trace(model, arguments, BATCHES[0], enter, stacks, pick)
             twin = _trace(model, arguments, BATCHES[1], enter, stacks, pick) if arguments.batch else None
-            if twin is not None:
-                _same_for_all_batches(first, twin)
+            if twin is not None and (step := _other_step(first, twin)) is not None:
+                again = (_trace(model, arguments, BATCHES[0], enter, stacks, pick) for _ in range(4))
+                raise _unsteady(step) if any(_other_step(first, one) for one in again) else _by_batch(step)
             if mode:
                 moving = [buffer for buffer, version in versions if buffer._version != version]
                 points = [name for _, name in sorted(zip(positions(first, names), names, strict=True))]
@@ -159,14 +160,13 @@ def _trace(
     return trace(model, given, enter=enter, stacks=stacks, pick=pick)
 
 
-def _same_for_all_batches(first: Trace, twin: Trace) -> None:
-    """Refuse a model that does something else for another number of samples."""
+def _other_step(first: Trace, twin: Trace) -> Step | None:
+    """Return the first step in which two traces of a model differ, or None."""
     for one, two in zip(first.steps, twin.steps, strict=False):
         same = (one.op, one.target) == (two.op, two.target) and _equal((one.args, one.kwargs), (two.args, two.kwargs))
         if not same:
-            raise _by_batch(one)
-    if len(first.steps) != len(twin.steps):
-        raise _by_batch(max(first.steps, twin.steps, key=len)[-1])
+            return one
+    return None if len(first.steps) == len(twin.steps) else max(first.steps, twin.steps, key=len)[-1]
 
 
 def _equal(one: Any, two: Any) -> bool:  # noqa: ANN401
@@ -177,6 +177,18 @@ def _equal(one: Any, two: Any) -> bool:  # noqa: ANN401
     if isinstance(one, tuple | list) and isinstance(two, tuple | list):
         return len(one) == len(two) and all(_equal(a, b) for a, b in zip(one, two, strict=True))
     return one is two or bool(one == two)
+
+
+def _unsteady(step: Step) -> StageError:
+    return StageError(
+        "the model does something else each time it is called with the same example",
+        where=str(step),
+        expected="the same operations in each step",
+        got="operations that a random number, or what the model keeps from call to call, decides",
+        remedy="put what differs into a submodule of its own (it is carried out as it is), or decide by a tensor: "
+        "x + keep * y with a random 0 or 1",
+        code="E314",
+    )
 
 
 def _by_batch(step: Step) -> StageError:

@@ -67,6 +67,7 @@ def trace(
     if "" in stacks:
         enter = frozenset()
     tracer = _Tracer(model, arguments, enter, stacks, pick)
+    buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         graph = tracer.trace(model)
     except CutlayerError:
@@ -80,7 +81,26 @@ def trace(
             " into), pass example= so that sizes are known, or hand in the stages by hand",
             code="E313",
         ) from error
+    for owner, name, value in buffers:
+        _put_back(owner, name, value, tracer.record)
     return tracer.record.result(graph)
+
+
+def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorder) -> None:
+    """Put back a buffer that the forward has assigned to: `self.count += 1` has written to it, all else is refused."""
+    now: object = owner._buffers.get(name)
+    if not isinstance(now, fx.Proxy):
+        return
+    owner._buffers[name] = value
+    if record.found.values.get(now.node.name) is not value:
+        step = record.step(now.node)
+        raise StageError(
+            f"the model's forward puts another tensor in place of its buffer {name!r}",
+            where=str(step),
+            expected="a buffer that is written to in place",
+            remedy=f"write self.{name}.copy_(...) or self.{name} += ... instead of self.{name} = ...",
+            code="E313",
+        )
 
 
 class _Proxy(fx.Proxy):
