@@ -175,3 +175,23 @@ def test_chance_and_memory_are_not_taken_for_the_batch(kind: type[nn.Module]):
     random.seed(1)  # the first two calls differ
     with pytest.raises(StageError, match=r"E314.*each time it is called with the same example.*submodule of its own"):
         cut(kind(), "one", example=X)
+
+
+class Named(Three):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"pred": self.three(self.two(self.one(x))), "input": x}
+
+
+@pytest.mark.provokes("E317")
+def test_the_remedy_for_several_outputs_can_be_followed():
+    with pytest.raises(StageError, match=r"E317.*output='pred'") as caught:
+        cl.split(Named(), "one", example=X)
+    assert "output='pred'" in caught.value.remedy
+    model = Named()
+    made = cl.split(model, "one", example=X, output="pred")
+    assert torch.equal(compose(made.cut, X), model(X)["pred"])
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(TypeError, match="outputs"):
+        cl.split(Named(), "one", example=X, outputs="pred")
