@@ -177,6 +177,29 @@ def test_chance_and_memory_are_not_taken_for_the_batch(kind: type[nn.Module]):
         cut(kind(), "one", example=X)
 
 
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(x))
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+def test_a_negative_index_counts_from_the_end(example: Tensor | None):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    assert cut(model, (0, -2), example=example).points == ("0", "1")
+    with pytest.raises(StageError, match=r"E310.*-4.*got 3 children"):
+        cut(model, -4, example=example)
+
+
+def test_a_negative_index_of_a_block():
+    made = cut(Blocks(), (0, -1), example=X[:, None])
+    assert made.points == ("encoder.layers.0", "encoder")
+
+
 class Named(Three):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"pred": self.three(self.two(self.one(x))), "input": x}

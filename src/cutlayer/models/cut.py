@@ -81,7 +81,7 @@ def cut(
         model: The user's model; it is not changed, and the pieces use its own parameters.
         at: One cut point or several, in any order. Each is the qualified name of a submodule ("layer2.0.conv1"), the
             end of one if that is unique, or an index: of a child of an `nn.Sequential`, or of a block if the model has
-            one list of blocks. The cut is *after* it: k points give k + 1 pieces.
+            one list of blocks; -1 is the last. The cut is *after* it: k points give k + 1 pieces.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
             argument name; tensors of shape (batch, ...), any batch. With it, decisions by size are followed, writes in
             place are found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the
