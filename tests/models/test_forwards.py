@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import cutlayer as cl
 from cutlayer.errors import StageError
+from cutlayer.models.costs import costs
 from cutlayer.models.cut import compose, cut
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -198,6 +200,18 @@ def test_a_negative_index_counts_from_the_end(example: Tensor | None):
 def test_a_negative_index_of_a_block():
     made = cut(Blocks(), (0, -1), example=X[:, None])
     assert made.points == ("encoder.layers.0", "encoder")
+
+
+@pytest.mark.provokes("E313")
+@pytest.mark.parametrize("how", [lambda model: torch.jit.trace(model, X), torch.compile], ids=["jit", "compile"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_refused(how: Callable[[nn.Module], nn.Module]):
+    model = how(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)))
+    for attempt in (lambda: cut(model, "0", example=X), lambda: cl.split(model, 0, example=X)):
+        with pytest.raises(StageError, match=r"E313.*a compiled model cannot be cut.*pass the module"):
+            attempt()
+    with pytest.raises(StageError, match="E313"):
+        list(costs(model, X))
 
 
 class Named(Three):

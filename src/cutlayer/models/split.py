@@ -22,7 +22,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError
-from cutlayer.models.cut import Cut, cut
+from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Example, arguments_of
 from cutlayer.models.names import Point
 from cutlayer.models.output import Key
@@ -171,6 +171,7 @@ def split(
             "unknown place of the labels", expected=f"{CLIENT} or {SERVER}", got=str(labels), remedy="choose one of "
             "the two", code="E235"
         )  # fmt: skip
+    refuse_compiled(model)
     points: list[Point] = [at] if isinstance(at, str | int) else list(at)
     if labels == CLIENT and len(points) == 1:
         points.append(_second(model, points[0]))
