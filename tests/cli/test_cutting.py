@@ -19,6 +19,13 @@ def net():
 def words():
     return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), torch.zeros(2, 7, dtype=torch.int64)
 
+class Named(nn.Sequential):
+    def forward(self, x):
+        return {"pred": super().forward(x), "x": x}
+
+def named():
+    return Named(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
 def nothing():
     return None
 
@@ -85,3 +92,16 @@ def test_a_function_that_cannot_be_called(call: Call, text: str, words: str):
     assert result.code == 2
     assert result.err[0].startswith("E204")
     assert words in result.err[0]
+
+
+@pytest.mark.provokes("E317")
+def test_one_of_several_outputs_is_chosen(call: Call):
+    words = ("cut", "model.py:named", "--input", "float32[batch, 6]")
+    result = call(*words)
+    assert result.code != 0
+    assert result.err[0].startswith("E317")
+    assert "output='pred'" in result.err[3]
+    assert "--output" in result.err[3]
+    chosen = call(*words, "--output", "pred")
+    assert chosen.code == 0, chosen.err
+    assert chosen.out[-1].startswith("2 places to cut")

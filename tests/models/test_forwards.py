@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import cutlayer as cl
 from cutlayer.errors import StageError
+from cutlayer.models.costs import costs
 from cutlayer.models.cut import compose, cut
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -175,3 +177,58 @@ def test_chance_and_memory_are_not_taken_for_the_batch(kind: type[nn.Module]):
     random.seed(1)  # the first two calls differ
     with pytest.raises(StageError, match=r"E314.*each time it is called with the same example.*submodule of its own"):
         cut(kind(), "one", example=X)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(x))
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+def test_a_negative_index_counts_from_the_end(example: Tensor | None):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    assert cut(model, (0, -2), example=example).points == ("0", "1")
+    with pytest.raises(StageError, match=r"E310.*-4.*got 3 children"):
+        cut(model, -4, example=example)
+
+
+def test_a_negative_index_of_a_block():
+    made = cut(Blocks(), (0, -1), example=X[:, None])
+    assert made.points == ("encoder.layers.0", "encoder")
+
+
+@pytest.mark.provokes("E313")
+@pytest.mark.parametrize("how", [lambda model: torch.jit.trace(model, X), torch.compile], ids=["jit", "compile"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_refused(how: Callable[[nn.Module], nn.Module]):
+    model = how(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)))
+    for attempt in (lambda: cut(model, "0", example=X), lambda: cl.split(model, 0, example=X)):
+        with pytest.raises(StageError, match=r"E313.*a compiled model cannot be cut.*pass the module"):
+            attempt()
+    with pytest.raises(StageError, match="E313"):
+        list(costs(model, X))
+
+
+class Named(Three):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"pred": self.three(self.two(self.one(x))), "input": x}
+
+
+@pytest.mark.provokes("E317")
+def test_the_remedy_for_several_outputs_can_be_followed():
+    with pytest.raises(StageError, match=r"E317.*output='pred'") as caught:
+        cl.split(Named(), "one", example=X)
+    assert "output='pred'" in caught.value.remedy
+    model = Named()
+    made = cl.split(model, "one", example=X, output="pred")
+    assert torch.equal(compose(made.cut, X), model(X)["pred"])
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(TypeError, match="outputs"):
+        cl.split(Named(), "one", example=X, outputs="pred")

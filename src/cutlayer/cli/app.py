@@ -325,6 +325,7 @@ def cut(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a step.")] = 32,
     refused: Annotated[bool, typer.Option("--refused", help="Also say where it cannot be cut, and why.")] = False,
+    pick: Annotated[str, typer.Option("--output", metavar="NAME", help="Which of the model's outputs to take.")] = "",
     told: Told = _TOLD,
 ) -> None:
     """Show where a model can be cut: bytes a step, operations, parameters and memory of each side."""
@@ -332,7 +333,7 @@ def cut(
     with reporting(output):
         from cutlayer.cli.cutting import show_cuts
 
-        show_cuts(model, inputs or [], batch, refused, output)
+        show_cuts(model, inputs or [], output, batch=batch, refused=refused, pick=pick)
 
 
 @app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")

@@ -23,17 +23,33 @@ if TYPE_CHECKING:
 __all__ = ["show_cuts"]
 
 _HEAD = ("cut after", "up", "down", "client params", "client FLOPs", "client memory", "server FLOPs", "what crosses")
+_NOWHERE = ("E317", "E318", "E325")  # what is so at every cut point
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def show_cuts(text: str, inputs: Sequence[str], batch: int, refused: bool, output: Output) -> None:
-    """Print a table of cuts: those that can be, and on request those that cannot, with the reason."""
+def show_cuts(text: str, inputs: Sequence[str], output: Output, *, batch: int, refused: bool, pick: str = "") -> None:
+    """Print a table of cuts: those that can be, and on request those that cannot, with the reason.
+
+    Args:
+        text: The function that gives the model.
+        inputs: Specs of the inputs, each "NAME=SPEC" or "SPEC".
+        output: Where to write.
+        batch: Samples in a step.
+        refused: Whether to say where it cannot be cut.
+        pick: Field or index of what the model returns; empty if that is one tensor.
+
+    Raises:
+        CutlayerError: there is nothing to cut (E237), or the model can be cut nowhere as it is (E317, E318, E325).
+    """
     from cutlayer.models.costs import costs
 
     model, example = _model(text, inputs)
     rows: list[CutCost] = []
     errors: list[CutCost] = []
-    for one in costs(model, example, batch=batch):
+    key = int(pick) if pick.removeprefix("-").isdecimal() else pick or None
+    for one in costs(model, example, batch=batch, output=key):
+        if one.error is not None and one.error.code in _NOWHERE:
+            raise one.error
         (errors if one.error is not None else rows).append(one)
         if output.verbose:
             output.note(f"{one.point}: {'cannot be cut' if one.error else 'can be cut'}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.errors import CutlayerError
-from cutlayer.models.cut import Cut, Piece, cut
+from cutlayer.models.cut import Cut, Piece, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.output import Key
 from cutlayer.models.specs import port_specs
@@ -80,6 +80,7 @@ def costs(
         output: As in `cutlayer.models.cut`.
         measure: Whether to run the pieces; else only whether they can be cut is found out.
     """
+    refuse_compiled(model)
     arguments = arguments_of(model, example)
     seen = set[int]()
     for name, module in model.named_modules():

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from cutlayer.errors import StageError
@@ -34,7 +35,7 @@ from cutlayer.models.output import Key, picker
 from cutlayer.models.pieces import Piece, Pieces, sliced, traced
 from cutlayer.models.sequential import sliceable
 
-__all__ = ["Cut", "Piece", "compose", "cut"]
+__all__ = ["Cut", "Piece", "compose", "cut", "refuse_compiled"]
 
 METHODS = ("auto", "sequential", "fx")
 
@@ -81,7 +82,7 @@ def cut(
         model: The user's model; it is not changed, and the pieces use its own parameters.
         at: One cut point or several, in any order. Each is the qualified name of a submodule ("layer2.0.conv1"), the
             end of one if that is unique, or an index: of a child of an `nn.Sequential`, or of a block if the model has
-            one list of blocks. The cut is *after* it: k points give k + 1 pieces.
+            one list of blocks; -1 is the last. The cut is *after* it: k points give k + 1 pieces.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
             argument name; tensors of shape (batch, ...), any batch. With it, decisions by size are followed, writes in
             place are found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the
@@ -110,6 +111,7 @@ def cut_unchecked(
         raise StageError(
             f"unknown method {method!r}", expected=f"one of {', '.join(METHODS)}", remedy="leave it out", code="E327"
         )
+    refuse_compiled(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise StageError(
             "the model has no parameter to train",
@@ -134,6 +136,20 @@ def cut_unchecked(
     if can_slice and method != "fx":
         return sliced(model, names, arguments), arguments, "sequential"
     return traced(model, names, arguments, picker(model, output)), arguments, "fx"
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model whose forward is no longer Python. Raises `StageError` (E313)."""
+    scripted = isinstance(model, torch.jit.ScriptModule)
+    if scripted or "_orig_mod" in model._modules:
+        raise StageError(
+            "a compiled model cannot be cut",
+            where=type(model).__name__,
+            expected="the nn.Module itself, with its forward in Python",
+            got="a model of torch.jit" if scripted else "a model of torch.compile",
+            remedy="pass the module that was compiled, before it is",
+            code="E313",
+        )
 
 
 def compose(cut: Cut, inputs: Example) -> Tensor:

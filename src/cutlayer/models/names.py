@@ -31,7 +31,8 @@ def resolve(model: nn.Module, at: Point) -> str:
     Args:
         model: The model.
         at: A submodule's qualified name, or the end of one if no other ends so ("h.3" for "transformer.h.3"); or an
-            index: of a child if the model is an `nn.Sequential`, else of a block if the model has one list of blocks.
+            index: of a child if the model is an `nn.Sequential`, else of a block if the model has one list of blocks;
+            -1 is the last.
 
     Raises:
         StageError: there is no such submodule, or several (E310).
@@ -62,7 +63,7 @@ def _by_index(model: nn.Module, at: int) -> str:
             got = f"{len(lists)} lists of blocks" + (f": {', '.join(lists)}" if lists else "")
             raise _unknown(model, at, got, [name for name, _ in model.named_children()][:3])
         children = [f"{lists[0]}.{name}" for name, _ in model.get_submodule(lists[0]).named_children()]
-    if not 0 <= at < len(children):
+    if not -len(children) <= at < len(children):
         raise _unknown(model, at, f"{len(children)} children", [str(len(children) - 1)])
     return children[at]
 

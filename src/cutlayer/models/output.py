@@ -51,9 +51,9 @@ def _field(model: nn.Module, output: Any, key: str | int) -> Any:  # noqa: ANN40
 def _refusal(model: nn.Module, output: Any) -> StageError:  # noqa: ANN401
     kind = type(output).__name__
     if isinstance(output, Mapping):
-        got, choice = f"{kind} with {', '.join(map(repr, output))}", repr(next(iter(output), ""))
+        got, choice = f"{kind} with {', '.join(map(repr, output))}", ", ".join(f"output={name!r}" for name in output)
     elif isinstance(output, tuple | list):
-        got, choice = f"{kind} of {len(output)}", "0"
+        got, choice = f"{kind} of {len(output)}", "output=0"
     else:
         got, choice = kind, ""
     return StageError(
@@ -61,9 +61,6 @@ def _refusal(model: nn.Module, output: Any) -> StageError:  # noqa: ANN401
         where=f"forward of {type(model).__name__}",
         expected="one tensor, or a choice",
         got=got,
-        remedy=f"let a subclass choose one: its forward returns super().forward(...)[{choice}], its weights keep their "
-        "names"
-        if choice
-        else "let forward return one tensor",
+        remedy=f"choose one: {choice} (cutlayer cut: --output)" if choice else "let forward return one tensor",
         code="E317",
     )

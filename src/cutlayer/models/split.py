@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 from torch import nn
 
@@ -21,9 +22,10 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError
-from cutlayer.models.cut import Cut, cut
+from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Example, arguments_of
 from cutlayer.models.names import Point
+from cutlayer.models.output import Key
 from cutlayer.models.specs import Ports, input_specs, port_specs
 
 __all__ = ["Split", "split", "tail_point"]
@@ -123,6 +125,22 @@ class Split:
         return f"{name}.{port}" if len(self.ports[int(owner)].specs) > 1 else name
 
 
+class Options(TypedDict, total=False):
+    """Further arguments of `split`, by name.
+
+    Attributes:
+        output: Field or index of what the model returns, if that is not one tensor: "pred", 0. The loss gets this one;
+            `logits` is taken by itself.
+        autocast: "bfloat16" or "float16", if the parties are to run under it (`Party(autocast=...)`).
+        longest: Inputs of shape (batch, length, ...) that are padded to another length in each batch -> most that it
+            may be, such as {"words": 512, "padding": 512}. Else all lengths are those of the example.
+    """
+
+    output: Key
+    autocast: str
+    longest: Mapping[str, int] | None
+
+
 def split(
     model: nn.Module,
     at: Point | Sequence[Point],
@@ -130,8 +148,7 @@ def split(
     example: Example,
     labels: str = CLIENT,
     release: Iterable[str] = (),
-    autocast: str = "",
-    longest: Mapping[str, int] | None = None,
+    **options: Unpack[Options],
 ) -> Split:
     """Cut a model and place its pieces in turn at the client and at the server, beginning with the client.
 
@@ -142,19 +159,19 @@ def split(
         example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
-        autocast: "bfloat16" or "float16", if the parties are to run under it (`Party(autocast=...)`).
-        longest: Inputs of shape (batch, length, ...) that are padded to another length in each batch -> most that it
-            may be, such as {"words": 512, "padding": 512}. Else all lengths are those of the example.
+        **options: `output`, `autocast` and `longest`; see `Options`.
 
     Raises:
         StageError: E31x, the model cannot be cut there; the text names the operation and what to do.
         PlanError: E330 to E332, the pieces cannot be placed so.
     """
+    output, autocast, longest = _read(**options)
     if labels not in (CLIENT, SERVER):
         raise ConfigError(
             "unknown place of the labels", expected=f"{CLIENT} or {SERVER}", got=str(labels), remedy="choose one of "
             "the two", code="E235"
         )  # fmt: skip
+    refuse_compiled(model)
     points: list[Point] = [at] if isinstance(at, str | int) else list(at)
     if labels == CLIENT and len(points) == 1:
         points.append(_second(model, points[0]))
@@ -165,7 +182,7 @@ def split(
             remedy="add or leave out a cut point",
             code="E330",
         )
-    made, arguments = cut(model, points, example=example), arguments_of(model, example)
+    made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
     _check_ties(made, places)
@@ -180,6 +197,13 @@ def split(
         release=tuple(release),
         longest=dict(longest or {}),
     )
+
+
+def _read(
+    output: Key = None, autocast: str = "", longest: Mapping[str, int] | None = None
+) -> tuple[Key, str, Mapping[str, int] | None]:
+    """Return the options in order, each with its default."""
+    return output, autocast, longest
 
 
 def _state_bound(module: nn.Module) -> int:

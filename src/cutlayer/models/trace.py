@@ -169,7 +169,7 @@ class _Tracer(fx.Tracer):
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
-        self.path, self.seen = "", set[str]()
+        self.path, self.seen, self.known = "", set[str](), set(model.modules())
 
     # --- what fx asks ---
 
@@ -194,7 +194,7 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or ()):
+        if m not in self.known:
             return _made_inside(m, forward)(*args, **kwargs)
         outer, self.path = self.path, self.path_of_module(m)
         try:
