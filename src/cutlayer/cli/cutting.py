@@ -3,6 +3,9 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E237 | ConfigError | the function gives no model, or no example of its inputs |
+| E317 | StageError | the model gives several outputs, and none is chosen |
+| E318 | StageError | the model has no parameter to train |
+| E325 | StageError | the example does not fit the model's forward |
 """
 
 from __future__ import annotations
