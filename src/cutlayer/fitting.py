@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
-from cutlayer.data.sources import no_length, sample_count
+from cutlayer.data.sources import sample_count
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.checkpoint import write_atomic
@@ -147,15 +147,18 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
     """Return one data set for each holder. Raises `ConfigError` E236 and `DataError` E253, E255 for what is none."""
     held: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
     if any(isinstance(one, tuple | Mapping | Tensor) for one in held):
-        raise _odd("a data set, or a list of data sets: one for each data holder", f"a list of {_kind(held[0])}")
+        wrong = f"a list of {_kind(held[0])}"
+        raise _odd("a data set, or a list of data sets: one for each data holder", wrong, "make it a data set first")
     if not held:
-        raise _odd("a data set, or one for each data holder", "an empty list")
+        raise _odd("a data set, or one for each data holder", "an empty list", "give at least one")
     given = [one for one in held if one is not None]
     for one in given:
         if isinstance(one, DataLoader) and one.batch_size is None:
-            raise _odd("loaders with a batch_size", "one that has its own batches, or none")
-        if isinstance(one, DataLoader) and isinstance(one.dataset, IterableDataset):
-            raise no_length(one.dataset)
+            raise _odd(
+                "loaders with a batch_size",
+                "one that has its own batches, or none",
+                "give batch_size, and a sampler if any",
+            )
     if not sum(sample_count(one) for one in given):
         raise DataError(
             "the data has no samples",
@@ -229,9 +232,9 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
             )
 
 
-def _odd(expected: str, got: str) -> ConfigError:
+def _odd(expected: str, got: str, remedy: str = "make them alike") -> ConfigError:
     return ConfigError(
-        "the loaders do not fit each other", expected=expected, got=got, remedy="make them alike", code="E236"
+        "these data cannot be trained on together", expected=expected, got=got, remedy=remedy, code="E236"
     )
 
 

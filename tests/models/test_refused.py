@@ -273,6 +273,8 @@ def test_one_cut_point_that_leaves_the_server_nothing():
         named.add_module(name, module)
     with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after 'act'.*labels='server'"):
         cl.split(named, "act", example=torch.zeros(2, 4))
+    with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after -2"):
+        cl.split(named, -2, example=torch.zeros(2, 4))
 
 
 @pytest.mark.provokes("E325")

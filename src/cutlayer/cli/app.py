@@ -339,9 +339,7 @@ def cut(
 @app.command(epilog="Example: cutlayer export runs/20260101-090000-digits --out model.safetensors")
 @spread
 def export(
-    run_folder: Annotated[
-        Path, typer.Argument(help="The folder of a run.", autocompletion=completion.complete_ended_run)
-    ],
+    run_folder: EndedRun,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.safetensors"),
     told: Told = _TOLD,
 ) -> None:

@@ -21,7 +21,7 @@ from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
 from cutlayer.errors import DataError
 
-__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "no_length", "sample_count"]
+__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "sample_count"]
 
 
 @runtime_checkable
@@ -80,18 +80,13 @@ def sample_count(data: Dataset[Any] | DataLoader[Any]) -> int:
     try:
         return len(counted)
     except TypeError:
-        raise no_length(counted) from None
-
-
-def no_length(data: object) -> DataError:
-    """Return the error E255 of a stream given as a data set."""
-    return DataError(
-        "the data set has no length",
-        expected="a map-style data set with __len__ and __getitem__",
-        got=type(data).__name__,
-        remedy="load the stream into a map-style data set: all parties must know the number of steps",
-        code="E255",
-    )
+        raise DataError(
+            "the data set has no length",
+            expected="a map-style data set with __len__ and __getitem__",
+            got=type(data.dataset if isinstance(data, DataLoader) else data).__name__,
+            remedy="load the stream into a map-style data set: all parties must know the number of steps",
+            code="E255",
+        ) from None
 
 
 def batches(data: Dataset[Any] | DataLoader[Any], order: Order, *, alone: bool) -> OrderedBatches | LoaderBatches:

@@ -24,7 +24,7 @@ from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Example, arguments_of
-from cutlayer.models.names import Point
+from cutlayer.models.names import Point, resolve
 from cutlayer.models.output import Key
 from cutlayer.models.specs import Ports, input_specs, port_specs
 
@@ -221,7 +221,7 @@ def _state_bound(module: nn.Module) -> int:
 def _second(model: nn.Module, first: Point) -> str:
     """Return where the tail begins. Raises `PlanError` E330 if that is where the server's piece begins too."""
     point = tail_point(model)
-    if point == str(first):
+    if point == resolve(model, first):
         raise PlanError(
             f"nothing is left for the server after {first!r}",
             where=f"at={first!r}: the tail begins after {point!r} too, before the last layer with parameters",

@@ -91,7 +91,9 @@ class _Remote(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # noqa: ANN401
         hold, scale = ctx.hold, ctx.hold.scale()
         known = [g if g is None or scale == 1 else g / scale for g in gradients] if hold.leg.got else ()
-        sums = {name: total * scale for name, total in hold.walk.backward(hold.leg, known).items()}
+        sums = hold.walk.backward(hold.leg, known)
+        if scale != 1:
+            sums = {name: total * scale for name, total in sums.items()}
         return (None, None, *(sums.get(name) for name in hold.names))
 
 
