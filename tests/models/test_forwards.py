@@ -232,3 +232,10 @@ def test_the_remedy_for_several_outputs_can_be_followed():
 def test_a_misspelt_option_is_refused():
     with pytest.raises(TypeError, match="outputs"):
         cl.split(Named(), "one", example=X, outputs="pred")
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize("example", [X[:, :5], X.double()], ids=["width", "dtype"])
+def test_an_example_that_the_layers_do_not_take_is_told_from_code_that_cannot_be_followed(example: Tensor):
+    with pytest.raises(StageError, match=r"E325.*got float(32\[3, 5\]|64\[3, 6\]); RuntimeError"):
+        cl.split(Named(), "one", example=example, output="pred")
