@@ -105,3 +105,10 @@ def test_one_of_several_outputs_is_chosen(call: Call):
     chosen = call(*words, "--output", "pred")
     assert chosen.code == 0, chosen.err
     assert chosen.out[-1].startswith("2 places to cut")
+
+
+@pytest.mark.provokes("E325")
+def test_an_input_that_does_not_fit(call: Call):
+    result = call("cut", "model.py:net", "--input", "float32[batch, 5]")
+    assert result.err[0] == "E325 the example does not fit the model's forward"
+    assert "float32[3, 5]" in result.err[2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import cutlayer as cl
-from cutlayer.errors import StageError
+from cutlayer.errors import PlanError, StageError
 from cutlayer.models.costs import costs
 from cutlayer.models.cut import compose, cut
 
@@ -232,3 +232,26 @@ def test_the_remedy_for_several_outputs_can_be_followed():
 def test_a_misspelt_option_is_refused():
     with pytest.raises(TypeError, match="outputs"):
         cl.split(Named(), "one", example=X, outputs="pred")
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize("example", [X[:, :5], X.double()], ids=["width", "dtype"])
+def test_an_example_that_the_layers_do_not_take_is_told_from_code_that_cannot_be_followed(example: Tensor):
+    with pytest.raises(StageError, match=r"E325.*got float(32\[3, 5\]|64\[3, 6\]); RuntimeError"):
+        cl.split(Named(), "one", example=example, output="pred")
+
+
+class Spare(Three):
+    """Does not use its last two layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.one(x))
+
+
+def test_a_second_cut_point_that_was_chosen_is_told():
+    with pytest.raises(StageError, match=r"E311.*at='two', the second cut point, chosen as.*at=\(FIRST, SECOND\)"):
+        cl.split(Spare(), "one", example=X)
+    assert cl.split(Spare(), "one", example=X, labels="server").names == ("head", "body")
+    pair = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after -2.*labels='server'"):
+        cl.split(pair, -2, example=X)

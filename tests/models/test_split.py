@@ -110,7 +110,7 @@ def furthest(one: nn.Module, other: nn.Module) -> float:
 
 @pytest.mark.parametrize(
     ("make", "at", "shape", "kept"),
-    [(Turned, "norm", (20, 37), False), (Turned, "turn", (20, 37), True), (Pixels, "body", (1, 10, 10), False)],
+    [(Turned, "norm", (20, 37), False), (Turned, "turn", (20, 37), True), (Pixels, "body", (1, 10, 10), True)],
     ids=["transposed gradient", "cut behind the transposition", "channels last"],
 )
 def test_what_crosses_is_contiguous_and_only_that_may_change_last_bits(make, at, shape, kept):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cutlayer as cl
-from tests.models.zoo import SUBJECTS, Subject
+from tests.models.zoo import SUBJECTS, TRANSPOSED, Subject
 
 EPOCHS, BATCH = 1, 3  # two steps: the second sees what the first did
 
@@ -50,7 +50,7 @@ _uncut: dict[str, dict[str, Tensor]] = {}
 
 def difference(name: str, at: object, labels: str) -> float:
     """Return the largest difference of any weight or buffer after training, assembled strictly into a new model."""
-    subject = SUBJECTS[name]
+    subject = (SUBJECTS | TRANSPOSED)[name]
     if name not in _uncut:
         _uncut[name] = uncut(subject)
     model = undropped(subject.make())
@@ -98,6 +98,8 @@ def test_resnet18_has_all_its_boundaries():
         ("lstm", "table", "client"),
         ("lstm", "lstm", "client"),
         ("lstm", "lstm", "server"),
+        *(("pooled", at, labels) for at, labels in (("lstm", "server"), (("lstm", "inner"), "client"))),
+        *(("channels-last", at, labels) for at, labels in (("two", "server"), (("one", "two"), "client"))),
         ("writer", "first", "client"),
         *(("writer", at, "server") for at in ("first", "second")),
         ("tied", "table", "client"),

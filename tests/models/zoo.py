@@ -132,6 +132,34 @@ class Tagger(nn.Module):
         return self.out(self.drop(states[:, -1]))
 
 
+class Pooled(nn.Module):
+    """Means over time of an LSTM, whose output is a transposed tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 8, batch_first=True)
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map (batch, length) to (batch, 4)."""
+        states, _ = self.lstm(self.table(words))
+        return self.out(torch.tanh(self.inner((states * states).sum(1) + states.mean(1))))
+
+
+class Filters(nn.Module):
+    """Two convolutions, a skip and the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.norm, self.after = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, 3, height, width) to (batch, 3)."""
+        hidden = torch.relu(self.norm(self.one(x)))
+        return self.out(torch.relu(self.after(self.two(hidden)) + hidden).mean((2, 3)))
+
+
 class Writer(nn.Module):
     """A forward that takes `input`, makes a module without weights, and writes into slices."""
 
@@ -227,4 +255,18 @@ SUBJECTS: dict[str, Subject] = {
     "llama": Subject(make=seeded(transformer("llama")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
     "bert": Subject(make=seeded(transformer("bert")), inputs=TEXT, labels=classes(3, 6)),
     "vit": Subject(make=seeded(transformer("vit")), inputs={"pixel_values": drawn(6, 1, 8, 8)}, labels=classes(3, 6)),
+}
+
+# Models whose values at a cut are transposed tensors.
+TRANSPOSED: dict[str, Subject] = {
+    "pooled": Subject(
+        make=seeded(Pooled),
+        inputs={"words": torch.randint(0, 20, (6, 37), generator=torch.Generator().manual_seed(3))},
+        labels=classes(4, 6),
+    ),
+    "channels-last": Subject(
+        make=seeded(lambda: Filters().to(memory_format=torch.channels_last)),
+        inputs={"x": drawn(6, 3, 16, 16)},
+        labels=classes(3, 6),
+    ),
 }

@@ -13,7 +13,7 @@ from cutlayer.errors import StageError
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.pieces import Piece
 
-__all__ = ["check", "run_pieces"]
+__all__ = ["check", "run_pieces", "run_whole"]
 
 
 def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -32,7 +32,7 @@ def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tu
     return outputs
 
 
-def _run(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> Any:  # noqa: ANN401
+def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> Any:  # noqa: ANN401
     """Run the whole model on the example. Raises `StageError` E325 if it does not take it."""
     try:
         return model(**{**arguments.constants, **_copies(inputs)})
@@ -58,7 +58,7 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
     for mode in (False, True):
         with undisturbed(model, *modules), torch.no_grad():
             model.train(mode)
-            whole = pick(_run(model, arguments, inputs))
+            whole = pick(run_whole(model, arguments, inputs))
         with undisturbed(model, *modules), torch.no_grad():
             for module in modules:
                 module.train(mode)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.errors import StageError
-from cutlayer.models.check import check, run_pieces
-from cutlayer.models.example import Arguments, Example, arguments_of
+from cutlayer.models.check import check, run_pieces, run_whole
+from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.names import Point, resolve
 from cutlayer.models.output import Key, picker
 from cutlayer.models.pieces import Piece, Pieces, sliced, traced
@@ -97,7 +97,12 @@ def cut(
     Raises:
         StageError: the model cannot be cut there; the text names the operation and what to do (codes above).
     """
-    pieces, arguments, chosen = cut_unchecked(model, at, example=example, method=method, output=output)
+    try:
+        pieces, arguments, chosen = cut_unchecked(model, at, example=example, method=method, output=output)
+    except StageError as error:
+        if error.code == "E313" and example is not None:
+            check_example(model, example)
+        raise
     if arguments.batch:
         check(model, pieces.pieces, arguments, picker(model, output))
     return Cut(pieces.pieces, pieces.points, pieces.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
@@ -136,6 +141,18 @@ def cut_unchecked(
     if can_slice and method != "fx":
         return sliced(model, names, arguments), arguments, "sequential"
     return traced(model, names, arguments, picker(model, output)), arguments, "fx"
+
+
+def check_example(model: nn.Module, example: Example) -> None:
+    """Run the whole model on the example, to tell one that does not fit from a forward that cannot be followed.
+
+    Raises:
+        StageError: the model does not take it (E325).
+    """
+    refuse_compiled(model)
+    arguments = arguments_of(model, example).resized(3)
+    with undisturbed(model), torch.no_grad():
+        run_whole(model, arguments, arguments.tensors)
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypedDict, Unpack
 
@@ -21,7 +22,7 @@ from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
-from cutlayer.errors import ConfigError, PlanError
+from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Example, arguments_of
 from cutlayer.models.names import Point, resolve
@@ -173,8 +174,8 @@ def split(
         )  # fmt: skip
     refuse_compiled(model)
     points: list[Point] = [at] if isinstance(at, str | int) else list(at)
-    if labels == CLIENT and len(points) == 1:
-        points.append(_second(model, points[0]))
+    second = _second(model, points[0]) if labels == CLIENT and len(points) == 1 else ""
+    points += [second] if second else []
     if len(points) % 2 == (labels == CLIENT):
         raise PlanError(
             f"{len(points)} cut points with the labels at the {labels}",
@@ -182,7 +183,8 @@ def split(
             remedy="add or leave out a cut point",
             code="E330",
         )
-    made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
+    with _telling(second):
+        made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
     _check_ties(made, places)
@@ -230,6 +232,24 @@ def _second(model: nn.Module, first: Point) -> str:
             code="E330",
         )
     return point
+
+
+@contextmanager
+def _telling(second: str) -> Iterator[None]:
+    """Let an error about the second cut point say that `split` chose it itself; "": it did not."""
+    try:
+        yield
+    except StageError as error:
+        if not second or f"at={second!r}" not in error.where:
+            raise
+        raise StageError(
+            error.what,
+            where=f"{error.where}, the second cut point, chosen as the one before the last layer with parameters",
+            expected=error.expected,
+            got=error.got,
+            remedy="name both cut points, at=(FIRST, SECOND), or give the labels to the server: labels='server'",
+            code=error.code,
+        ) from error
 
 
 def tail_point(model: nn.Module) -> str:
