@@ -100,18 +100,22 @@ def data_frames(stream: bytes) -> tuple[Counter[tuple[str, str, int, str]], byte
     counts: Counter[tuple[str, str, int, str]] = Counter()
     payloads, missing = bytearray(), defaultdict(int)
     for number, message in grpc_messages(stream):
+        rest = message
         if missing[number]:
-            payloads += message
-            missing[number] -= len(message)
+            payloads += rest
+            missing[number] -= len(rest)
             continue
-        _magic, _version, kind, _flags, control, payload, _sequence, _run = HEAD.unpack_from(message)
-        missing[number] = payload - (len(message) - HEAD.size - control)
-        if kind != 1:
-            continue
-        payloads += message[HEAD.size + control :]
-        tag = msgpack_reader.array(message[HEAD.size : HEAD.size + control])
-        key = (MODES[tag[1]], DIRECTIONS[tag[7]], tag[4])
-        counts[*key, "payload"] += payload
-        counts[*key, "framing"] += HEAD.size + control
-        counts[*key, "messages"] += 1
+        while rest:  # small frames come together
+            _magic, _version, kind, _flags, control, payload, _sequence, _run = HEAD.unpack_from(rest)
+            part, rest = rest[HEAD.size : HEAD.size + control], rest[HEAD.size + control :]
+            piece, rest = rest[:payload], rest[payload:]
+            missing[number] = payload - len(piece)
+            if kind != 1:
+                continue
+            payloads += piece
+            tag = msgpack_reader.array(part)
+            key = (MODES[tag[1]], DIRECTIONS[tag[7]], tag[4])
+            counts[*key, "payload"] += payload
+            counts[*key, "framing"] += HEAD.size + control
+            counts[*key, "messages"] += 1
     return counts, bytes(payloads)

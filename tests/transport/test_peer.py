@@ -12,6 +12,7 @@ from cutlayer.engine.wire import HEADER
 from cutlayer.errors import DeadlineError, PeerError
 from cutlayer.transport import control
 from cutlayer.transport.control import LinkHello
+from cutlayer.transport.frames import MESSAGE_MAX, PIECE
 from cutlayer.transport.link import Limits, Parcel
 from cutlayer.transport.peer import Peer, Stream, parcel_of, write
 from cutlayer.transport.settings import Rhythm
@@ -39,6 +40,17 @@ def attached(peer: Peer, greeting: LinkHello | None = None) -> Stream:
 
 def read(message: bytes) -> control.Message:
     return control.decode(message[5], message[HEADER.size :])
+
+
+def parts(message: bytes) -> list[bytes]:
+    """Return the frames of a message, but for further pieces."""
+    found = []
+    while message:
+        _, _, _, _, control_length, payload, _, _ = HEADER.unpack_from(message)
+        size = HEADER.size + control_length + min(payload, PIECE)
+        found.append(message[:size])
+        message = message[size:]
+    return found
 
 
 def tensor(name: bytes = b"x") -> Parcel:
@@ -122,12 +134,28 @@ def test_a_drained_stream_acknowledges_and_takes_its_leave(peer: Peer):
 def test_a_new_stream_of_the_same_process_goes_on_where_the_old_one_ended(peer: Peer):
     old = attached(peer)
     peer.put(parcel_of(control.Bye(1)), parcel_of(control.Bye(2)))
-    assert [read(message) for message in islice(write(peer, old), 2)] == [control.Bye(1), control.Bye(2)]
+    assert [read(part) for part in parts(next(write(peer, old)))] == [control.Bye(1), control.Bye(2)]
     peer.complete(old, 1, 0)
     new = attached(peer, hello(known=OWN, wanted=2))
     assert list(write(peer, old)) == []
     assert not peer.complete(old, 2, 0)  # what still comes from the old one does not count
     assert [read(message) for message in islice(write(peer, new), 2)] == [control.Bye(2), control.Ack(1)]
+
+
+def test_small_frames_leave_together_and_a_large_one_ends_the_message(peer: Peer):
+    stream = attached(peer)
+    sizes = [10, 20, PIECE // 2 - 50, PIECE + 1, 30]
+    peer.put(*(Parcel(kind=1, control=b"x", payload=bytes(size), size=size, urgent=True) for size in sizes))
+    for number in range(3):
+        peer.complete(stream, number + 1, 2**22)
+    leaving = write(peer, stream)
+    first = parts(next(leaving))
+    assert read(first[0]) == control.Ack(3)
+    assert [len(part) - HEADER.size - 1 for part in first[1:]] == [10, 20, PIECE // 2 - 50]
+    [large] = parts(next(leaving))
+    assert len(large) == HEADER.size + 1 + PIECE <= MESSAGE_MAX
+    assert next(leaving) == bytes(1)
+    assert len(next(leaving)) == HEADER.size + 1 + 30
 
 
 def test_what_a_peer_wants_of_an_earlier_process_of_ours_does_not_count(peer: Peer):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from cutlayer.core.program import Tag
+from cutlayer.core.program import Send, Tag
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.party import Do, Effect, EndStep, Post, Take
 from cutlayer.engine.wire import Frame
@@ -20,13 +20,19 @@ def drive(
 ) -> None:
     """Fulfil a party's effects until its generator ends: `handle` does what is no frame."""
     answer: object = None
+    held = list[Post]()
     try:
         while True:
             effect = talk.send(answer)
             answer = None
             if isinstance(effect, Post):
-                link.send(effect.to, effect.frame)
-            elif isinstance(effect, Take):
+                held.append(effect)
+                continue
+            if held and not (isinstance(effect, Do) and isinstance(effect.instruction, Send)):
+                for post in held:
+                    link.send(post.to, post.frame)
+                held.clear()
+            if isinstance(effect, Take):
                 answer = waited(link, ledger, effect.source, effect.tag)
             else:
                 answer = handle(effect)

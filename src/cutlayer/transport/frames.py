@@ -1,7 +1,8 @@
 """Frames as the messages of a stream, and back. Sans-I/O: bytes go in, complete frames come out.
 
 A frame is one message with header, control part and the first piece of the payload, then one message a further piece.
-Every piece but the last has exactly `PIECE` bytes. The receiver takes memory once, after all checks, and fills it.
+Every piece but the last has exactly `PIECE` bytes. Small frames may go together in one message. The receiver takes memory
+once, after all checks, and fills it.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -100,35 +101,38 @@ class Assembler:
         self._filled = 0
         self._skipping = False
 
-    def feed(self, message: bytes | memoryview) -> Arrival | None:
-        """Take the next message; return the frame that it completes, if any.
+    def feed(self, message: bytes | memoryview) -> Iterator[Arrival]:
+        """Take the next message; give the frames that it completes, each before the next one is looked at.
 
         Raises:
             WireError: it is not what must come next. The stream cannot go on.
-            ContractError: `accept` refuses the frame.
+            ContractError: `accept` refuses a frame.
         """
-        if self._head is None:
-            self._head, piece = self._begin(memoryview(message))
-        else:
-            piece = memoryview(message)
-        head = self._head
-        length = head.header.payload_length
-        expected = min(length - self._filled, self._piece)
-        if len(piece) != expected:
-            self._head = None
-            raise WireError(
-                "a message does not have the announced size",
-                expected=f"{expected} bytes of payload",
-                got=f"{len(piece)}",
-                remedy="install the same release of cutlayer at all parties",
-                code="E512",
-            )
-        if not self._skipping and expected:
-            self._buffer[self._filled : self._filled + expected] = np.frombuffer(piece, np.uint8)
-        self._filled += expected
-        if self._filled < length:
-            return None
-        return self._end(head)
+        rest = memoryview(message)
+        while True:
+            if self._head is None:
+                self._head, rest = self._begin(rest)
+            head = self._head
+            length = head.header.payload_length
+            expected = min(length - self._filled, self._piece)
+            whole = self._filled + expected == length
+            if len(rest) < expected or (len(rest) > expected and not whole):
+                self._head = None
+                raise WireError(
+                    "a message does not have the announced size",
+                    expected=f"{expected} bytes of payload",
+                    got=f"{len(rest)}",
+                    remedy="install the same release of cutlayer at all parties",
+                    code="E512",
+                )
+            if not self._skipping and expected:
+                self._buffer[self._filled : self._filled + expected] = np.frombuffer(rest[:expected], np.uint8)
+            self._filled += expected
+            rest = rest[expected:]
+            if whole:
+                yield self._end(head)
+            if not rest.nbytes:
+                return
 
     def _begin(self, message: memoryview) -> tuple[Arrival, memoryview]:
         """Read a frame's first message and take memory; return its head, and the message's part of the payload."""

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cutlayer.engine.wire import Header
+from cutlayer.engine.wire import HEADER, Header
 from cutlayer.errors import DeadlineError, HandshakeError
 from cutlayer.transport import control
-from cutlayer.transport.frames import messages, run_number
+from cutlayer.transport.frames import PIECE, messages, run_number
 from cutlayer.transport.handshake import single
 from cutlayer.transport.link import Link, Parcel, Ticket
 from cutlayer.transport.settings import NetworkSettings
@@ -30,6 +30,7 @@ from cutlayer.transport.settings import NetworkSettings
 __all__ = ["Peer", "Stream", "finish", "parcel_of", "write"]
 
 _LOOK: Final = 1.0  # seconds between two looks at a link that is down
+_TOGETHER: Final = PIECE // 2  # bytes of frames that leave in one message, before the last of them
 _REMEMBERED: Final = 256  # processes of a party that another one has replaced
 
 
@@ -243,36 +244,50 @@ def write(peer: Peer, stream: Stream) -> Iterator[bytes]:
     """Yield what a stream is to carry, until it ends: the writer's side of a call."""
     number = run_number(peer.run)
     while (due := _due(peer, stream)) is not None:
-        if isinstance(due, bytes):
-            yield due
-            continue
-        sequence, parcel = due
-        header = Header(parcel.kind, len(parcel.control), memoryview(parcel.payload).nbytes, sequence, number)
-        yield from messages(header, parcel.control, parcel.payload)
+        told, items = due
+        parts, rest = [told], iter(())
+        for sequence, parcel in items:
+            header = Header(parcel.kind, len(parcel.control), memoryview(parcel.payload).nbytes, sequence, number)
+            rest = messages(header, parcel.control, parcel.payload)
+            parts.append(next(rest))
+        yield parts[0] if len(parts) == 1 else b"".join(parts)
+        yield from rest
 
 
-def _due(peer: Peer, stream: Stream) -> bytes | tuple[int, Parcel] | None:
-    """Wait for something to send: a message of the stream itself, or a numbered frame; None: the stream ends."""
+def _due(peer: Peer, stream: Stream) -> tuple[bytes, list[tuple[int, Parcel]]] | None:
+    """Wait for something to send: a message of the stream itself, numbered frames; None: the stream ends.
+
+    The frames fit into one message, but for further pieces of the last.
+    """
     idle = False
     with peer.changed:
         while stream.farewell or not stream.closed:
             if stream.farewell:
                 last, stream.farewell, stream.closed = stream.farewell, b"", True
-                return last
-            ack = peer.link.inbox.due()
+                return last, []
+            told, ack = b"", peer.link.inbox.due()
             if ack is not None and (ack[1] or idle or stream.draining):
                 peer.link.inbox.told(ack[0])
-                return single(control.Ack(ack[0]), peer.run)
-            if stream.draining:
+                told = single(control.Ack(ack[0]), peer.run)
+            if stream.draining and not told:
                 stream.farewell = single(control.Leave(), peer.run)
                 continue
-            item = peer.link.outbox.next()
-            if item is not None:
-                return item
+            items = [] if stream.draining else _together(peer)
+            if told or items:
+                return told, items
             if idle:
-                return single(control.Heartbeat(), peer.run)
+                return single(control.Heartbeat(), peer.run), []
             idle = not peer.changed.wait(peer.rhythm.heartbeat if ack is None else peer.rhythm.idle_ack)
     return None
+
+
+def _together(peer: Peer) -> list[tuple[int, Parcel]]:
+    """Return the frames that leave in the next message: small ones go together, for each message costs as much."""
+    items, size = list[tuple[int, Parcel]](), 0
+    while size < _TOGETHER and (item := peer.link.outbox.next()) is not None:
+        items.append(item)
+        size += HEADER.size + len(item[1].control) + memoryview(item[1].payload).nbytes
+    return items
 
 
 def _replaced(peer: Peer) -> control.Abort:

@@ -50,8 +50,7 @@ class Reception:
     def _hear(self, peer: Peer, stream: Stream, assembler: Assembler, message: bytes) -> bool:
         """Take in one message; False if it fails the run. Keeps nothing: a tensor belongs to whoever takes it."""
         try:
-            arrival = assembler.feed(message)
-            if arrival is not None:
+            for arrival in assembler.feed(message):
                 self._take(peer, stream, arrival)
         except Exception as error:  # whatever it is, nobody else would learn of it
             if not peer.carries(stream):

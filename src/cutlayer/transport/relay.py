@@ -168,9 +168,9 @@ class Relays:
         if channel.seal is not None:
             plain = channel.seal.open(arrival.payload, arrival.control)
         channel.received += 1
-        whole = channel.incoming.feed(plain)
-        if whole is not None and not whole.skipped:
-            self._steward.deliver(message.source, whole.frame)
+        for whole in channel.incoming.feed(plain):
+            if not whole.skipped:
+                self._steward.deliver(message.source, whole.frame)
 
     def _channel(self, name: str, session: int) -> _Channel:
         """Return the way to a party in a session, made when first needed; the lock is held."""
