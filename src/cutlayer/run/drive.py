@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Final
 
 from cutlayer.core.program import Send, Tag
 from cutlayer.engine.ledger import Ledger
@@ -14,11 +14,16 @@ from cutlayer.transport.base import Transport
 
 __all__ = ["drive", "waited"]
 
+_SMALL: Final = 2**18  # bytes; a longer frame is on its way while the next one is made
+
 
 def drive(
     talk: Generator[Effect, Any, None], link: Transport, ledger: Ledger, handle: Callable[[Do | EndStep], object]
 ) -> None:
-    """Fulfil a party's effects until its generator ends: `handle` does what is no frame."""
+    """Fulfil a party's effects until its generator ends: `handle` does what is no frame.
+
+    Small frames of sends that follow each other are handed over together, for a link to put them into one message.
+    """
     answer: object = None
     held = list[Post]()
     try:
@@ -27,19 +32,22 @@ def drive(
             answer = None
             if isinstance(effect, Post):
                 held.append(effect)
+                if effect.frame.nbytes > _SMALL:
+                    _hand_over(held, link)
                 continue
             if held and not (isinstance(effect, Do) and isinstance(effect.instruction, Send)):
-                for post in held:
-                    link.send(post.to, post.frame)
-                held.clear()
-            if isinstance(effect, Take):
-                answer = waited(link, ledger, effect.source, effect.tag)
-            else:
-                answer = handle(effect)
+                _hand_over(held, link)
+            answer = waited(link, ledger, effect.source, effect.tag) if isinstance(effect, Take) else handle(effect)
     except StopIteration:
-        return
+        _hand_over(held, link)
     finally:
         talk.close()
+
+
+def _hand_over(posts: list[Post], link: Transport) -> None:
+    for post in posts:
+        link.send(post.to, post.frame)
+    posts.clear()
 
 
 def waited(link: Transport, ledger: Ledger, source: str, tag: Tag) -> Frame:

@@ -1,8 +1,8 @@
 """Frames as the messages of a stream, and back. Sans-I/O: bytes go in, complete frames come out.
 
 A frame is one message with header, control part and the first piece of the payload, then one message a further piece.
-Every piece but the last has exactly `PIECE` bytes. Small frames may go together in one message. The receiver takes memory
-once, after all checks, and fills it.
+Every piece but the last has exactly `PIECE` bytes. Small frames may go together in one message. The receiver takes
+memory once, after all checks, and fills it.
 
 | code | error | meaning |
 | --- | --- | --- |

@@ -1,0 +1,76 @@
+"""Frames that a program sends one after the other are handed to the link together, and none is kept back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from cutlayer.core.program import Send, Step, Tag
+from cutlayer.engine.ledger import Ledger
+from cutlayer.engine.party import Do, Effect, EndStep, Post, Take
+from cutlayer.engine.wire import Frame
+from cutlayer.run.drive import drive
+
+LARGE = 2**18 + 1
+
+
+class Noted:
+    """A link and a worker that note in which order they are called."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def send(self, to: str, frame: Frame) -> None:
+        self.seen.append(f"{to} gets {frame.tag.edge}")
+
+    def recv(self, source: str, tag: Tag) -> Frame:
+        self.seen.append(f"{source} is waited for")
+        return frame(tag.edge)
+
+    def handle(self, effect: Do | EndStep) -> None:
+        self.seen.append(type(effect.instruction).__name__ if isinstance(effect, Do) else "EndStep")
+
+
+def frame(edge: int, size: int = 1) -> Frame:
+    return Frame(Tag(1, "train", 0, 0, edge, 0, 0, "up"), "uint8", (size,), bytes(size))
+
+
+def sending(edge: int, size: int = 1) -> Generator[Effect, Any, None]:
+    yield Do(Send(edge, 0, 0, size, "up", "server"))
+    yield Post("server", frame(edge, size))
+
+
+def noted(talk: Generator[Effect, Any, None]) -> list[str]:
+    all_of_it = Noted()
+    drive(talk, all_of_it, Ledger("clinic"), all_of_it.handle)
+    return all_of_it.seen
+
+
+def test_small_frames_wait_for_the_next_send_and_for_nothing_else():
+    def talk() -> Generator[Effect, Any, None]:
+        yield from sending(0)
+        yield from sending(1)
+        yield Do(Step((0,)))
+        yield from sending(2)
+        yield Take("server", frame(3).tag)
+        yield from sending(4)
+        yield EndStep(0, "lane 0")
+
+    assert noted(talk()) == [
+        *("Send", "Send", "server gets 0", "server gets 1", "Step"),
+        *("Send", "server gets 2", "server is waited for"),
+        *("Send", "server gets 4", "EndStep"),
+    ]
+
+
+def test_a_large_frame_leaves_before_the_next_is_made():
+    def talk() -> Generator[Effect, Any, None]:
+        yield from sending(0)
+        yield from sending(1, LARGE)
+        yield from sending(2)
+
+    assert noted(talk()) == ["Send", "Send", "server gets 0", "server gets 1", "Send", "server gets 2"]
+
+
+def test_what_a_program_sends_last_is_sent():
+    assert noted(sending(0)) == ["Send", "server gets 0"]
