@@ -3,7 +3,9 @@
 In two processes they talk over one TCP connection, plain or with mutual TLS by Python's `ssl`: raw bytes, sizes known
 beforehand, received into the same memory each time. No checks, no names, no recovery: no engine can be faster. `bare`
 does the same over a bidirectional gRPC stream and nothing else, in messages of 1 MiB: no engine on gRPC's Python
-package can be faster.
+package can be faster. `kept` and `promised` keep what cutlayer promises, in the least Python: what crosses is bytes of
+its own and is finite at both ends, the loss is finite and may be anybody's, and in two processes each wait has a deadline
+and links are served while a party computes, so by other threads. No engine that promises this can be faster.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +32,9 @@ from cutlayer.core.batching import batch_slice, permutation
 from cutlayer.transport.frames import PIECE
 from cutlayer.transport.grpc_common import channel_to, server_credentials, server_options
 
-__all__ = ["bare", "half", "timed", "whole"]
+__all__ = ["bare", "half", "kept", "promised", "timed", "whole"]
+
+_PATIENCE = 60.0
 
 
 def batches(workload: Workload, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,6 +77,47 @@ def whole(workload: Workload, steps: int) -> tuple[float, list[str]]:
     return timed(workload, steps, step), digest(head, body)
 
 
+def kept(workload: Workload, steps: int) -> tuple[float, list[str]]:
+    """Train the cut network in this process, with what cutlayer promises of it."""
+    head, body = workload.parts()
+    trainers = [optimizer(list(head.parameters())), optimizer(list(body.parameters()))]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        activation = head(x)
+        received = _finite(_moved(_finite(activation))).requires_grad_()
+        gradient = _back(body, received, y)
+        trainers[1].step()
+        trainers[1].zero_grad()
+        activation.backward(_finite(_moved(_finite(gradient))))
+        trainers[0].step()
+        trainers[0].zero_grad()
+
+    return timed(workload, steps, step), digest(head, body)
+
+
+def _back(body: nn.Module, received: Tensor, y: Tensor) -> Tensor:
+    """Run the rest of the network and a loss that may be at another party; return the gradient at `received`."""
+    output = body(received)
+    entered = output.detach().requires_grad_()
+    loss = _finite(nn.functional.cross_entropy(entered, y))
+    loss.backward()
+    output.backward(entered.grad)
+    if received.grad is None:
+        raise RuntimeError("no gradient came back")
+    return received.grad
+
+
+def _finite(value: Tensor) -> Tensor:
+    if not isfinite(value.sum().item()):
+        raise FloatingPointError("not finite")
+    return value
+
+
+def _moved(value: Tensor) -> Tensor:
+    """Return the same numbers in memory of their own, by way of bytes."""
+    return torch.frombuffer(bytearray(_bytes(value.detach())), dtype=value.dtype).reshape(value.shape)
+
+
 class Lines(Protocol):
     """What carries bytes between the two halves."""
 
@@ -88,6 +133,31 @@ def half(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, fol
     port = int(network.addresses["server"].rpartition(":")[2])
     with _connected(name, port, folder if network.credentials else None) as link:
         return (_client if name == "client" else _server)(_Socket(link), WORKLOADS[letter], steps)
+
+
+def promised(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, folder: Path) -> dict[str, Any]:  # noqa: ARG001
+    """Be the client or the server over a gRPC stream, with what cutlayer promises: compute in this thread alone."""
+    workload, address = WORKLOADS[letter], network.addresses["server"]
+    outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    incoming: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    lines = _Stream(outgoing.put, iter(lambda: incoming.get(timeout=_PATIENCE), b""))
+    if name == "client":
+        with channel_to("server", address, network.credentials) as channel, ThreadPoolExecutor(1) as pool:
+            call = channel.stream_stream("/bare/Stream")(iter(outgoing.get, None), wait_for_ready=True)
+            pool.submit(lambda: [incoming.put(message) for message in call])
+            found = _client(lines, workload, steps, check=_finite)
+            outgoing.put(None)
+        return found
+
+    def serve(messages: Iterator[bytes], _context: object) -> Iterator[bytes]:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: [incoming.put(message) for message in messages])
+            yield from iter(outgoing.get, None)
+
+    with _listening(serve, network):
+        *_, answer = _steps(lines, workload, steps, check=_finite)
+        outgoing.put(None)
+    return answer
 
 
 def bare(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, folder: Path) -> dict[str, Any]:  # noqa: ARG001
@@ -112,20 +182,29 @@ def bare(name: str, network: cl.NetworkSettings, *, letter: str, steps: int, fol
             answers.put(error)
             raise
 
-    pool = ThreadPoolExecutor(2)
-    server = grpc.server(pool, options=server_options())
-    handlers = {"Stream": grpc.stream_stream_rpc_method_handler(serve)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
-    if network.credentials is None:
-        server.add_insecure_port(address)
-    else:
-        server.add_secure_port(address, server_credentials(network.credentials))
-    server.start()
-    answer = answers.get()
-    server.stop(5).wait()
+    with _listening(serve, network):
+        answer = answers.get()
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+@contextmanager
+def _listening(
+    serve: Callable[[Iterator[bytes], object], Iterator[bytes]], network: cl.NetworkSettings
+) -> Iterator[None]:
+    server = grpc.server(ThreadPoolExecutor(2), options=server_options())
+    handlers = {"Stream": grpc.stream_stream_rpc_method_handler(serve)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+    if network.credentials is None:
+        server.add_insecure_port(network.addresses["server"])
+    else:
+        server.add_secure_port(network.addresses["server"], server_credentials(network.credentials))
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(5).wait()
 
 
 class _Socket:
@@ -168,15 +247,21 @@ class _Stream:
             filled += len(piece)
 
 
-def _client(lines: Lines, workload: Workload, steps: int) -> dict[str, Any]:
+def _client(
+    lines: Lines, workload: Workload, steps: int, check: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
     head, _ = workload.parts()
     trainer = optimizer(list(head.parameters()))
     gradient = torch.empty(workload.batch, *workload.cut)
 
     def step(x: Tensor, y: Tensor) -> None:
         activation = head(x)
+        if check:
+            check(activation)
         lines.send(_bytes(activation.detach()), _bytes(y))
         lines.receive(_bytes(gradient))
+        if check:
+            check(gradient)
         activation.backward(gradient)
         trainer.step()
         trainer.zero_grad()
@@ -199,8 +284,13 @@ def _served(lines: Lines, sent: list[bytes], workload: Workload, steps: int) -> 
     return answer
 
 
-def _steps(lines: Lines, workload: Workload, steps: int) -> Iterator[dict[str, Any]]:
-    """Do the server's steps; stop each time that something was sent, and at the end with what is to be answered."""
+def _steps(
+    lines: Lines, workload: Workload, steps: int, check: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Do the server's steps; stop each time that something was sent, and at the end with what is to be answered.
+
+    `check` looks at what crosses and at the loss, which then is no part of the network's own graph.
+    """
     _, body = workload.parts()
     trainer = optimizer(list(body.parameters()))
     received, y = torch.empty(workload.batch, *workload.cut), torch.empty(workload.batch, dtype=torch.int64)
@@ -208,13 +298,16 @@ def _steps(lines: Lines, workload: Workload, steps: int) -> Iterator[dict[str, A
     for _ in range(WARM + steps):
         lines.receive(_bytes(received), _bytes(y))
         entered = received.detach().requires_grad_()
-        loss = nn.functional.cross_entropy(body(entered), y)
-        loss.backward()
-        lines.send(_bytes(entered.grad))
+        if check:
+            gradient = check(_back(body, check(entered), y))
+        else:
+            loss = nn.functional.cross_entropy(body(entered), y)
+            loss.backward()
+            gradient, loss_sum = entered.grad, loss_sum + loss.detach()
+        lines.send(_bytes(gradient))
         yield {}
         trainer.step()
         trainer.zero_grad()
-        loss_sum += loss.detach()
     yield {"seconds": 0.0, "digest": digest(body), "spent": {}}
 
 

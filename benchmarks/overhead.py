@@ -6,9 +6,10 @@
 
 Every round runs each way once, between two runs of a plain PyTorch loop over the same batches with the same weights,
 and gives one ratio a way: uncut time / cut time. The table has their medians and ranges; the times are of one machine
-and of no interest. `hand`, `socket`, `grpc`, `socket-tls` and `grpc-tls` are the bounds: a cut by hand with nothing
-around it, in one process, and in two over a raw TCP connection or a bare gRPC stream, plain or with TLS (byhand.py). No
-engine can be faster. All ways end with the same weights to the last bit, or the script stops.
+and of no interest. `hand`, `socket`, `grpc`, `socket-tls` and `grpc-tls` are bounds: a cut by hand with nothing around
+it, in one process, and in two over a raw TCP connection or a bare gRPC stream, plain or with TLS (byhand.py). No engine
+can be faster. `kept`, `grpc-kept` and `grpc-kept-tls` also keep what cutlayer promises, written out by hand: no engine
+that promises the same can be faster. All ways end with the same weights to the last bit, or the script stops.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ import cutlayer as cl
 
 WAYS = {
     "hand": "cut by hand, one process",
+    "kept": "cut by hand with what is promised, one process",
     "process": "cutlayer, one process",
     "socket": "cut by hand, two processes, raw TCP",
     "grpc": "cut by hand, two processes, bare gRPC",
+    "grpc-kept": "cut by hand with what is promised, two processes, gRPC",
     "plain": "cutlayer, two processes, plaintext",
     "socket-tls": "cut by hand, two processes, TLS",
     "grpc-tls": "cut by hand, two processes, bare gRPC with TLS",
+    "grpc-kept-tls": "cut by hand with what is promised, two processes, gRPC with TLS",
     "mtls": "cutlayer, two processes, mutual TLS",
 }
-BOUNDS = {"process": "hand", "plain": "grpc", "mtls": "grpc-tls"}
+BOUNDS = {"process": "kept", "plain": "grpc-kept", "mtls": "grpc-kept-tls"}
 FLOORS = {
     "process": {"a": 0.78, "b": 0.82, "c": 0.94, "d": 0.94},
     "plain": {"a": 0.40, "b": 0.68, "d": 0.90},
@@ -163,12 +167,15 @@ def measure(letter: str, ways: list[str], rounds: int, steps: int, parties: Pair
     workload, found = WORKLOADS[letter], Rounds(letter)
     runs: dict[str, Callable[[], Timing]] = {
         "hand": lambda: by_hand(workload, steps),
+        "kept": lambda: Timing(*byhand.kept(workload, steps)),
         "process": lambda: in_process(letter, steps),
         "socket": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=False),
         "grpc": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=False),
+        "grpc-kept": lambda: in_two(byhand.promised, letter, steps, _given(parties), secure=False),
         "plain": lambda: in_two(train, letter, steps, _given(parties), secure=False),
         "socket-tls": lambda: in_two(byhand.half, letter, steps, _given(parties), secure=True),
         "grpc-tls": lambda: in_two(byhand.bare, letter, steps, _given(parties), secure=True),
+        "grpc-kept-tls": lambda: in_two(byhand.promised, letter, steps, _given(parties), secure=True),
         "mtls": lambda: in_two(train, letter, steps, _given(parties), secure=True),
     }
     for _ in range(rounds):
@@ -229,7 +236,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ways = options.ways.split(",")
     rows: list[dict[str, Any]] = []
-    started = pair() if set(ways) - {"hand", "process"} else None
+    started = pair() if set(ways) - {"hand", "kept", "process"} else None
     try:
         parties = started.__enter__() if started else None
         for letter in options.models:
