@@ -4,8 +4,8 @@ In two processes they talk over one TCP connection, plain or with mutual TLS by 
 beforehand, received into the same memory each time. No checks, no names, no recovery: no engine can be faster. `bare`
 does the same over a bidirectional gRPC stream and nothing else, in messages of 1 MiB: no engine on gRPC's Python
 package can be faster. `kept` and `promised` keep what cutlayer promises, in the least Python: what crosses is bytes of
-its own and is finite at both ends, the loss is finite and may be anybody's, and in two processes each wait has a deadline
-and links are served while a party computes, so by other threads. No engine that promises this can be faster.
+its own and is finite at both ends, the loss is finite and may be anybody's, and in two processes each wait has a
+deadline, and links are served while a party computes, so by other threads. No engine that promises this can be faster.
 """
 
 from __future__ import annotations
