@@ -26,6 +26,7 @@ TITLES = {
     "lstm": "Embedding, two-layer bidirectional LSTM, linear",
     "writer": "A forward that makes a module, and writes into slices",
     "tied": "A language model whose embedding and last layer are one weight",
+    "transformer": "`nn.Transformer` of two layers each way, with a mask",
     "encoder": "`nn.TransformerEncoder` of three layers, without a last norm",
     "gpt2": "GPT-2 of Hugging Face, three blocks",
     "llama": "Llama of Hugging Face, three blocks",

@@ -132,6 +132,20 @@ class Tagger(nn.Module):
         return self.out(self.drop(states[:, -1]))
 
 
+class Translator(nn.Module):
+    """`nn.Transformer`, encoder and decoder, whose decoder looks at its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.target = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        self.both, self.out = nn.Transformer(8, 2, 2, 2, 16, 0.0, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map (batch, length) to (batch, 3)."""
+        mask = nn.Transformer.generate_square_subsequent_mask(words.shape[1])
+        return self.out(self.both(self.table(words), self.target(words), tgt_mask=mask).mean(1))
+
+
 class Pooled(nn.Module):
     """Means over time of an LSTM, whose output is a transposed tensor."""
 
@@ -144,6 +158,22 @@ class Pooled(nn.Module):
         """Map (batch, length) to (batch, 4)."""
         states, _ = self.lstm(self.table(words))
         return self.out(torch.tanh(self.inner((states * states).sum(1) + states.mean(1))))
+
+
+class Last(nn.Module):
+    """Last states of a GRU and of an LSTM of three layers in two directions: of shape (layers, batch, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.gru = nn.Embedding(20, 8), nn.GRU(8, 8, batch_first=True)
+        self.lstm, self.out = nn.LSTM(8, 4, 3, batch_first=True, bidirectional=True), nn.Linear(16, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map (batch, length) to (batch, 4)."""
+        states, last = self.gru(self.table(words))
+        _, (hidden, _) = self.lstm(states)
+        both = hidden.permute(1, 0, 2)[:, -2:].flatten(1)
+        return self.out(torch.cat((last.squeeze(0), both + torch.cat((hidden[-2], hidden[-1]), dim=1)), dim=1))
 
 
 class Filters(nn.Module):
@@ -250,6 +280,7 @@ SUBJECTS: dict[str, Subject] = {
     "lstm": Subject(make=seeded(Tagger), inputs={"words": WORDS}, labels=classes(4, 6)),
     "writer": Subject(make=seeded(Writer), inputs={"input": drawn(6, 6)}, labels=classes(3, 6)),
     "tied": Subject(make=seeded(Tied), inputs={"words": WORDS}, labels=WORDS, loss=of_words),
+    "transformer": Subject(make=seeded(Translator), inputs={"words": WORDS}, labels=classes(3, 6)),
     "encoder": Subject(make=seeded(Encoder), inputs={"words": WORDS}, labels=classes(3, 6)),
     "gpt2": Subject(make=seeded(transformer("gpt2")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
     "llama": Subject(make=seeded(transformer("llama")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
@@ -257,8 +288,13 @@ SUBJECTS: dict[str, Subject] = {
     "vit": Subject(make=seeded(transformer("vit")), inputs={"pixel_values": drawn(6, 1, 8, 8)}, labels=classes(3, 6)),
 }
 
-# Models whose values at a cut are transposed tensors.
+# Models whose values at a cut are transposed tensors, or begin with another dimension than the batch.
 TRANSPOSED: dict[str, Subject] = {
+    "last": Subject(
+        make=seeded(Last),
+        inputs={"words": torch.randint(0, 20, (6, 9), generator=torch.Generator().manual_seed(3))},
+        labels=classes(4, 6),
+    ),
     "pooled": Subject(
         make=seeded(Pooled),
         inputs={"words": torch.randint(0, 20, (6, 37), generator=torch.Generator().manual_seed(3))},

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.errors import StageError
-from cutlayer.models.kinds import is_item, is_size, writes
+from cutlayer.models.kinds import is_item, is_size, is_view, writes
 from cutlayer.models.record import Trace
 from cutlayer.models.steps import Ref, Step, hold, refs, substitute
 
@@ -112,12 +112,27 @@ def _drop_unused_items(flow: Flow) -> None:
 
 
 def _pull_items(flow: Flow) -> None:
-    """Take an item of a tuple in the piece that makes the tuple, so that the item crosses and not the tuple."""
+    """Take an item of a tuple in the piece that makes the tuple, so that the item crosses and not the tuple.
+
+    So for a tensor whose first dimension is not the batch, and which therefore cannot cross: of the last states of an
+    LSTM, (layers, batch, width), a layer's can. An item `[i]` of a tensor shows that it is one; for other views of it
+    (squeeze, transpose) its shape does.
+    """
+    inputs = [flow.trace.values.get(name) for name in flow.trace.inputs]
+    batches = {value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()}
+    written = {name for names in flow.trace.written.values() for name in names}
     for step in flow.ordinary:
-        if is_item(step):
-            owner = step.args[0].name
-            if owner in flow.place and not isinstance(flow.trace.values.get(owner), Tensor):
-                flow.place[step.name] = flow.place[owner]
+        if not is_item(step) and not is_view(step):
+            continue
+        owner = step.args[0].name
+        value = flow.trace.values.get(owner)
+        if isinstance(value, Tensor):
+            first = is_item(step) and isinstance(step.args[1], int)
+            stays = owner in written or not (first or (batches and not batches & set(value.shape[:1])))
+        else:
+            stays = not is_item(step)
+        if owner in flow.place and not stays:
+            flow.place[step.name] = flow.place[owner]
 
 
 def _pull_checks(flow: Flow) -> None:

@@ -11,9 +11,23 @@ from torch import nn
 
 from cutlayer.models.steps import Ref, Step, hold, refs
 
-__all__ = ["is_derived", "is_item", "is_size", "writes"]
+__all__ = ["is_derived", "is_item", "is_size", "is_view", "writes"]
 
-_SIZE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout"})
+_SIZE_ATTRIBUTES = frozenset(
+    {
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "is_nested",
+        "is_sparse",
+        "is_quantized",
+        "is_cpu",
+        "is_meta",
+    }
+)
 _SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "get_device"})
 _SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({len, torch.numel, torch.is_floating_point})
 _RANDOM = frozenset(
@@ -34,6 +48,7 @@ _RANDOM = frozenset(
         "new_empty",
     ]
 )
+_VIEWS = frozenset({"squeeze", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "select"})
 _WRITING: frozenset[Callable[..., Any]] = frozenset(
     getattr(operator, name)
     for name in [
@@ -72,6 +87,15 @@ def is_item(step: Step) -> bool:
     if step.target is not operator.getitem and step.target is not getattr:
         return False
     return isinstance(step.args[0], Ref) and isinstance(step.args[1], int | str) and not is_size(step)
+
+
+def is_view(step: Step) -> bool:
+    """Say whether a step only looks at one tensor in another shape or order, or at a part of it."""
+    alone = isinstance(next(iter(step.args), None), Ref) and len(list(refs(step))) == 1
+    if step.op == "function" and step.target is operator.getitem:
+        return alone
+    name = step.target if step.op == "method" else getattr(step.target, "__name__", "")
+    return alone and step.op in ("method", "function") and name in _VIEWS
 
 
 def is_derived(step: Step, derived: set[str], modules: Mapping[str, nn.Module]) -> bool:

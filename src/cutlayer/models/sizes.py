@@ -22,7 +22,7 @@ from cutlayer.models.steps import Ref, Step, hold, refs
 __all__ = ["BATCHES", "complete"]
 
 BATCHES = (3, 2)  # samples of the two examples that tell a size that follows the batch from one that does not
-_PLACES = ("device", "is_cuda", "get_device", "layout")
+_PLACES = ("device", "is_cuda", "is_cpu", "is_meta", "get_device", "layout")
 
 
 def complete(flow: Flow, twin: Trace | None) -> list[tuple[Step, ...]]:
