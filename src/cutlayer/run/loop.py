@@ -341,11 +341,8 @@ class Part:
         return next(iter(self.scales.values()), 1.0)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a field. Raises `KeyError` if there is none of this name here."""
-        value = self.walk.field(name)
-        if value is None:
-            raise KeyError(name)
-        return value
+        """Return a field. Raises `ProgramError` E443, which lists the names, if there is none of this name here."""
+        return self.walk.field(name)
 
 
 def _check(plan: Plan, party: str) -> None:
