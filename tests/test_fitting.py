@@ -314,6 +314,40 @@ def test_the_label_has_the_name_that_the_data_gives_it():
         fit(split(model(), "layer1", example=EXAMPLE), DataLoader(more, batch_size=4), **settings)
 
 
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_a_run_predicts_as_the_uncut_model(labels: str):
+    made = split(model(), "layer1.bn1" if labels == "client" else "layer1", example=EXAMPLE, labels=labels)
+    run = fit(made, [images(12), images(9, 1)], loss=nn.CrossEntropyLoss(), batch_size=6, epochs=2)
+    joined = Net()
+    joined.load_state_dict(cl.assemble(run), strict=True)
+    joined.eval()
+    assert same(joined.state_dict(), run.state_dict())
+    new, labelled = images(11, 2).tensors[0], images(11, 2)
+    whole, parted = joined(new), torch.cat([joined(new[:4]), joined(new[4:8]), joined(new[8:])])
+    assert torch.equal(run.predict(TensorDataset(new)), whole)
+    for data in (labelled, cl.TensorTable(image=new), [{"image": one, "note": 3} for one in new], list(labelled)):
+        assert torch.equal(run.predict(data, batch_size=4), parted)
+    for data in (TensorDataset(new), labelled):
+        for shuffle in (False, True):
+            assert torch.equal(run.predict(DataLoader(data, batch_size=4, shuffle=shuffle, drop_last=True)), parted)
+    assert same(joined.state_dict(), run.state_dict())
+
+
+@pytest.mark.provokes("E236", "E253", "E255")
+def test_data_that_a_run_cannot_predict_for():
+    run = fit(split(model(), "layer1", example=EXAMPLE), images(8), loss=nn.CrossEntropyLoss())
+    for data, words in (
+        (images(0), "E253.*the data has no samples"),
+        (cl.TensorTable(x=torch.zeros(2, 1, 8, 8)), "E253.*does not give the model's inputs.*image.*got fields x"),
+        (TensorDataset(*[torch.zeros(2, 1, 8, 8)] * 3), r"E253.*a tuple \(image\), with a label or without.*3 values"),
+        (torch.zeros(2, 1, 8, 8), "E236.*got a list of Tensor.*make it a data set first"),
+        ([images(8), images(8)], "E253.*cannot be put together"),
+        (Stream(), "E255.*the data set has no length"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=words):
+            run.predict(data)
+
+
 class Conditioned(nn.Module):
     """An argument of its forward is called `label`."""
 
