@@ -130,7 +130,7 @@ def fit(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = adam,
     evaluation: Data | Sequence[Data] | None = None,
     party: Mapping[str, Any] | None = None,
-    **training: Any,  # noqa: ANN401 - fields of Training
+    **training: Any,  # noqa: ANN401 - fields of Training, and label
 ) -> Run:
     """Train a split model with all parties in this process.
 
@@ -139,18 +139,21 @@ def fit(
     Args:
         split: What `cutlayer.split` gave.
         data: A loader or map-style data set, or one for each data holder. Items are tuples (inputs in the order of the
-            model's forward, then the label), or dictionaries of the model's arguments and of "label", or of one field
-            more, by any name.
+            model's forward, then the label), or dictionaries of the model's arguments and the label. `Run.label` says
+            which field was taken for the label.
         loss: Called with (prediction, label); gives a scalar.
         optimizer: Makes each party's optimizer from its parameters.
         evaluation: The same as `data`, for evaluation.
         party: More arguments of every `Party`: metrics, scheduler, autocast, device, seed...
         training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... The batch size is that of
-            the loaders, unless given.
+            the loaders, unless given. And `label`: its name in dictionaries; else it is the one field that is no
+            argument of the model, by any name, or the one called "label" if there are several.
 
     Raises:
-        ConfigError: E236, an argument that neither `Training` nor `Party` has, or loaders that do not fit.
-        DataError: E253, the data does not give the model's inputs and a label; E255, it has no length.
+        ConfigError: E235, the label is called as an argument of the model is; E236, an argument that neither `Training`
+            nor `Party` has, or loaders that do not fit.
+        DataError: E253, the data does not give the model's inputs and something that can be a label; E255, it has no
+            length.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
     held = _listed(data)
@@ -158,8 +161,9 @@ def fit(
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
     if len(tried) != len(held):
         raise _odd("as many data sets for evaluation as for training", f"{len(tried)} and {len(held)}")
+    told = training.pop("label", "")
     _check_names(training, dict(party or {}))
-    label, sample = _sample(next(one for one in held if sample_count(one)), split)
+    label, sample = _sample(next(one for one in held if sample_count(one)), split, told)
     plan = split.plan(
         names[0] if len(names) == 1 else names,
         label=label,
@@ -220,11 +224,25 @@ def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
     return {"batch_size": next(iter(found))[0], "drop_last": next(iter(found))[1]} if found else {}
 
 
-def _sample(data: Data, split: Split) -> tuple[str, Tensor]:
-    """Return the name of the label and the labels of two samples, after a look at what the data gives."""
-    batch = _first(data)
+def _sample(data: Data, split: Split, told: str) -> tuple[str, Tensor]:
+    """Return the name of the label and the labels of two samples, after a look at what the data gives.
+
+    Args:
+        data: A data set or loader.
+        split: Names the inputs.
+        told: The label's name, if the user gave it. Else it is the one field of a dictionary that is no input of the
+            model; of a tuple, "label", or a free name.
+
+    Raises:
+        DataError: E253, inputs or label are missing, or what was taken for the label cannot be one.
+    """
+    batch, name = _first(data), told or "label"
     others = [str(one) for one in batch if one not in split.cut.inputs] if isinstance(batch, Mapping) else []
-    name = others[0] if len(others) == 1 else "target" if "label" in split.cut.inputs else "label"
+    alone = len(others) == 1 and not told
+    if alone:
+        (name,) = others
+    while not told and name in split.cut.inputs:
+        name = "target" if name == "label" else f"{name}_"
     wanted = [*split.cut.inputs, name]
     if isinstance(batch, Mapping):
         label, fits = batch.get(name), all(one in batch for one in wanted)
@@ -232,15 +250,26 @@ def _sample(data: Data, split: Split) -> tuple[str, Tensor]:
     else:
         values = list(batch) if isinstance(batch, tuple | list) else [batch]
         label, fits, got = values[-1], len(values) == len(wanted), f"{len(values)} values"
-    if not fits or not isinstance(label, Tensor):
+    if not fits:
         raise DataError(
             "the data does not give the model's inputs and a label",
             where="the first items of the data",
-            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these, whose label becomes a tensor",
-            got=f"{got}; the label is a {_kind(label)}" if fits else got,
-            remedy="give labels as numbers or tensors"
-            if fits
-            else "let the data set give these; the names are those of the model's forward",
+            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these",
+            got=got,
+            remedy="let the data set give these, named as in the model's forward; fit(label=...) names the label",
+            code="E253",
+        )
+    if not isinstance(label, Tensor) or label.shape[:1] != (2,):
+        taken = f"{name!r}, the one field that is no input of the model" if alone else f"{name!r}"
+        kind = (
+            _kind(label) if not isinstance(label, Tensor) else f"a tensor of shape {tuple(label.shape)} for 2 samples"
+        )
+        raise DataError(
+            f"what was taken for the label cannot be one: {taken}",
+            where="the first items of the data",
+            expected="a number or tensor for each sample",
+            got=kind,
+            remedy="give labels as numbers or tensors; fit(label=...) names the label of a dictionary",
             code="E253",
         )
     return name, label
@@ -291,7 +320,7 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
             hint = "give it in party={...}" if stray[0] in own else "correct its name"
             raise ConfigError(
                 f"{what} has no setting {stray[0]!r}",
-                expected=f"one of {', '.join(sorted(allowed))}",
+                expected=f"one of {', '.join(sorted(allowed | ({'label'} if what == 'fit' else set())))}",
                 got=", ".join(stray),
                 remedy=hint,
                 code="E236",
