@@ -299,7 +299,7 @@ def test_data_that_is_none_is_refused_by_what_it_is():
 
 def test_an_optimizer_that_needs_a_closure_is_refused():
     made = split(model(), "layer1", example=EXAMPLE)
-    with pytest.raises(ConfigError, match=r"E221.*LBFGS.*no closure, such as SGD"):
+    with pytest.raises(ConfigError, match=r"E221.*LBFGS.*without a closure.*such as SGD"):
         fit(made, images(8), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS)
 
 
