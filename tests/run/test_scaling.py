@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.utils.data import TensorDataset
 
 import cutlayer as cl
-from cutlayer.errors import ProgramError
+from cutlayer.errors import NonFiniteError, ProgramError
 
 pytestmark = pytest.mark.timeout(60)
 TRAINING = {"epochs": 2, "batch_size": 8, "microbatches": 2, "schedule": "sequential", "clip_norm": 0.5}
@@ -142,6 +142,22 @@ def test_a_loss_that_the_sessions_scaler_did_not_scale_is_refused():
     scaler = GradScaler("cpu", init_scale=2.0**16)
     with pytest.raises(ProgramError, match=words), cl.session(plan, mine, others=[other]) as session:
         loop(session, mine, "client", scaler, told=scaler, forgot=True)
+
+
+def overflow(session: Any, party: cl.Party) -> None:
+    session.scaler = GradScaler("cpu", init_scale=2.0**127)
+    for round in session.rounds():
+        for part in round:
+            session.scaler.scale(output(session, party, part, "client") * 64.0).backward()
+
+
+@pytest.mark.provokes("E351")
+def test_a_scaled_gradient_that_overflows_at_a_cut_says_what_helps():
+    _, plan, mine, other = halves("client", "client")
+    session = cl.session(plan, mine, others=[other])
+    words = r"E351.*a scaled gradient at a cut.*party client, train round 1.*lower init_scale, or use bfloat16"
+    with pytest.raises(NonFiniteError, match=words), session:
+        overflow(session, mine)
 
 
 @pytest.mark.parametrize("told", [True, False])

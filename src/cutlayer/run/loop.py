@@ -32,7 +32,7 @@ from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
-from cutlayer.run.scaling import check_scale, check_stepper, scale_of
+from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
 from cutlayer.run.walk import Leg, Walk
 from cutlayer.transport.session import SessionReset
 from cutlayer.transport.settings import NetworkSettings
@@ -95,7 +95,8 @@ class _Remote(torch.autograd.Function):
         scale = scale_of(session.scaler)
         if not hold.leg.got and scale == 1:
             check_scale(session.scaler, gradients[0], 1.0, session.place)
-        known = [g if g is None or scale == 1 else g / scale for g in gradients] if hold.leg.got else ()
+        finite = session.worker.parts.finite
+        known = unscaled(gradients, scale, session.place, finite=finite) if hold.leg.got else ()
         sums = hold.walk.backward(hold.leg, known)
         if scale != 1:
             sums = {name: total * scale for name, total in sums.items()}

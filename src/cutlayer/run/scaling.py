@@ -2,6 +2,7 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E351 | NonFiniteError | a scaled gradient about to leave is not finite |
 | E442 | ProgramError | a loss is scaled otherwise than the session knows |
 """
 
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from cutlayer.errors import ProgramError
+from cutlayer.errors import NonFiniteError, ProgramError
 
-__all__ = ["check_scale", "check_stepper", "scale_of"]
+__all__ = ["check_scale", "check_stepper", "scale_of", "unscaled"]
 
 _LEAST = 8  # a power of two from 2^8 on, times what a gradient should begin with, is taken for a scaler's
 
@@ -23,6 +26,32 @@ _LEAST = 8  # a power of two from 2^8 on, times what a gradient should begin wit
 def scale_of(scaler: GradScaler | None) -> float:
     """Return what this party's own gradients are times: 1 without a scaler, or with one that is disabled."""
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def unscaled(gradients: Sequence[Tensor | None], scale: float, where: str, *, finite: bool) -> list[Tensor | None]:
+    """Return gradients about to leave without their scale, as its powers of two divide exactly.
+
+    Args:
+        gradients: At what `remote` gave.
+        scale: What they are times.
+        where: Party and round.
+        finite: Whether a NaN or an infinity is refused.
+
+    Raises:
+        NonFiniteError: E351, one is not finite; the remedy is the scaler's.
+    """
+    if scale == 1:
+        return list(gradients)
+    if finite and not all(one is None or bool(torch.isfinite(one).all()) for one in gradients):
+        raise NonFiniteError(
+            "a scaled gradient at a cut holds a NaN or an infinity",
+            where=where,
+            expected="finite numbers",
+            got=f"an overflow at the scale {scale:g}",
+            remedy="give the GradScaler a lower init_scale, or use bfloat16, which needs no scaler",
+            code="E351",
+        )
+    return [None if one is None else one / scale for one in gradients]
 
 
 def check_scale(scaler: GradScaler | None, gradient: Tensor, due: float, where: str) -> None:
