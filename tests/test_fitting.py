@@ -290,7 +290,7 @@ def test_data_that_is_none_is_refused_by_what_it_is():
         (Stream(), "E255", "got Stream"),
         (DataLoader(Stream(), batch_size=2), "E255", "got Stream"),
         (iter(images(4)), "E255", "map-style data set"),
-        (Named(), "E253", "the label is a tuple of str. give labels as numbers"),
+        (Named(), "E253", "what was taken for the label cannot be one: 'label'"),
     ):
         with pytest.raises((ConfigError, DataError)) as caught:
             fit(made, data, loss=nn.CrossEntropyLoss())
@@ -299,7 +299,7 @@ def test_data_that_is_none_is_refused_by_what_it_is():
 
 def test_an_optimizer_that_needs_a_closure_is_refused():
     made = split(model(), "layer1", example=EXAMPLE)
-    with pytest.raises(ConfigError, match=r"E221.*LBFGS.*no closure, such as SGD"):
+    with pytest.raises(ConfigError, match=r"E221.*LBFGS.*without a closure.*such as SGD"):
         fit(made, images(8), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS)
 
 
@@ -309,9 +309,46 @@ def test_the_label_has_the_name_that_the_data_gives_it():
     named = fit(split(model(), "layer1", example=EXAMPLE), DataLoader(rows, batch_size=4), **settings)
     plain = fit(split(model(), "layer1", example=EXAMPLE), DataLoader(images(8), batch_size=4), **settings)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in named.state_dict().items())
+    assert (named.label, plain.label) == ("labels", "label")
     more = [{**row, "id": 0} for row in rows]
+    told = fit(split(model(), "layer1", example=EXAMPLE), DataLoader(more, batch_size=4), label="labels", **settings)
+    assert same(told.state_dict(), plain.state_dict())
     with pytest.raises(DataError, match=r"E253.*\(image, label\).*got fields image, labels, id"):
         fit(split(model(), "layer1", example=EXAMPLE), DataLoader(more, batch_size=4), **settings)
+
+
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_a_run_predicts_as_the_uncut_model(labels: str):
+    made = split(model(), "layer1.bn1" if labels == "client" else "layer1", example=EXAMPLE, labels=labels)
+    run = fit(made, [images(12), images(9, 1)], loss=nn.CrossEntropyLoss(), batch_size=6, epochs=2)
+    joined = Net()
+    joined.load_state_dict(cl.assemble(run), strict=True)
+    joined.eval()
+    assert same(joined.state_dict(), run.state_dict())
+    new, labelled = images(11, 2).tensors[0], images(11, 2)
+    whole, parted = joined(new), torch.cat([joined(new[:4]), joined(new[4:8]), joined(new[8:])])
+    assert torch.equal(run.predict(TensorDataset(new)), whole)
+    for data in (labelled, cl.TensorTable(image=new), [{"image": one, "note": 3} for one in new], list(labelled)):
+        assert torch.equal(run.predict(data, batch_size=4), parted)
+    for data in (TensorDataset(new), labelled):
+        for shuffle in (False, True):
+            assert torch.equal(run.predict(DataLoader(data, batch_size=4, shuffle=shuffle, drop_last=True)), parted)
+    assert same(joined.state_dict(), run.state_dict())
+
+
+@pytest.mark.provokes("E236", "E253", "E255")
+def test_data_that_a_run_cannot_predict_for():
+    run = fit(split(model(), "layer1", example=EXAMPLE), images(8), loss=nn.CrossEntropyLoss())
+    for data, words in (
+        (images(0), "E253.*the data has no samples"),
+        (cl.TensorTable(x=torch.zeros(2, 1, 8, 8)), "E253.*does not give the model's inputs.*image.*got fields x"),
+        (TensorDataset(*[torch.zeros(2, 1, 8, 8)] * 3), r"E253.*a tuple \(image\), with a label or without.*3 values"),
+        (torch.zeros(2, 1, 8, 8), "E236.*got a list of Tensor.*make it a data set first"),
+        ([images(8), images(8)], "E253.*cannot be put together"),
+        (Stream(), "E255.*the data set has no length"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=words):
+            run.predict(data)
 
 
 class Conditioned(nn.Module):
@@ -335,6 +372,38 @@ def test_an_argument_called_label_is_not_taken_for_the_label():
     sgd(list(uncut.parameters())).step()
     order = {key: value.double() for key, value in uncut.state_dict().items()}
     assert all(torch.allclose(value.double(), order[key], atol=1e-6) for key, value in run.state_dict().items())
+
+
+def ragged(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"image": torch.stack([one["image"] for one in items]), "notes": torch.zeros(3)}
+
+
+@pytest.mark.provokes("E253")
+def test_a_further_field_that_can_be_no_label_is_not_taken_for_it():
+    made = split(model(), "layer1", example=EXAMPLE)
+    for data, words in (
+        ([{"image": image, "path": "a.png"} for image, _ in images(8)], "'path', the one field.*got list of str"),
+        (DataLoader([{"image": one} for one, _ in images(8)], 4, collate_fn=ragged), r"'notes'.*shape \(3,\) for 2"),
+        (Named(), r"'label' \(.*expected a number or tensor.*got tuple of str"),
+    ):
+        held = [data]
+        with pytest.raises(DataError, match=f"E253.*what was taken for the label cannot be one: {words}"):
+            fit(made, held, loss=nn.CrossEntropyLoss())
+    with pytest.raises(DataError, match=r"E253.*\(image, path\).*got fields image, labels.*fit\(label=...\)"):
+        fit(made, [[{"image": i, "labels": y} for i, y in images(8)]], loss=nn.CrossEntropyLoss(), label="path")
+
+
+@pytest.mark.provokes("E235")
+def test_a_label_called_as_an_input_is_refused():
+    x, y = torch.randn(8, 4), torch.arange(8) % 2
+    made, data = split(Conditioned(), "one", example=(x[:2], x[:2])), cl.TensorTable(x=x, label=x, y=y)
+    named = r"E235.*both called 'label'.*forward of Conditioned.*another name than x, label.*label='target'"
+    for call in (made.plan, lambda: fit(made, data, loss=nn.CrossEntropyLoss(), label="label")):
+        with pytest.raises(ConfigError, match=named):
+            call()
+    assert fit(made, data, loss=nn.CrossEntropyLoss()).label == "y"
+    with pytest.raises(DataError, match=r"E253.*\(x, label, target\).*got fields x, label\."):
+        fit(made, cl.TensorTable(x=x, label=x), loss=nn.CrossEntropyLoss())
 
 
 def test_names_are_public():

@@ -14,24 +14,25 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
-from cutlayer.data.sources import sample_count
+from cutlayer.data.sources import collated, sample_count
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.export import assemble
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party
+from cutlayer.run.prediction import predict
 from cutlayer.run.results import write_results
 from cutlayer.run.simulate import simulate
 
@@ -55,10 +56,14 @@ class Run:
     Attributes:
         split: The model and its pieces.
         result: Metrics, ledgers and trained stages; see `Result`.
+        parties: The server, then each data holder.
+        label: What the label is called in the plan.
     """
 
     split: Split
     result: Result
+    parties: tuple[Party, ...]
+    label: str
 
     def summary(self) -> str:
         """Return the end of the run in a few lines."""
@@ -67,6 +72,41 @@ class Run:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained weights of the uncut model, for its `load_state_dict(strict=True)`."""
         return assemble(self.result)
+
+    def predict(self, data: Data, *, batch_size: int = 64) -> Tensor:
+        """Return the model's outputs for new samples, computed by the server and the first data holder.
+
+        Args:
+            data: A data set or a loader, as for `fit`; a label may be left out, and is not used. All samples of the
+                data set are predicted, in its order; a loader's sampler is left out.
+            batch_size: Samples in a batch, unless a loader says.
+
+        Returns:
+            Shape (samples, ...); the bits of the uncut model in evaluation mode, for the same batches.
+
+        Raises:
+            ConfigError: E236, this is no data set.
+            DataError: E253, it has no samples, or does not give the model's inputs; E255, it has no length; E260, the
+                outputs have several lengths.
+        """
+        server, client = self.parties[:2]
+        (held,) = _listed([data])
+        names = [*self.split.cut.inputs, self.label][: _parts(held, self.split)]
+        if isinstance(held, DataLoader):
+            batch_size = held.batch_size or batch_size
+            held = DataLoader(
+                held.dataset,
+                batch_size=batch_size,
+                collate_fn=held.collate_fn,
+                num_workers=held.num_workers,
+                pin_memory=held.pin_memory,
+                worker_init_fn=held.worker_init_fn,
+                multiprocessing_context=held.multiprocessing_context,
+            )
+        plan = self.split.plan(client.name, label=self.label, training=Training(batch_size=batch_size))
+        parties = [server, replace(client, prediction=held, fields=names)]
+        (found,) = predict(plan, parties).values()
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights of the uncut model as safetensors."""
@@ -90,7 +130,7 @@ def fit(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = adam,
     evaluation: Data | Sequence[Data] | None = None,
     party: Mapping[str, Any] | None = None,
-    **training: Any,  # noqa: ANN401 - fields of Training
+    **training: Any,  # noqa: ANN401 - fields of Training, and label
 ) -> Run:
     """Train a split model with all parties in this process.
 
@@ -99,18 +139,21 @@ def fit(
     Args:
         split: What `cutlayer.split` gave.
         data: A loader or map-style data set, or one for each data holder. Items are tuples (inputs in the order of the
-            model's forward, then the label), or dictionaries of the model's arguments and of "label", or of one field
-            more, by any name.
+            model's forward, then the label), or dictionaries of the model's arguments and the label. `Run.label` says
+            which field was taken for the label.
         loss: Called with (prediction, label); gives a scalar.
         optimizer: Makes each party's optimizer from its parameters.
         evaluation: The same as `data`, for evaluation.
         party: More arguments of every `Party`: metrics, scheduler, autocast, device, seed...
         training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... The batch size is that of
-            the loaders, unless given.
+            the loaders, unless given. And `label`: its name in dictionaries; else it is the one field that is no
+            argument of the model, by any name, or the one called "label" if there are several.
 
     Raises:
-        ConfigError: E236, an argument that neither `Training` nor `Party` has, or loaders that do not fit.
-        DataError: E253, the data does not give the model's inputs and a label; E255, it has no length.
+        ConfigError: E235, the label is called as an argument of the model is; E236, an argument that neither `Training`
+            nor `Party` has, or loaders that do not fit.
+        DataError: E253, the data does not give the model's inputs and something that can be a label; E255, it has no
+            length.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
     held = _listed(data)
@@ -118,8 +161,9 @@ def fit(
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
     if len(tried) != len(held):
         raise _odd("as many data sets for evaluation as for training", f"{len(tried)} and {len(held)}")
+    told = training.pop("label", "")
     _check_names(training, dict(party or {}))
-    label, sample = _sample(next(one for one in held if sample_count(one)), split)
+    label, sample = _sample(next(one for one in held if sample_count(one)), split, told)
     plan = split.plan(
         names[0] if len(names) == 1 else names,
         label=label,
@@ -133,7 +177,7 @@ def fit(
     for place, (name, mine, other) in enumerate(zip(names, held, tried, strict=True)):
         modules = _modules(split, "client", loss, copied=place > 0)
         parties.append(Party(name, modules=modules, data=mine, evaluation=other, **client))
-    return Run(split, simulate(plan, parties))
+    return Run(split, simulate(plan, parties), tuple(parties), label)
 
 
 def _modules(
@@ -180,13 +224,25 @@ def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
     return {"batch_size": next(iter(found))[0], "drop_last": next(iter(found))[1]} if found else {}
 
 
-def _sample(data: Data, split: Split) -> tuple[str, Tensor]:
-    """Return the name of the label and the labels of two samples, after a look at what the data gives."""
-    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    collate = data.collate_fn if isinstance(data, DataLoader) else default_collate
-    batch = collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+def _sample(data: Data, split: Split, told: str) -> tuple[str, Tensor]:
+    """Return the name of the label and the labels of two samples, after a look at what the data gives.
+
+    Args:
+        data: A data set or loader.
+        split: Names the inputs.
+        told: The label's name, if the user gave it. Else it is the one field of a dictionary that is no input of the
+            model; of a tuple, "label", or a free name.
+
+    Raises:
+        DataError: E253, inputs or label are missing, or what was taken for the label cannot be one.
+    """
+    batch, name = _first(data), told or "label"
     others = [str(one) for one in batch if one not in split.cut.inputs] if isinstance(batch, Mapping) else []
-    name = others[0] if len(others) == 1 else "target" if "label" in split.cut.inputs else "label"
+    alone = len(others) == 1 and not told
+    if alone:
+        (name,) = others
+    while not told and name in split.cut.inputs:
+        name = "target" if name == "label" else f"{name}_"
     wanted = [*split.cut.inputs, name]
     if isinstance(batch, Mapping):
         label, fits = batch.get(name), all(one in batch for one in wanted)
@@ -194,18 +250,57 @@ def _sample(data: Data, split: Split) -> tuple[str, Tensor]:
     else:
         values = list(batch) if isinstance(batch, tuple | list) else [batch]
         label, fits, got = values[-1], len(values) == len(wanted), f"{len(values)} values"
-    if not fits or not isinstance(label, Tensor):
+    if not fits:
         raise DataError(
             "the data does not give the model's inputs and a label",
             where="the first items of the data",
-            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these, whose label becomes a tensor",
-            got=f"{got}; the label is a {_kind(label)}" if fits else got,
-            remedy="give labels as numbers or tensors"
-            if fits
-            else "let the data set give these; the names are those of the model's forward",
+            expected=f"a tuple ({', '.join(wanted)}), or a dictionary of these",
+            got=got,
+            remedy="let the data set give these, named as in the model's forward; fit(label=...) names the label",
+            code="E253",
+        )
+    if not isinstance(label, Tensor) or label.shape[:1] != (2,):
+        taken = f"{name!r}, the one field that is no input of the model" if alone else f"{name!r}"
+        kind = (
+            _kind(label) if not isinstance(label, Tensor) else f"a tensor of shape {tuple(label.shape)} for 2 samples"
+        )
+        raise DataError(
+            f"what was taken for the label cannot be one: {taken}",
+            where="the first items of the data",
+            expected="a number or tensor for each sample",
+            got=kind,
+            remedy="give labels as numbers or tensors; fit(label=...) names the label of a dictionary",
             code="E253",
         )
     return name, label
+
+
+def _first(data: Data) -> Any:  # noqa: ANN401 - whatever the data gives
+    """Return a batch of the first two samples, or of the only one twice."""
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    collate = data.collate_fn if isinstance(data, DataLoader) else collated
+    return collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+
+
+def _parts(data: Data, split: Split) -> int:
+    """Return how many parts a sample has: the model's inputs, or these and a label. Raises `DataError` E253."""
+    batch, inputs = _first(data), split.cut.inputs
+    if isinstance(batch, Mapping):
+        number, got = len(inputs), f"fields {', '.join(map(str, batch))}"
+        fits = all(name in batch for name in inputs)
+    else:
+        number = len(batch) if isinstance(batch, tuple | list) else 1
+        fits, got = number in (len(inputs), len(inputs) + 1), f"{number} values"
+    if not fits:
+        raise DataError(
+            "the data does not give the model's inputs",
+            where="the first items of the data",
+            expected=f"a tuple ({', '.join(inputs)}), with a label or without, or a dictionary of these",
+            got=got,
+            remedy="let the data set give these; the names are those of the model's forward",
+            code="E253",
+        )
+    return number
 
 
 def _label_spec(label: Tensor, split: Split) -> TensorSpec:
@@ -225,7 +320,7 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
             hint = "give it in party={...}" if stray[0] in own else "correct its name"
             raise ConfigError(
                 f"{what} has no setting {stray[0]!r}",
-                expected=f"one of {', '.join(sorted(allowed))}",
+                expected=f"one of {', '.join(sorted(allowed | ({'label'} if what == 'fit' else set())))}",
                 got=", ".join(stray),
                 remedy=hint,
                 code="E236",
@@ -233,9 +328,7 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
 
 
 def _odd(expected: str, got: str, remedy: str = "make them alike") -> ConfigError:
-    return ConfigError(
-        "these data cannot be trained on together", expected=expected, got=got, remedy=remedy, code="E236"
-    )
+    return ConfigError("these data cannot be used so", expected=expected, got=got, remedy=remedy, code="E236")
 
 
 def _kind(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import msgspec
 import pytest
@@ -152,6 +153,37 @@ def test_parameters_need_an_optimizer():
     frozen = copy.deepcopy(stage)
     frozen.module.requires_grad_(False)
     assert Bundle({"head": frozen}, None, None).optimizer is None
+
+
+class Twice(torch.optim.SGD):
+    """Computes the loss again after a first step, as sharpness-aware ones do."""
+
+    def step(self, again):
+        with torch.enable_grad():
+            loss = again()
+        super().step()
+        return loss
+
+
+@pytest.mark.provokes("E221")
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, Twice])
+def test_an_optimizer_whose_step_needs_a_closure_is_refused(make: Any):
+    stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
+    words = rf"E221.*{make.__name__} runs the whole network again.*stages head.*without a closure.*SGD or Adam"
+    with pytest.raises(ConfigError, match=words):
+        Bundle({"head": stage}, make, None)
+
+
+def test_an_optimizer_that_has_a_scheduler_already_is_taken():
+    """Schedulers wrap the optimizer's own `step`, whose signature then says `self`."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(parameters, lr=0.1)
+        torch.optim.lr_scheduler.StepLR(made, 1)
+        return made
+
+    stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
+    assert isinstance(Bundle({"head": stage}, make, None).optimizer, torch.optim.SGD)
 
 
 def test_a_shared_parameter_is_stepped_once():

@@ -136,8 +136,10 @@ def test_all_parties_of_one_machine_are_joined_from_their_files(tmp_path):
     result = run(made)
     keep(tmp_path, made, result)
     (tmp_path / JOINED).unlink()
-    for key, tensor in assemble(tmp_path).items():
-        assert torch.equal(tensor, assemble(result)[key])
+    for source in (tmp_path, str(tmp_path)):
+        assert assemble(source).keys() == assemble(result).keys()
+        for key, tensor in assemble(source).items():
+            assert torch.equal(tensor, assemble(result)[key])
 
 
 @pytest.mark.provokes("E806")
@@ -180,3 +182,13 @@ def test_the_printed_plan_says_who_may():
 def test_a_stranger_may_not(wrong, words):
     with pytest.raises(PlanError, match=words):
         plan(assemble_at=wrong)
+
+
+@pytest.mark.provokes("E229")
+def test_what_assemble_is_given(tmp_path: Path):
+    for wrong, words in (
+        (str(tmp_path / "nowhere"), "E229.*holds no run with a contract.*nowhere"),
+        (3, r"E229.*expected what fit or simulate gave, or the folder of a run, got int.*cl.assemble\(run\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            assemble(wrong)

@@ -451,13 +451,55 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
         ("twice", r"expected backward\(\) of the loss|stage 'tail' to be run"),
         ("another module", r"expected stage 'tail' to be run: call the module that was given to Party"),
         ("no backward", r"expected backward\(\) of the loss, or of what remote gave, got the next batch"),
-        ("no step", r"expected optimizer.step\(\), got the next batch"),
+        ("no step", r"expected optimizer.step\(\), got the next batch.*training.microbatches.*a lower init_scale"),
     ],
 )
 def test_a_call_out_of_order_names_the_one_that_is_due(kind: str, words: str):
     session, modules, _ = opened()
     with pytest.raises(ProgramError, match=rf"E440.*party alpha, train round 1, step \d.*{words}"), session:
         misstep(session, modules, kind)
+
+
+@pytest.mark.provokes("E440")
+def test_a_scaler_that_skips_a_step_needs_a_lower_scale():
+    session, modules, _ = opened({"epochs": 3})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def overflow(session: Any) -> None:
+        session.scaler = scaler
+        for round in session.rounds():
+            for part in round:
+                loss = modules["loss"](modules["tail"](session.remote(modules["head"](part["x"]))), part["y"])
+                scaler.scale(loss * part.scale).backward()
+                modules["tail"].weight.grad.fill_(float("inf"))
+                scaler.step(session.optimizer)
+                scaler.update()
+
+    with pytest.raises(ProgramError, match=r"E440.*got the next batch.*skipped the step.*lower init_scale"), session:
+        overflow(session)
+
+
+def ask(session: Any, name: str) -> None:
+    for round in session.rounds():
+        for part in round:
+            part[name]
+
+
+@pytest.mark.provokes("E443")
+@pytest.mark.parametrize(
+    ("make", "name", "words"),
+    [
+        (plans.u_shaped, "alpha", "party alpha, train round 1.*expected one of x, y, got 'foo'"),
+        (plans.raw, "server", "party server.*expected one of x, y, got 'foo'"),
+        (plans.u_shaped, "server", "no stage of this party takes a field"),
+    ],
+)
+def test_a_field_that_is_not_there_names_those_that_are(make: Callable[..., plans.Case], name: str, words: str):
+    case = make(schedule="sequential", microbatches=1)
+    others = [case.build(one) for one in case.plan.parties if one != name]
+    session = cl.session(case.plan, case.build(name), others=others)
+    with pytest.raises(ProgramError, match=f"E443.*no field 'foo' here.*{words}"), session:
+        ask(session, "foo")
 
 
 @pytest.mark.provokes("E440")

@@ -57,6 +57,50 @@ class Silent(ModuleStage):
         return [None]
 
 
+class Tripled(ModuleStage):
+    """Gives back what is -3 times the gradient."""
+
+    def backward(self, gradients, context_key):
+        return [None if g is None else -3 * g for g in super().backward(gradients, context_key)]
+
+
+class Skewed(ModuleStage):
+    """Gives back a gradient that is five percent too large."""
+
+    def backward(self, gradients, context_key):
+        return [None if g is None else 1.05 * g for g in super().backward(gradients, context_key)]
+
+
+class Partial(ModuleStage):
+    """Gives back the gradient of one feature too few."""
+
+    def backward(self, gradients, context_key):
+        (found,) = super().backward(gradients, context_key)
+        found[:, 0] = 0
+        return [found]
+
+
+class Heavy(ModuleStage):
+    """Doubles the gradient of its parameters."""
+
+    def backward(self, gradients, context_key):
+        found = super().backward(gradients, context_key)
+        for parameter in self.module.parameters():
+            parameter.grad *= 2
+        return found
+
+
+class Foreign(ModuleStage):
+    """Computes otherwise than its module, which so tells nothing of its slopes; gives back -3 times the gradient."""
+
+    def forward(self, inputs, context):
+        (output,) = super().forward(inputs, context)
+        return (2 * output,)
+
+    def backward(self, gradients, context_key):
+        return [-6 * g for g in super().backward(gradients, context_key)]
+
+
 class Greedy(ModuleStage):
     def forward(self, inputs, context):
         found = super().forward(inputs, context)
@@ -70,6 +114,11 @@ class Greedy(ModuleStage):
         (Attached, "without a graph behind it"),
         (Dicing, "evaluation to give the same twice"),
         (Silent, "a gradient for each input that wants one"),
+        (Tripled, "the gradient of input 0 to be the slope of the output, by differences; it is off"),
+        (Skewed, "the gradient of input 0 to be the slope of the output"),
+        (Partial, "the gradient of input 0 to be the slope of the output"),
+        (Heavy, "the gradient of parameter 0.weight to be the slope of the output"),
+        (Foreign, "the gradient of input 0 to be the slope of the output"),
         (Greedy, "inputs not to be changed"),
     ],
 )
@@ -86,3 +135,145 @@ def test_a_stage_that_keeps_one_forward_only_fails():
 def test_what_is_no_stage_is_named():
     with pytest.raises(AssertionError, match="StageProtocol"):
         check_stage(lambda: nn.Linear(5, 3), ["float32[batch, 5]"], "float32[batch, 3]")  # type: ignore[arg-type,return-value]
+
+
+class Own(torch.autograd.Function):
+    """x * x * w, with a backward of its own; `wrong` is what it multiplies the gradient of x with."""
+
+    @staticmethod
+    def forward(ctx, value, weight, wrong):
+        ctx.save_for_backward(value, weight)
+        ctx.wrong = wrong
+        return value * value * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        value, weight = ctx.saved_tensors
+        return ctx.wrong * 2 * gradient * value * weight, (gradient * value * value).sum(0), None
+
+
+class Squared(nn.Module):
+    """The product of `Own` after a linear layer."""
+
+    def __init__(self, wrong: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.weight, self.wrong = nn.Linear(5, 3), nn.Parameter(torch.randn(3)), wrong
+
+    def forward(self, x):
+        return Own.apply(self.first(x), self.weight, self.wrong)
+
+
+@pytest.mark.parametrize("kind", [ModuleStage, Foreign])
+@pytest.mark.parametrize("wrong", [1.0, -3.0, 2.0, 0.0])
+def test_a_wrong_backward_of_ones_own_within_a_module_is_refused(wrong: float, kind: type[ModuleStage]):
+    def make() -> ModuleStage:
+        return kind("body", Squared(wrong), ports=PORTS, seed=4, device=torch.device("cpu"))
+
+    specs = ["float32[batch, 5]"], "float32[batch, 3]"
+    if wrong == 1.0 and kind is ModuleStage:
+        check_stage(make, *specs)
+        return
+    with pytest.raises(AssertionError, match="the gradient of input 0 to be the slope of the output"):
+        check_stage(make, *specs)
+
+
+class Twofold(ModuleStage):
+    """Computes otherwise than its module, rightly: its slopes can be had by its own forwards only."""
+
+    def forward(self, inputs, context):
+        (output,) = super().forward(inputs, context)
+        return (2 * output,)
+
+    def backward(self, gradients, context_key):
+        return super().backward([2 * g for g in gradients], context_key)
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; its gradient passes as if it did not."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Rounding(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 8, dtype=dtype), nn.Linear(8, 3, dtype=dtype)
+
+    def forward(self, x):
+        return self.last(Straight.apply(4 * torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_takes_the_place_of_differences(dtype: str):
+    exact = getattr(torch, dtype)
+    ports = {"": TensorSpec.parse(f"{dtype}[batch, 3]")}
+
+    def make(kind: type[ModuleStage] = ModuleStage) -> ModuleStage:
+        return kind("body", Rounding(exact), ports=ports, seed=4, device=torch.device("cpu"))
+
+    specs = [f"{dtype}[batch, 5]"], f"{dtype}[batch, 3]"
+    check_stage(make, *specs, reference=Rounding(exact))
+    with pytest.raises(AssertionError, match="the gradient of input 0 to be that of the reference"):
+        check_stage(lambda: make(Tripled), *specs, reference=Rounding(exact))
+    with pytest.raises(AssertionError, match=r"the gradient of parameter first\.weight to be that of the reference"):
+        check_stage(lambda: make(Heavy), *specs, reference=Rounding(exact))
+    with pytest.raises(AssertionError, match="the output to be that of the reference"):
+        check_stage(make, *specs, reference=nn.Linear(5, 3, dtype=exact))
+    with pytest.raises(AssertionError, match="by differences"):
+        check_stage(make, *specs)
+
+
+def test_half_precision_whose_module_does_not_tell_needs_a_reference():
+    def make() -> ModuleStage:
+        torch.manual_seed(0)
+        module = nn.Linear(5, 3, dtype=torch.bfloat16)
+        ports = {"": TensorSpec.parse("bfloat16[batch, 3]")}
+        return Twofold("body", module, ports=ports, seed=4, device=torch.device("cpu"))
+
+    with pytest.raises(AssertionError, match="a reference=MODULE to compare with: in half precision"):
+        check_stage(make, ["bfloat16[batch, 5]"], "bfloat16[batch, 3]")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_wrong_gradient_in_half_precision_is_refused(dtype: str, inner: bool):
+    """Too noisy for slopes: the stage is compared with its module by autograd, and that in float64 with the slopes."""
+    specs = [f"{dtype}[batch, 5]"], f"{dtype}[batch, 3]"
+
+    def make() -> ModuleStage:
+        module = Squared(2.0 if inner else 1.0).to(getattr(torch, dtype))
+        kind, ports = ModuleStage if inner else Skewed, {"": TensorSpec.parse(specs[1])}
+        return kind("body", module, ports=ports, seed=4, device=torch.device("cpu"))
+
+    words = "the gradient of input 0 to be " + ("the slope" if inner else "that of its module by autograd")
+    with pytest.raises(AssertionError, match=words):
+        check_stage(make, *specs)
+
+
+BENDS = [nn.ReLU, nn.Tanh, nn.GELU, lambda: nn.LayerNorm(40), lambda: nn.Dropout(0.3)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "autocast", "own forwards"])
+def test_right_gradients_of_many_kinds_pass(seed: int, kind: str):
+    name = kind if kind in ("float64", "bfloat16") else "float32"
+    dtype, autocast = getattr(torch, name), "bfloat16" if kind == "autocast" else ""
+    out = "bfloat16" if autocast else name
+    chosen = Twofold if kind == "own forwards" else ModuleStage
+
+    def make() -> ModuleStage:
+        torch.manual_seed(seed)
+        norm = nn.Identity() if kind == "own forwards" else nn.BatchNorm1d(40)
+        module = nn.Sequential(nn.Linear(5, 40), BENDS[seed % 5](), norm, nn.Linear(40, 3)).to(dtype)
+        ports = {"": TensorSpec.parse(f"{out}[batch, 3]")}
+        return chosen("body", module, ports=ports, seed=4, device=torch.device("cpu"), autocast=autocast)
+
+    check_stage(make, [f"{name}[batch, 5]"], f"{out}[batch, 3]")

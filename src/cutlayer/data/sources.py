@@ -21,7 +21,7 @@ from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
 from cutlayer.errors import DataError
 
-__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "sample_count"]
+__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "collated", "sample_count"]
 
 
 @runtime_checkable
@@ -176,7 +176,7 @@ class OrderedBatches:
         rows = self._indices[place]
         if self._whole:
             return cast("Mapping[str, Tensor]", self._dataset.batch(rows))
-        return _named(_collated([self._dataset[row] for row in rows]), self.order.fields)
+        return _named(collated([self._dataset[row] for row in rows]), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
         order, training = self.order, self.order.training
@@ -257,7 +257,8 @@ class LoaderBatches:
                 next(self._iterator, None)
 
 
-def _collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set gives, as a batch
+def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set gives, as a batch
+    """Return samples as a batch. Raises `DataError` E253 if they cannot be put together."""
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:

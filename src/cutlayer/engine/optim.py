@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cutlayer.engine.stage import StageProtocol
@@ -59,11 +60,13 @@ class Bundle:
                     code="E221",
                 )
             self.optimizer = optimizer(self.parameters)
-            if isinstance(self.optimizer, LBFGS):
+            if _needs_closure(self.optimizer):
                 raise ConfigError(
-                    "LBFGS runs the whole network again within a step, which no party can do alone",
+                    f"{type(self.optimizer).__name__} runs the whole network again within a step, which no party can "
+                    "do alone",
                     where=f"stages {', '.join(stages)}",
-                    remedy="use an optimizer whose step() takes no closure, such as SGD or Adam",
+                    expected="an optimizer whose step() can be called without a closure",
+                    remedy="use one that needs gradients only, such as SGD or Adam",
                     code="E221",
                 )
             self.scheduler = scheduler(self.optimizer) if scheduler else None
@@ -88,6 +91,14 @@ class Bundle:
         """Forget gradients, for a roll-back in mid-step."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` cannot be called without its closure, as that of LBFGS, whatever that argument is called."""
+    given = list(inspect.signature(type(optimizer).step).parameters.values())[
+        1:
+    ]  # the class's: a scheduler wraps its own
+    return any(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in given)
 
 
 def stage_state(stage: StageProtocol, bundle: Bundle) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
 | E332 | PlanError | weights are tied across parties |
-| E235 | ConfigError | the labels are neither at the client nor at the server |
+| E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
 """
 
 from __future__ import annotations
@@ -80,7 +80,19 @@ class Split:
             label_spec: Its spec; with labels="server" the label is released to the server.
             training: How it is trained.
             name: The plan's name.
+
+        Raises:
+            ConfigError: E235, the label is called as an input of the model is.
         """
+        if label in self.cut.inputs:
+            raise ConfigError(
+                f"the label and an input of the model are both called {label!r}",
+                where=f"forward of {type(self.model).__name__}",
+                expected=f"another name than {', '.join(self.cut.inputs)}",
+                got=repr(label),
+                remedy="give the label a name of its own: label='target' in fit or plan",
+                code="E235",
+            )
         at = {CLIENT: clients if isinstance(clients, str) else tuple(clients), SERVER: server}
         stages: list[Stage | Loss] = [self._stage(index, at[place]) for index, place in enumerate(self.places)]
         away = self.labels == SERVER

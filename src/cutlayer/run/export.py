@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import safetensors
 import safetensors.torch
@@ -24,27 +25,47 @@ from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.config import load_contract
 from cutlayer.run.outcome import Result
 
-__all__ = ["JOINED", "assemble", "export", "write_joined"]
+__all__ = ["JOINED", "Ended", "assemble", "export", "write_joined"]
 
 JOINED = "joined.safetensors"
 
 
-def assemble(source: Result | Path) -> dict[str, Tensor]:
+@runtime_checkable
+class Ended(Protocol):
+    """What `cutlayer.fit` gives: it holds a result."""
+
+    @property
+    def result(self) -> Result:
+        """Return the result."""
+
+
+def assemble(source: Result | Ended | str | Path) -> dict[str, Tensor]:
     """Return the weights of the uncut model, for its `load_state_dict(strict=True)`.
 
     Stages made by `cutlayer.split` keep the names of the model that they were cut from. Where stages have names in
     common, as stages written by hand may, each name is "stage.name". Replicas are those of the first lane.
 
     Args:
-        source: The result of a run with all parties in this process; or the folder of a run, whose contract names in
-            `assemble_at` who may do this.
+        source: What `cutlayer.fit` or `simulate` gave, with all parties in this process; or the folder of a run, whose
+            contract names in `assemble_at` who may do this.
 
     Raises:
-        ConfigError: E229, the contract does not allow it here, or stages of other parties are missing.
+        ConfigError: E229, the contract does not allow it here, stages of other parties are missing, or the source is
+            none of these.
         CheckpointError: E806, a weights file of the folder is damaged.
     """
-    if isinstance(source, Path):
-        return _from_folder(source)
+    if isinstance(source, str | Path):
+        return _from_folder(Path(source))
+    if isinstance(source, Ended):
+        source = source.result
+    if not isinstance(source, Result):
+        raise ConfigError(
+            "the whole model cannot be put together from this",
+            expected="what fit or simulate gave, or the folder of a run",
+            got=type(source).__name__,
+            remedy="give cl.assemble(run), cl.assemble(result) or cl.assemble('FOLDER')",
+            code="E229",
+        )
     states: dict[str, dict[str, Tensor]] = {}
     for worker in source.workers.values():
         states |= _of_site(worker.site)

@@ -75,11 +75,11 @@ class Hands:
         """Wait for a field of another party's data, and keep it for this step."""
         self.worker.values.put(self.worker.graph.edges[job.edge], job.lane, job.micro, self.take(job))
 
-    def held(self, name: str, key: Key) -> Tensor | None:
-        """Return a field of a microbatch that was loaded or has come; None if it is not here."""
+    def held(self, key: Key) -> dict[str, Tensor]:
+        """Return the fields of a microbatch that were loaded or have come."""
         values = self.worker.values
-        edges = [edge for edge in self.worker.graph.edges if edge.source.field == name]
-        return next((values.get(edge, *key) for edge in edges if values.has(edge, *key)), None)
+        edges = [edge for edge in self.worker.graph.edges if edge.source.field and values.has(edge, *key)]
+        return {edge.source.field: values.get(edge, *key) for edge in reversed(edges)}
 
     def zeros(self, job: Send) -> Tensor:
         """Return a gradient of zeros, for a value that the loop did not use."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ class Hooks:
     Args:
         worker: The party's.
         called: Stages whose modules are the user's own and not functions: only these can be noticed.
+        began: Called in backward with a loss's name and the gradient that has come to it.
     """
 
-    def __init__(self, worker: Worker, called: set[str]) -> None:
+    def __init__(self, worker: Worker, called: set[str], began: Callable[[str, Tensor], None]) -> None:
         """Put a hook before and after each module."""
-        self._worker, self._called = worker, called
+        self._worker, self._called, self._began = worker, called, began
         self._ran: dict[str, int] = {}
         self._outer: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
@@ -109,6 +112,8 @@ class Hooks:
         book, stage = worker.site.books.get((name, lane)), worker.site.stages[name, lane]
         if book is not None and isinstance(part, Loss) and isinstance(output, Tensor) and isinstance(inputs, tuple):
             check_loss(worker, name, output.detach(), "")
+            if output.requires_grad:
+                output.register_hook(partial(self._began, name))  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 scale = getattr(stage, "scale", "")
                 book.update(output.detach(), list(inputs), len(inputs[0]), part.reduction, scale)

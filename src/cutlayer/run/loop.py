@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from cutlayer.core.compile import agenda
@@ -31,6 +32,7 @@ from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
+from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
 from cutlayer.run.walk import Leg, Walk
 from cutlayer.transport.session import SessionReset
 from cutlayer.transport.settings import NetworkSettings
@@ -88,9 +90,13 @@ class _Remote(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # noqa: ANN401
-        hold, scale = ctx.hold, ctx.hold.scale()
-        known = [g if g is None or scale == 1 else g / scale for g in gradients] if hold.leg.got else ()
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401
+        hold, session = ctx.hold, ctx.hold.session
+        scale = scale_of(session.scaler)
+        if not hold.leg.got and scale == 1:
+            check_scale(session.scaler, gradients[0], 1.0, session.place)
+        finite = session.worker.parts.finite
+        known = unscaled(gradients, scale, session.place, finite=finite) if hold.leg.got else ()
         sums = hold.walk.backward(hold.leg, known)
         if scale != 1:
             sums = {name: total * scale for name, total in sums.items()}
@@ -99,12 +105,12 @@ class _Remote(torch.autograd.Function):
 
 @dataclass
 class _Hold:
-    """What a call of `remote` keeps for its way back. `scale`: gives what this party's own gradients are times."""
+    """What a call of `remote` keeps for its way back."""
 
+    session: Session
     walk: Walk
     names: tuple[str, ...]
     leg: Leg
-    scale: Callable[[], float]
 
 
 class Session:
@@ -128,7 +134,7 @@ class Session:
                 code="E244",
             )
         self.plan, self.party = plan, party
-        self.scaler: torch.amp.GradScaler | None = None
+        self.scaler: GradScaler | None = None
         self._company: Company = There(plan, party, network) if network else Here(plan, party, others)
         self._walk: Walk | None = None
         self._hooks: Hooks | None = None
@@ -139,7 +145,7 @@ class Session:
         """Meet the other parties."""
         self._company.meet()
         modules = {name for name, module in self.party.modules.items() if isinstance(module, nn.Module)}
-        self._hooks = Hooks(self.worker, modules)
+        self._hooks = Hooks(self.worker, modules, self._check_loss)
         for one in self.optimizers:
             self._handles.append(one.register_step_pre_hook(self._before_step))
         self._begin = time.perf_counter()
@@ -250,7 +256,7 @@ class Session:
         if named or len(values) > len(origins):
             names = (*names, *named, *(f"value {n}" for n in range(len(origins), len(values))))
             given += list(named.values())
-        hold = _Hold(walk, names, Leg(), lambda: 1.0 if self.scaler is None else self.scaler.get_scale())
+        hold = _Hold(self, walk, names, Leg())
         handle = torch.zeros((), requires_grad=walk.training and torch.is_grad_enabled())
         found = _Remote.apply(hold, handle, *given)  # type: ignore[no-untyped-call]
         return found[0] if len(found) == 1 else found
@@ -268,7 +274,18 @@ class Session:
             samples=self._company.roster.samples,
         )
 
+    @property
+    def place(self) -> str:
+        """Return party, mode and round, for errors."""
+        return f"party {self.party.name}, {self.worker.mode} round {self.worker.round}"
+
+    def _check_loss(self, name: str, gradient: Tensor) -> None:
+        walk = self._walking()
+        scales, _ = walk.course.outlook(walk.key("backward"))
+        check_scale(self.scaler, gradient, scales.get(name, 0.0), self.place)
+
     def _before_step(self, *_: object) -> None:
+        check_stepper(self.scaler, self.place)
         self._walking().before_step()
 
     def _walking(self) -> Walk:
@@ -325,11 +342,8 @@ class Part:
         return next(iter(self.scales.values()), 1.0)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a field. Raises `KeyError` if there is none of this name here."""
-        value = self.walk.field(name)
-        if value is None:
-            raise KeyError(name)
-        return value
+        """Return a field. Raises `ProgramError` E443, which lists the names, if there is none of this name here."""
+        return self.walk.field(name)
 
 
 def _check(plan: Plan, party: str) -> None:

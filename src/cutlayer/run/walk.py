@@ -3,6 +3,7 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E440 | ProgramError | the loop does something else than the program comes to next |
+| E443 | ProgramError | the loop asks for a field that the plan gives no stage of this party |
 """
 
 from __future__ import annotations
@@ -174,17 +175,31 @@ class Walk:
         self.course.take()
         self._stepped = True
 
-    def field(self, name: str) -> Tensor | None:
-        """Return a field of this microbatch's data, also one that another party releases; None if there is none."""
+    def field(self, name: str) -> Tensor:
+        """Return a field of this microbatch's data, also one that another party releases.
+
+        Raises:
+            ProgramError: E443, there is none of this name here.
+        """
         key = self.key("a field of the batch")
-        value = self.hands.held(name, key)
-        if value is None:
-            for job in self.course.ahead(key):
-                if isinstance(job, Recv) and self.course.graph.edges[job.edge].source.field == name:
-                    self.hands.take_field(job)
-                    self._done.add((job.edge, job.lane, job.micro, "up"))
-                    return self.hands.held(name, key)
-        return value
+        graph, ahead = self.course.graph, [job for job in self.course.ahead(key) if isinstance(job, Recv)]
+        coming = {graph.edges[job.edge].source.field: job for job in reversed(ahead) if self.course.of_field(job)}
+        held = self.hands.held(key)
+        if name not in held and name in coming:
+            self.hands.take_field(coming[name])
+            self._done.add((coming[name].edge, *key, "up"))
+            held = self.hands.held(key)
+        if name in held:
+            return held[name]
+        names = sorted({*held, *coming})
+        raise ProgramError(
+            f"a microbatch has no field {name!r} here",
+            where=f"party {self.hands.worker.party}, {self.hands.worker.mode} round {self.hands.worker.round}",
+            expected=f"one of {', '.join(names)}" if names else "none: no stage of this party takes a field",
+            got=repr(name),
+            remedy="correct the name; the fields are those that this party's stages take in the plan",
+            code="E443",
+        )
 
     def _do(self, job: Item) -> None:
         self.course.take()
@@ -209,6 +224,9 @@ class Walk:
             where=f"party {worker.party}, {worker.mode} round {worker.round}, step {self.hands.step}",
             expected=self.course.comes(job),
             got=call or "no call of it",
-            remedy="call in the order of the plan; docs/how-to/own-loop.md has a loop for each kind of party",
+            remedy="step at each part.last: to accumulate gradients set training.microbatches in the plan; "
+            "where a GradScaler skipped the step, give it a lower init_scale"
+            if isinstance(job, Exchange | Step)
+            else "call in the order of the plan; docs/how-to/own-loop.md has a loop for each kind of party",
             code="E440",
         )

@@ -5,30 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.stage import Context, StageProtocol
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.testing.expect import expect, random_value
+from cutlayer.testing.gradients import check_reference, check_slopes
 
 __all__ = ["check_stage"]
 
 _BATCH = 4
 
 
-def check_stage(make: Callable[[], StageProtocol], inputs: Sequence[str], output: str) -> None:
+def check_stage(
+    make: Callable[[], StageProtocol], inputs: Sequence[str], output: str, *, reference: nn.Module | None = None
+) -> None:
     """Check a stage object: one forward and backward, several in flight, evaluation, and that it can be gone back.
 
     It has all of `StageProtocol`; gives outputs of `output` without a graph behind them; gives gradients of the shape
     and dtype of each input that wants one, and None for others; adds to the gradients of its parameters; keeps
     microbatches apart in any order; gives the same again from the same state; computes nothing for a backward in
-    evaluation mode.
+    evaluation mode. Its gradients are the slopes of its output, by differences: to 1 in 1000 where its module can be
+    computed in float64 (its own backward, or one within the module, has no say), else to 1 in 20.
 
     Args:
         make: Makes the stage anew; each one equal to the others.
         inputs: Specs of its inputs, such as ["float32[batch, 8]"].
         output: Spec of its one output.
+        reference: A module of equal weights in the same order, whose output and gradients by autograd are compared with
+            instead: for gradients that are meant to be others than the slopes (rounding with a straight-through
+            gradient), and for stages in half precision that compute otherwise than their module.
 
     Raises:
         AssertionError: it does not keep to this.
@@ -60,6 +67,11 @@ def check_stage(make: Callable[[], StageProtocol], inputs: Sequence[str], output
     (shown,) = stage.forward(values[0], context)
     (again,) = stage.forward(values[0], context)
     expect(torch.equal(shown, again), "evaluation to give the same twice")
+    if reference is None:
+        check_slopes(make, values)
+    else:
+        for each in values:
+            check_reference(make, each, reference)
 
 
 def _forwards(
