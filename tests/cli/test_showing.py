@@ -117,3 +117,44 @@ def test_check_names_every_failure_and_exits_with_the_first(call: Call, demo: Pa
     assert only.code == 3
     errors = [finding["error"] for finding in only.json()["findings"] if finding["error"]]
     assert [error["kind"] for error in errors] == ["StageError"]
+
+
+def test_check_names_every_file_that_cannot_be_read(call: Call, demo: Path):
+    """The first of three is no TOML, the second is not there, the third is well: all are told."""
+    (demo / "hospital.toml").write_text("party = ")
+    files = ("hospital.toml", "none.toml", "server.toml")
+    result = call("check", "contract.toml", *files)
+    assert result.code == 2
+    assert [line for line in result.out if line.startswith("fail")] == [
+        "fail  hospital.toml: the file is not TOML",
+        "fail  none.toml: the file none.toml cannot be read",
+    ]
+    assert any(line.startswith("ok    server: one batch through body") for line in result.out)
+    assert result.out[-1] == "2 to correct; nothing was sent"
+    assert [line.strip()[:4] for line in result.err if line.strip()[:1] == "E"] == ["E202", "E203"]
+    document = call("check", "contract.toml", *files, "--json").json()
+    told = [(row["subject"], row["error"]["code"]) for row in document["findings"] if row["error"]]
+    assert told == [("hospital.toml", "E202"), ("none.toml", "E203")]
+    assert [row["level"] for row in document["findings"] if row["subject"] == "server"] == ["warn", "ok"]
+    assert (document["ok"], document["error"]["code"]) == (False, "E202")
+
+
+def test_check_of_a_contract_that_cannot_be_read_reads_the_party_files(call: Call, demo: Path):
+    (demo / "contract.toml").write_text("[contract]\nname = 3\n")
+    (demo / "server.toml").write_text('party = "server"\n[code]\nbuild = "parties.py:server"\n')
+    for words in (("check", "contract.toml", "hospital.toml", "server.toml"), ("check",)):
+        result = call(*words)
+        assert (result.code, [line.split(":")[0] for line in result.out[:-1]]) == (
+            2,
+            ["fail  contract", "fail  server.toml", "ok    hospital"],
+        )
+        document = call(*words, "--json").json()
+        assert (document["ok"], document["digest"], len(document["findings"])) == (False, None, 3)
+
+
+def test_check_without_arguments_names_a_file_beside_the_contract_that_is_no_toml(call: Call, demo: Path):
+    (demo / "hospital.toml").write_text("party = ")
+    result = call("check")
+    assert result.code == 2
+    assert [line for line in result.out if line.startswith("fail")] == ["fail  hospital.toml: the file is not TOML"]
+    assert any(line.startswith("ok    server: one batch") for line in result.out)
