@@ -50,6 +50,13 @@ def test_a_table_with_a_row_for_each_cut(call: Call):
     assert result.out[-1] == "2 places to cut; 1 more cannot be: --refused says why"
 
 
+@pytest.mark.provokes("E101")
+def test_a_spec_that_cannot_be_read_is_named(call: Call):
+    result = call("cut", "model.py:net", "--input", "x=float32[6, batch]")
+    assert (result.code, result.err[0]) == (2, "E101 'batch' is not the first dimension of 'float32[6, batch]'")
+    assert result.err[1] == "  where: --input 'x=float32[6, batch]'"
+
+
 def test_why_not(call: Call):
     result = call("cut", "model.py:net", "--input", "float32[batch, 6]", "--refused")
     assert any(line.startswith("  not after 2: E312 nothing is computed after") for line in result.out)

@@ -46,5 +46,6 @@ def test_a_code_that_does_not_exist_names_the_nearest(call: Call, word: str, nea
     result = call("explain", word)
     assert result.code == 2
     assert result.err[0] == f"E209 there is no error code {word!r}"
+    assert result.err[1] == "  where: the code after `cutlayer explain`"
     assert near in result.err[2]
     assert "cutlayer explain" in result.err[3]

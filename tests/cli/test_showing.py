@@ -11,6 +11,8 @@ import pytest
 from cutlayer.run.config import load_contract
 
 Call = Callable[..., Any]
+CROSSING = '[[crossing]]\nof = "head"\n'
+RELEASE = '[[release]]\nfield = "y"\nat = "hospital"\nto = "server"\n'
 
 
 def test_plan_is_printed_with_the_digest_last(call: Call, demo: Path):
@@ -76,6 +78,28 @@ def test_wrong_contract_is_four_lines_and_exit_2(call: Call, demo: Path, old: st
     result = call("plan", "contract.toml")
     assert (result.code, result.out, len(result.err)) == (2, [], 4)
     assert result.err[0] == line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "where"),
+    [
+        ('"float32[batch, 8]"', '"float32[8, batch]"', "E101", "contract.toml: output of 'head'"),
+        ('"float32[batch, 8]"', '{ a = "float[batch]" }', "E101", "contract.toml: output 'a' of 'head'"),
+        ("[training]", f'{CROSSING}wire = "?"\n[training]', "E101", "contract.toml: wire of the crossing of 'head'"),
+        ("[training]", f'{RELEASE}spec = "?"\n[training]', "E101", "contract.toml: release of 'y'"),
+        ('name = "body"', 'name = "head"', "E103", "contract.toml"),
+        ('"127.0.0.1:7443"', '"7443"', "E212", "contract.toml: addresses.server"),
+        ('coordinator = "server"', 'coordinator = "office"', "E205", "contract.toml: contract.coordinator"),
+        ('coordinator = "server"', 'coordinator = "hospital"', "E205", "contract.toml: addresses"),
+    ],
+)  # fmt: skip
+def test_wrong_contract_says_where(call: Call, demo: Path, old: str, new: str, code: str, where: str):
+    path = demo / "contract.toml"
+    path.write_text(path.read_text().replace(old, new))
+    for command in ("plan", "check", "run"):
+        result = call(command, "contract.toml")
+        assert [line.strip() for line in result.err[-4:-2]][1:] == [f"where: {where}"]
+        assert result.err[-4].strip().startswith(code)
 
 
 def test_missing_contract(call: Call, demo: Path):

@@ -97,7 +97,7 @@ def _input(text: str) -> tuple[str, Tensor]:
     from cutlayer.engine.tensors import torch_dtype
 
     name, _, spec = text.rpartition("=") if "=" in text.partition("[")[0] else ("", "", text)
-    parsed = TensorSpec.parse(spec)
+    parsed = TensorSpec.parse(spec, f"--input {text!r}")
     dice, shape = torch.Generator().manual_seed(0), parsed.concrete(3)
     value = torch.randn(shape, generator=dice) if parsed.floating else torch.zeros(shape)
     return name.strip(), value.to(torch_dtype(parsed.dtype))
