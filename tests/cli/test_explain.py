@@ -32,6 +32,14 @@ def test_one_code_in_full(call: Call, word: str):
     assert result.out[-1] == f"who can do it: {', '.join(entry.who)}"
 
 
+def test_quiet_says_what_it_means_and_what_to_do(call: Call):
+    result, entry = call("explain", "351", "-q"), catalogue()["E351"]
+    shown = " ".join(" ".join(result.out).split())
+    assert shown.startswith(f"E351 {entry.title} {entry.what[:40]}")
+    assert all(" ".join(point.split()) in shown for point in (entry.what, *entry.do, *entry.who))
+    assert not [point for point in entry.causes if " ".join(point.split()) in shown]
+
+
 @pytest.mark.parametrize("code", catalogue())
 def test_every_code_can_be_explained_as_a_document(call: Call, code: str):
     document = call("explain", code, "--json").json()

@@ -199,9 +199,33 @@ def test_run_that_went_well_does_not_fail_by_its_report(call: Call, demo: Path):
 def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):
     """What a service does that starts `join --folder` again and again."""
     call("run", *ALL, "--folder", "out", "-q")
+    begun = demo / "out" / "launch.json"
+    begun.write_text(begun.read_text().replace('"simulate"', '"join"'))
     digest = load_contract(demo / "contract.toml").digest()
     result = call("join", "contract.toml", "server.toml", "--folder", "out", "--accept", digest)
     assert (result.code, result.out) == (0, ["this run is finished", "results: out/report.html"])
+
+
+@pytest.mark.provokes("E208")
+@pytest.mark.parametrize(
+    ("begun", "words", "expected", "got"),
+    [
+        ("processes", ("run", *ALL), "cutlayer run", "cutlayer run --processes"),
+        ("join", ("run", *ALL), "cutlayer run", "cutlayer join"),
+        ("simulate", ("run", *ALL, "--processes"), "cutlayer run --processes", "cutlayer run"),
+    ],
+)
+def test_run_that_was_begun_in_another_way(
+    call: Call, demo: Path, begun: str, words: tuple[str, ...], expected: str, got: str
+):
+    record = {"kind": begun, "digest": load_contract(demo / "contract.toml").digest(), "party_files": []}
+    (demo / "out").mkdir()
+    (demo / "out" / "launch.json").write_text(json.dumps(record))
+    result = call(*words, "--folder", "out")
+    assert (result.code, result.err[0]) == (2, "E208 the folder holds a run that was begun in another way")
+    assert result.err[2] == f"  why:   expected one of `{expected}`, got one of `{got}`"
+    assert ("cutlayer resume out" in result.err[3]) == (begun != "simulate")
+    assert json.loads((demo / "out" / "launch.json").read_text()) == record  # as it was
 
 
 def test_run_in_one_process_cannot_be_gone_on_with(call: Call, demo: Path):

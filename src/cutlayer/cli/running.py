@@ -16,7 +16,7 @@ from cutlayer.cli.report import loggers, shown_page, written_page
 from cutlayer.core.compile import compile_plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
-from cutlayer.run.launch import LaunchRecord, accept, begin_run, leaving, network_settings, read_run
+from cutlayer.run.launch import LaunchRecord, accept, begin_run, leaving, network_settings, no_checkpoints, read_run
 from cutlayer.run.partyfile import PartyFile, load_party_file
 from cutlayer.run.tables import read_text
 
@@ -35,8 +35,6 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
     text = dump_contract(contract)  # with all defaults in it
     files = [load_party_file(file) for file in party_files]
     check_names(contract, files)
-    if not processes and folder is not None and (folder / "launch.json").exists():
-        raise _no_checkpoints(folder)
     folder = _begin(folder, Path("runs"), contract, text, files, "processes" if processes else "simulate")
     if _finished(folder, output):
         return
@@ -67,7 +65,7 @@ def resume_run(folder: Path, output: Output) -> None:
     if _finished(folder, output):
         return
     if record.kind == "simulate":
-        raise _no_checkpoints(folder)
+        raise no_checkpoints(folder)
     files = [load_party_file(Path(file)) for file in record.party_files]
     if record.kind == "join":
         _join(contract, text, files[0], files[0].party(), folder, output)
@@ -200,12 +198,3 @@ def check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
             remedy="give one party file for each party",
             code="E225",
         )
-
-
-def _no_checkpoints(folder: Path) -> ConfigError:
-    return ConfigError(
-        "a run of all parties in one process keeps no checkpoints to go on from",
-        where=str(folder),
-        remedy="start it again in a new folder; with --processes it can be gone on with",
-        code="E208",
-    )
