@@ -28,6 +28,7 @@ from cutlayer.transport.settings import NetworkSettings, check_settings
 from cutlayer.transport.tls import load_credentials
 
 __all__ = [
+    "NOTES",
     "LaunchRecord",
     "Leaving",
     "accept",
@@ -40,7 +41,9 @@ __all__ = [
 ]
 
 Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
-_RECORD = "launch.json"
+_CONTRACT, _RECORD = "contract.toml", "launch.json"
+NOTES = (_CONTRACT, _RECORD)
+"""Files that `begin_run` writes."""
 _COMMANDS = {"join": "cutlayer join", "processes": "cutlayer run --processes", "simulate": "cutlayer run"}
 _NOMINAL = 1000  # samples for which bytes are told where the number of samples is not known
 
@@ -202,7 +205,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     path = folder / _RECORD
     if path.exists():
         _check_again(folder, _read_record(path), record)
-    (folder / "contract.toml").write_text(contract_text, encoding="utf-8")
+    (folder / _CONTRACT).write_text(contract_text, encoding="utf-8")
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 
@@ -243,8 +246,8 @@ def no_checkpoints(folder: Path) -> ConfigError:
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
     """Return a run's contract, its text and what it was started with. Raises `ConfigError` E208 if it is no run."""
     record = _read_record(folder / _RECORD)
-    text = read_text(folder / "contract.toml")
-    contract = parse_contract(text, where=str(folder / "contract.toml"))
+    text = read_text(folder / _CONTRACT)
+    contract = parse_contract(text, where=str(folder / _CONTRACT))
     if contract.digest() != record.digest:
         raise _no_run(folder, f"a contract of digest {record.digest}", contract.digest())
     return contract, text, record
