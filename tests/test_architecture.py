@@ -67,6 +67,9 @@ BANNED_METHODS = frozenset(
     read_pickle to_pickle""".split()
 )
 NEVER_LOADS_BY_NAME = ("core", "engine", "transport")
+GRPC_SILENCED = (
+    "os.environ.setdefault('GRPC_VERBOSITY', 'NONE')"  # gRPC takes it from nowhere else, and no setting of ours
+)
 ENVIRONMENT = frozenset({"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -322,7 +325,12 @@ def environment_rule(modules: dict[str, Module]) -> Iterator[str]:
     """One place for configuration: the contract and the party file, never the environment."""
     for module in modules.values():
         names = qualified_names(module)
+        grpc = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call)]
+        grpc = [node for node in grpc if module.name.endswith("transport") and ast.unparse(node) == GRPC_SILENCED]
+        silenced = {id(inner) for node in grpc for inner in ast.walk(node)}
         for node in ast.walk(module.tree):
+            if id(node) in silenced:
+                continue
             if isinstance(node, ast.Name | ast.Attribute) and dotted(node, names) in ENVIRONMENT:
                 yield f"{module.name}:{node.lineno}: reads or sets the environment; use the party file"
 
@@ -453,6 +461,8 @@ BAD: list[tuple[Rule, dict[str, str], str]] = [
     *((ban_rule, {"run.a": text}, "banned") for text in BANNED_SNIPPETS),
     (ban_rule, {"transport.a": "from importlib import import_module\nimport_module(x)"}, "loads no code by name"),
     (environment_rule, {"run.a": "import os\nif os.environ.get('X'): ..."}, "environment"),
+    (environment_rule, {"run.a": f"import os\n{GRPC_SILENCED}"}, "environment"),
+    (environment_rule, {"transport": "import os\nos.environ.setdefault('HOME', 'NONE')"}, "environment"),
     (environment_rule, {"run.a": "from os import getenv\ngetenv('X')"}, "environment"),
     (docstring_rule, {"core.a": "x = 1"}, "has no docstring"),
     (docstring_rule, {"core": ""}, "has no docstring"),
@@ -474,6 +484,7 @@ GOOD: list[tuple[Rule, dict[str, str]]] = [
     (inheritance_rule, {"a.x": "class Module: ...", "b.x": "from torch.nn import Module\nclass M(Module): ..."}),
     (ban_rule, {"engine.a": "model.eval()\nimport numpy\nnumpy.load(x, allow_pickle=False)\nconfig.load(x)"}),
     (environment_rule, {"run.a": "import os\nos.replace('a', 'b')"}),
+    (environment_rule, {"transport": f"import os\n{GRPC_SILENCED}"}),
     (docstring_rule, {"core.a": "'What it is.'", "core._private": "x = 1"}),
     (topology_rule, {"core.a": "def vanilla(): ...\nclass Plan: ..."}),
 ]

@@ -63,6 +63,11 @@ class CutlayerError(Exception):
         self.remedy, self.code = remedy, code or self.default_code
         super().__init__(self._text())
 
+    def within(self, place: str) -> None:
+        """Say that it happened in `place`, such as a file; where in it, if that was known, stays behind it."""
+        self.where = f"{place}: {self.where}" if self.where else place
+        self.args = (self._text(),)
+
     def why(self) -> str:
         """Return "expected ..., got ..." or an empty text."""
         parts = [f"expected {self.expected}" if self.expected else "", f"got {self.got}" if self.got else ""]

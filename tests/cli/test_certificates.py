@@ -66,3 +66,5 @@ def test_nothing_is_overwritten(call: Call, here: Path):
 def test_errors(call: Call, here: Path, words: tuple[str, ...], code: str):
     result = call(*words)
     assert (result.code, result.err[0][:4], len(result.err)) == (2, code, 4)
+    assert ("`cutlayer pki init FOLDER`" in result.err[3]) == (code == "E232")
+    assert "create_authority" not in "".join(result.err)

@@ -135,17 +135,24 @@ def test_plan_and_check_without_arguments(call: Call, here: Path, monkeypatch: p
 
 @pytest.mark.provokes(by="code")
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "said", "where"),
     [
-        (("My Study",), "E245", "'My Study' cannot be the name of a project"),
-        (("taken",), "E246", "'taken' is there already"),
-        (("study", "--template", "images"), "E247", "there is no template 'images'"),
+        (
+            ("My Study",),
+            "E245",
+            "'My Study' cannot be the name of a project",
+            "the folder 'My Study' after `cutlayer new`",
+        ),
+        (("taken",), "E246", "'taken' is there already", "/taken"),
+        (("study", "--template", "images"), "E247", "there is no template 'images'", "--template"),
     ],
 )
-def test_what_cannot_be_made(words: tuple[str, ...], code: str, said: str, call: Call, here: Path):
+def test_what_cannot_be_made(words: tuple[str, ...], code: str, said: str, where: str, call: Call, here: Path):
     (here / "taken").mkdir()
     result = call("new", *words)
     assert (result.code, result.err[0]) == (2, f"{code} {said}")
+    assert result.err[1].startswith("  where: ")
+    assert result.err[1].endswith(where)
     assert sorted(path.name for path in here.iterdir()) == [".data", "taken"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,30 @@ class Named(nn.Sequential):
 
 def named():
     return Named(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(3, 5)
+    def forward(self, x, z):
+        return self.one(x) + self.two(z)
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.last = Pair(), nn.Linear(5, 2)
+    def forward(self, x, z):
+        return self.last(self.pair(x, z))
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+    def forward(self, x):
+        return self.two(self.one(x)) if x.sum() > 0 else self.one(self.two(x))
+
+def layer():
+    return nn.Linear(6, 3)
 
 def nothing():
     return None
@@ -50,6 +75,13 @@ def test_a_table_with_a_row_for_each_cut(call: Call):
     assert result.out[-1] == "2 places to cut; 1 more cannot be: --refused says why"
 
 
+@pytest.mark.provokes("E101")
+def test_a_spec_that_cannot_be_read_is_named(call: Call):
+    result = call("cut", "model.py:net", "--input", "x=float32[6, batch]")
+    assert (result.code, result.err[0]) == (2, "E101 'batch' is not the first dimension of 'float32[6, batch]'")
+    assert result.err[1] == "  where: --input 'x=float32[6, batch]'"
+
+
 def test_why_not(call: Call):
     result = call("cut", "model.py:net", "--input", "float32[batch, 6]", "--refused")
     assert any(line.startswith("  not after 2: E312 nothing is computed after") for line in result.out)
@@ -60,7 +92,7 @@ def test_the_document(call: Call):
     (one,) = document["cuts"]
     assert (one["point"], one["tensors"], one["up"]) == ("0", ["float32[batch, 7, 4]"], 32 * 7 * 4 * 4)
     assert one["client"]["parameters"] == 36
-    assert document["refused"] == [{"point": "1", "code": "E312"}]
+    assert [(one["point"], one["code"]) for one in document["refused"]] == [("1", "E312")]
 
 
 def test_inputs_may_be_named(call: Call):
@@ -112,3 +144,53 @@ def test_an_input_that_does_not_fit(call: Call):
     result = call("cut", "model.py:net", "--input", "float32[batch, 5]")
     assert result.err[0] == "E325 the example does not fit the model's forward"
     assert "float32[3, 5]" in result.err[2]
+
+
+def test_each_refusal_has_its_reason_in_the_document(call: Call):
+    document = call("cut", "model.py:net", "--input", "float32[batch, 6]", "--refused", "--json").json()
+    (one,) = document["refused"]
+    assert (one["point"], one["code"], one["kind"]) == ("2", "E312", "StageError")
+    assert one["what"] == "nothing is computed after '2' before the output"
+    assert one["where"] == "at='2'"
+    assert one["remedy"].startswith("leave this cut point out")
+
+
+@pytest.mark.provokes("E328")
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [("layer", "a model without submodules"), ("Deciding", "E3\\d\\d .* \\(2 such\\)")],
+)
+def test_a_model_that_can_be_cut_nowhere_is_an_error_with_the_reasons(call: Call, function: str, why: str):
+    words = ("cut", f"model.py:{function}", "--input", "float32[batch, 6]")
+    result = call(*words)
+    assert (result.code, result.out) == (3, [])
+    assert result.err[0] == "E328 the model can be cut nowhere"
+    assert re.search(f"got {why}", result.err[2]), result.err[2]
+    told = call(*words, "--refused")
+    assert len([line for line in told.out if line.startswith("  not after")]) == (2 if function == "Deciding" else 0)
+    document = call(*words, "--json").json()
+    assert (document["cuts"], document["error"]["code"]) == ([], "E328")
+    assert len(document["refused"]) == (2 if function == "Deciding" else 0)
+
+
+@pytest.mark.parametrize(
+    "inputs", [("float32[batch, 6]", "float32[batch, 3]"), ("z=float32[batch, 3]", "x=float32[batch, 6]")]
+)
+def test_several_inputs_in_order_or_by_name(call: Call, inputs: tuple[str, str]):
+    result = call("cut", "model.py:Pairs", "--input", inputs[0], "--input", inputs[1], "--json")
+    assert result.code == 0, result.err
+    assert "pair" in [one["point"] for one in result.json()["cuts"]]
+
+
+@pytest.mark.provokes("E325")
+def test_an_input_too_many_is_not_left_out(call: Call):
+    result = call("cut", "model.py:net", "--input", "float32[batch, 9]", "--input", "float32[batch, 6]")
+    assert (result.code, result.err[0]) == (3, "E325 the example does not fit the model's forward")
+
+
+@pytest.mark.provokes("E210")
+@pytest.mark.parametrize("first", ["x=float32[batch, 6]", "float32[batch, 6]"])
+def test_inputs_that_do_not_go_together(call: Call, first: str):
+    result = call("cut", "model.py:Pairs", "--input", first, "--input", "x=float32[batch, 3]")
+    assert (result.code, result.err[0]) == (2, "E210 inputs that do not go together")
+    assert result.err[2].endswith("got x, x" if first[0] == "x" else "got no name, x")

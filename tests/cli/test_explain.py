@@ -32,6 +32,14 @@ def test_one_code_in_full(call: Call, word: str):
     assert result.out[-1] == f"who can do it: {', '.join(entry.who)}"
 
 
+def test_quiet_says_what_it_means_and_what_to_do(call: Call):
+    result, entry = call("explain", "351", "-q"), catalogue()["E351"]
+    shown = " ".join(" ".join(result.out).split())
+    assert shown.startswith(f"E351 {entry.title} {entry.what[:40]}")
+    assert all(" ".join(point.split()) in shown for point in (entry.what, *entry.do, *entry.who))
+    assert not [point for point in entry.causes if " ".join(point.split()) in shown]
+
+
 @pytest.mark.parametrize("code", catalogue())
 def test_every_code_can_be_explained_as_a_document(call: Call, code: str):
     document = call("explain", code, "--json").json()
@@ -46,5 +54,6 @@ def test_a_code_that_does_not_exist_names_the_nearest(call: Call, word: str, nea
     result = call("explain", word)
     assert result.code == 2
     assert result.err[0] == f"E209 there is no error code {word!r}"
+    assert result.err[1] == "  where: the code after `cutlayer explain`"
     assert near in result.err[2]
     assert "cutlayer explain" in result.err[3]

@@ -199,9 +199,33 @@ def test_run_that_went_well_does_not_fail_by_its_report(call: Call, demo: Path):
 def test_join_of_a_finished_run_stays_as_it_is(call: Call, demo: Path):
     """What a service does that starts `join --folder` again and again."""
     call("run", *ALL, "--folder", "out", "-q")
+    begun = demo / "out" / "launch.json"
+    begun.write_text(begun.read_text().replace('"simulate"', '"join"'))
     digest = load_contract(demo / "contract.toml").digest()
     result = call("join", "contract.toml", "server.toml", "--folder", "out", "--accept", digest)
     assert (result.code, result.out) == (0, ["this run is finished", "results: out/report.html"])
+
+
+@pytest.mark.provokes("E208")
+@pytest.mark.parametrize(
+    ("begun", "words", "expected", "got"),
+    [
+        ("processes", ("run", *ALL), "cutlayer run", "cutlayer run --processes"),
+        ("join", ("run", *ALL), "cutlayer run", "cutlayer join"),
+        ("simulate", ("run", *ALL, "--processes"), "cutlayer run --processes", "cutlayer run"),
+    ],
+)
+def test_run_that_was_begun_in_another_way(
+    call: Call, demo: Path, begun: str, words: tuple[str, ...], expected: str, got: str
+):
+    record = {"kind": begun, "digest": load_contract(demo / "contract.toml").digest(), "party_files": []}
+    (demo / "out").mkdir()
+    (demo / "out" / "launch.json").write_text(json.dumps(record))
+    result = call(*words, "--folder", "out")
+    assert (result.code, result.err[0]) == (2, "E208 the folder holds a run that was begun in another way")
+    assert result.err[2] == f"  why:   expected one of `{expected}`, got one of `{got}`"
+    assert ("cutlayer resume out" in result.err[3]) == (begun != "simulate")
+    assert json.loads((demo / "out" / "launch.json").read_text()) == record  # as it was
 
 
 def test_run_in_one_process_cannot_be_gone_on_with(call: Call, demo: Path):
@@ -221,3 +245,39 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("words", [("run",), ("predict",)])
+@pytest.mark.parametrize("given", [(), ("--folder", "here/there")])
+def test_a_command_that_fails_before_it_writes_anything_leaves_no_folder(
+    call: Call, demo: Path, words: tuple[str, ...], given: tuple[str, ...]
+):
+    (demo / "server.toml").write_text((demo / "server.toml").read_text().replace("parties.py:server", "none.py:f"))
+    before = sorted(demo.iterdir())
+    result = call(*words, *ALL, *given)
+    assert (result.code, result.err[-4][:4]) == (2, "E204")
+    assert sorted(path for path in demo.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_run_that_failed_before_its_first_step_can_be_started_again_in_its_folder(call: Call, demo: Path):
+    """A folder that was there, and what it holds, stay."""
+    code = (demo / "parties.py").read_text()
+    (demo / "out").mkdir()
+    (demo / "out" / "notes.txt").write_text("mine")
+    (demo / "parties.py").write_text(code.replace('modules={"body": linear(8, 2)}', "modules={}"))
+    assert call("run", *ALL, "--folder", "out").code == 2
+    assert [path.name for path in (demo / "out").iterdir()] == ["notes.txt"]
+    (demo / "other.py").write_text(code)
+    for name in ("hospital", "server"):
+        file = demo / f"{name}.toml"
+        file.write_text(file.read_text().replace("parties.py:", "other.py:"))
+    assert call("run", *ALL, "--folder", "out").code == 0
+
+
+def test_a_run_that_failed_later_keeps_its_folder(call: Call, demo: Path):
+    code = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(code.replace("lr=0.05", "lr=1e30"))
+    result = call("run", *ALL, "--folder", "out")
+    assert (result.code, result.err[-4][:4]) == (3, "E351")
+    assert (demo / "out" / "metrics.jsonl").stat().st_size
+    assert {"contract.toml", "launch.json"} < {path.name for path in (demo / "out").iterdir()}

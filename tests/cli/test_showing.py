@@ -11,6 +11,8 @@ import pytest
 from cutlayer.run.config import load_contract
 
 Call = Callable[..., Any]
+CROSSING = '[[crossing]]\nof = "head"\n'
+RELEASE = '[[release]]\nfield = "y"\nat = "hospital"\nto = "server"\n'
 
 
 def test_plan_is_printed_with_the_digest_last(call: Call, demo: Path):
@@ -78,6 +80,28 @@ def test_wrong_contract_is_four_lines_and_exit_2(call: Call, demo: Path, old: st
     assert result.err[0] == line
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "code", "where"),
+    [
+        ('"float32[batch, 8]"', '"float32[8, batch]"', "E101", "contract.toml: output of 'head'"),
+        ('"float32[batch, 8]"', '{ a = "float[batch]" }', "E101", "contract.toml: output 'a' of 'head'"),
+        ("[training]", f'{CROSSING}wire = "?"\n[training]', "E101", "contract.toml: wire of the crossing of 'head'"),
+        ("[training]", f'{RELEASE}spec = "?"\n[training]', "E101", "contract.toml: release of 'y'"),
+        ('name = "body"', 'name = "head"', "E103", "contract.toml"),
+        ('"127.0.0.1:7443"', '"7443"', "E212", "contract.toml: addresses.server"),
+        ('coordinator = "server"', 'coordinator = "office"', "E205", "contract.toml: contract.coordinator"),
+        ('coordinator = "server"', 'coordinator = "hospital"', "E205", "contract.toml: addresses"),
+    ],
+)  # fmt: skip
+def test_wrong_contract_says_where(call: Call, demo: Path, old: str, new: str, code: str, where: str):
+    path = demo / "contract.toml"
+    path.write_text(path.read_text().replace(old, new))
+    for command in ("plan", "check", "run"):
+        result = call(command, "contract.toml")
+        assert [line.strip() for line in result.err[-4:-2]][1:] == [f"where: {where}"]
+        assert result.err[-4].strip().startswith(code)
+
+
 def test_missing_contract(call: Call, demo: Path):
     result = call("plan", "none.toml")
     assert result.code == 2
@@ -117,3 +141,44 @@ def test_check_names_every_failure_and_exits_with_the_first(call: Call, demo: Pa
     assert only.code == 3
     errors = [finding["error"] for finding in only.json()["findings"] if finding["error"]]
     assert [error["kind"] for error in errors] == ["StageError"]
+
+
+def test_check_names_every_file_that_cannot_be_read(call: Call, demo: Path):
+    """The first of three is no TOML, the second is not there, the third is well: all are told."""
+    (demo / "hospital.toml").write_text("party = ")
+    files = ("hospital.toml", "none.toml", "server.toml")
+    result = call("check", "contract.toml", *files)
+    assert result.code == 2
+    assert [line for line in result.out if line.startswith("fail")] == [
+        "fail  hospital.toml: the file is not TOML",
+        "fail  none.toml: the file none.toml cannot be read",
+    ]
+    assert any(line.startswith("ok    server: one batch through body") for line in result.out)
+    assert result.out[-1] == "2 to correct; nothing was sent"
+    assert [line.strip()[:4] for line in result.err if line.strip()[:1] == "E"] == ["E202", "E203"]
+    document = call("check", "contract.toml", *files, "--json").json()
+    told = [(row["subject"], row["error"]["code"]) for row in document["findings"] if row["error"]]
+    assert told == [("hospital.toml", "E202"), ("none.toml", "E203")]
+    assert [row["level"] for row in document["findings"] if row["subject"] == "server"] == ["warn", "ok"]
+    assert (document["ok"], document["error"]["code"]) == (False, "E202")
+
+
+def test_check_of_a_contract_that_cannot_be_read_reads_the_party_files(call: Call, demo: Path):
+    (demo / "contract.toml").write_text("[contract]\nname = 3\n")
+    (demo / "server.toml").write_text('party = "server"\n[code]\nbuild = "parties.py:server"\n')
+    for words in (("check", "contract.toml", "hospital.toml", "server.toml"), ("check",)):
+        result = call(*words)
+        assert (result.code, [line.split(":")[0] for line in result.out[:-1]]) == (
+            2,
+            ["fail  contract", "fail  server.toml", "ok    hospital"],
+        )
+        document = call(*words, "--json").json()
+        assert (document["ok"], document["digest"], len(document["findings"])) == (False, None, 3)
+
+
+def test_check_without_arguments_names_a_file_beside_the_contract_that_is_no_toml(call: Call, demo: Path):
+    (demo / "hospital.toml").write_text("party = ")
+    result = call("check")
+    assert result.code == 2
+    assert [line for line in result.out if line.startswith("fail")] == ["fail  hospital.toml: the file is not TOML"]
+    assert any(line.startswith("ok    server: one batch") for line in result.out)

@@ -201,6 +201,7 @@ def test_training_needs_data():
     ) as caught:
         agenda(one_way(1), Roster({"evaluate": {"a": 4}, "train": {"a": 0}}))
     assert caught.value.code == "E252"
+    assert caught.value.where == "plan 'plan', data of a"
 
 
 @pytest.mark.provokes("E251")

@@ -84,7 +84,7 @@ def test_gradients_flow_through_floating_dtypes_only():
         ("float32[[batch]]", "cannot read"),
         ("Float32[batch]", "cannot read"),
         ("float32[batch] x", "cannot read"),
-        ("complex64[batch]", "unknown dtype in 'complex64[batch]': expected one of float32, float64"),
+        ("complex64[batch]", "unknown dtype in 'complex64[batch]' (a tensor spec): expected one of float32, float64"),
         ("float32[2, batch]", "'batch' is not the first dimension of 'float32[2, batch]'"),
         ("float32[batch, batch]", "'batch' is not the first dimension"),
         ("float32[batch, 0]", "bad dimension '0'"),

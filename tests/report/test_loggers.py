@@ -156,7 +156,7 @@ def store(tmp_path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-def test_mlflow_holds_what_the_run_told(real: Real, tmp_path: Path, store: str):
+def test_mlflow_holds_what_the_run_told(real: Real, tmp_path: Path, store: str, capfd: pytest.CaptureFixture[str]):
     from mlflow import MlflowClient, telemetry
 
     settings = {"folder": tmp_path, "experiment": "demo", "party": "clinic"}
@@ -184,6 +184,7 @@ def test_mlflow_holds_what_the_run_told(real: Real, tmp_path: Path, store: str):
     assert close(found, wanted)
     assert {name.rpartition("/")[2] for name in run.data.metrics} == {"clinic"}
     assert telemetry.get_telemetry_client() is None, "nothing is reported anywhere"
+    assert "INFO" not in capfd.readouterr().err
 
 
 # --- what keeps a logger's errors away from the run -------------------------------------------------------------------

@@ -138,7 +138,9 @@ def test_a_prediction_and_a_training_do_not_meet(tmp_path: Path):
 
 def test_without_data_to_predict_for(tmp_path: Path):
     case = plans.u_shaped()
-    with pytest.raises(DataError, match=r"E252.*no party has data to predict for.*prediction="):
+    with pytest.raises(
+        DataError, match=r"E252.*no party has data to predict for \(plan 'u-shaped', prediction of alpha\).*prediction="
+    ):
         cl.predict(case.plan, case.parties())
     trial = Trial(case.plan, tmp_path)
     found = trial.play(

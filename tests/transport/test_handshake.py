@@ -48,10 +48,45 @@ def test_values_stay_at_home():
     assert "secret" not in repr(abort_of(ValueError("secret"), "clinic"))
 
 
+@pytest.mark.parametrize(
+    ("expected", "got"),
+    [
+        ("at most 2 sessions", "one more"),
+        ("at most 40 samples in 60 s", ""),
+        ("", "the names clinic, got wrong"),
+        ("valid at 09:00:00 UTC", "valid until 08:00:00 UTC"),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "code"), [(LinkError, "E613"), (LinkError, "E614"), (HandshakeError, "E642"), (CertificateError, "E661")]
+)
+def test_what_was_expected_and_got_arrives(kind: type[CutlayerError], code: str, expected: str, got: str):
+    """Also through a third party, which passes the error on as it came."""
+    error = kind("'anna' asks for more: so it is", expected=expected, got=got, remedy="do", code=code)
+    for via in ("server", "office"):
+        told = control.decode(control.ABORT, control.encode(abort_of(error, "clinic")))
+        assert isinstance(told, Abort)
+        error = error_of(told, via)
+        assert (error.what, error.expected, error.got) == ("'anna' asks for more: so it is", expected, got)
+        assert error.lines()[2] == f"  why:   {error.why() or 'see above'}"
+
+
+@pytest.mark.parametrize("kind", [LinkError, HandshakeError, CertificateError, PeerError])
+def test_values_in_an_error_of_ones_own_stay_at_home(kind: type[CutlayerError]):
+    """Code outside raises the classes too; what it gives no number of ours is not known to hold no data."""
+    error = kind("the check failed", where="row 7", expected="secret 41", got="secret 42", remedy="ask")
+    told = abort_of(error, "clinic")
+    assert (told.what, told.remedy) == ("the check failed", "ask")
+
+
 def test_texts_of_others_are_fit_for_a_terminal():
     arrived = error_of(Abort("clinic", "E999", "\x1b[2Jgone\nnext", "\x07"), "server")
     assert all(sign.isprintable() for sign in str(arrived))
     assert len(tidy("x" * 10_000)) == control.TEXT_MAX
+    refused = error_of(Abort("clinic", "E614", "no: expected \x1b[2Jmore, got " + "x" * 10_000, "\x07"), "server")
+    assert all(sign.isprintable() for sign in str(refused))
+    assert len(refused.what + refused.expected + refused.got) < control.TEXT_MAX
 
 
 def test_a_long_error_still_fits_into_a_message():

@@ -268,11 +268,11 @@ def check(
     """Check contract, party files, certificates, modules and one batch of data. Sends nothing."""
     output = told.output()
     with reporting(output):
-        from cutlayer.cli.here import contract_here, party_files_here
+        from cutlayer.cli.here import contract_here, files_to_check
         from cutlayer.cli.showing import show_check
 
         path = contract_here(contract)
-        files = party_files or ([] if contract else party_files_here(None, path, all_of_them=False))
+        files = party_files or ([] if contract else files_to_check(path))
         show_check(path, files, output)
 
 

@@ -75,6 +75,7 @@ def find(text: str) -> tuple[str, Entry]:
         return code, known[code]
     raise ConfigError(
         f"there is no error code {text!r}",
+        where="the code after `cutlayer explain`",
         expected=f"a code such as {', '.join(_near(code))}",
         got=text[:80],
         remedy="correct it, or list all codes with `cutlayer explain`",

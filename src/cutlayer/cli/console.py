@@ -122,13 +122,13 @@ class Output:
         if self.json:
             _write(json.dumps(value), to=_document.get())
 
-    def fail(self, error: CutlayerError) -> None:
-        """Print an error: four lines on stderr, and the JSON document if it was asked for."""
+    def fail(self, error: CutlayerError, found: Mapping[str, Any] | None = None) -> None:
+        """Print an error: four lines on stderr, and the JSON document, with what was `found`, if it was asked for."""
         if self.verbose:
             traceback.print_exception(error, file=sys.stderr)
         for line in error.lines():
             _write(line, err=True)
-        self.document({"error": error_document(error)})
+        self.document({**(found or {}), "error": error_document(error)})
 
 
 def error_document(error: CutlayerError) -> dict[str, str]:

@@ -38,6 +38,7 @@ def new_project(name: str, template: str, output: Output, *, data: bool = True) 
     if template not in templates():
         raise ConfigError(
             f"there is no template {template!r}",
+            where="--template",
             expected=f"one of {', '.join(templates())}",
             got=template[:80],
             remedy="choose one of these with --template",
@@ -48,6 +49,7 @@ def new_project(name: str, template: str, output: Output, *, data: bool = True) 
     except PlanError as error:
         raise ConfigError(
             f"{folder.name!r} cannot be the name of a project",
+            where=f"the folder {name!r} after `cutlayer new`",
             expected=error.expected,
             got=folder.name[:80],
             remedy="choose such a name: runs and their folders bear it",

@@ -2,21 +2,26 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E210 | ConfigError | inputs that do not go together |
 | E237 | ConfigError | the function gives no model, or no example of its inputs |
 | E317 | StageError | the model gives several outputs, and none is chosen |
 | E318 | StageError | the model has no parameter to train |
 | E325 | StageError | the example does not fit the model's forward |
+| E328 | StageError | the model can be cut nowhere |
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlayer.cli.console import Output
-from cutlayer.errors import ConfigError
+import typer
+
+from cutlayer.cli.console import Output, error_document, exit_code
+from cutlayer.errors import ConfigError, CutlayerError, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +32,7 @@ __all__ = ["show_cuts"]
 
 _HEAD = ("cut after", "up", "down", "client params", "client FLOPs", "client memory", "server FLOPs", "what crosses")
 _NOWHERE = ("E317", "E318", "E325")  # what is so at every cut point
+_REASONS = 4  # of those why a model can be cut nowhere, in its error
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -42,7 +48,8 @@ def show_cuts(text: str, inputs: Sequence[str], output: Output, *, batch: int, r
         pick: Field or index of what the model returns; empty if that is one tensor.
 
     Raises:
-        CutlayerError: there is nothing to cut (E237), or the model can be cut nowhere as it is (E317, E318, E325).
+        CutlayerError: there is nothing to cut (E237), the model can be cut nowhere as it is (E317, E318, E325) or at
+            all (E328, which comes after the reasons).
     """
     from cutlayer.models.costs import costs
 
@@ -56,12 +63,18 @@ def show_cuts(text: str, inputs: Sequence[str], output: Output, *, batch: int, r
         (errors if one.error is not None else rows).append(one)
         if output.verbose:
             output.note(f"{one.point}: {'cannot be cut' if one.error else 'can be cut'}")
-    output.say(f"{type(model).__name__}: a step of {batch} samples, forwards and backwards")
-    output.say(_table([_HEAD, *(_cells(one) for one in rows)]))
+    if rows:
+        output.say(f"{type(model).__name__}: a step of {batch} samples, forwards and backwards")
+        output.say(_table([_HEAD, *(_cells(one) for one in rows)]))
     for one in errors if refused else ():
         output.say(f"  not after {one.point}: {one.error.code} {one.error.what}" if one.error else "")
-    document = {"model": type(model).__name__, "batch": batch, "cuts": [_row(one) for one in rows]}
-    output.document({**document, "refused": [{"point": e.point, "code": e.error.code} for e in errors if e.error]})
+    document: dict[str, Any] = {"model": type(model).__name__, "batch": batch, "cuts": [_row(one) for one in rows]}
+    document["refused"] = [{"point": one.point, **error_document(one.error)} for one in errors if one.error]
+    if not rows:
+        error = _nowhere(type(model).__name__, [one.error for one in errors if one.error])
+        output.fail(error, document)
+        raise typer.Exit(exit_code(error))
+    output.document(document)
     hint = "" if refused or not errors else f"; {len(errors)} more cannot be: --refused says why"
     output.last(f"{len(rows)} places to cut{hint}")
 
@@ -75,8 +88,7 @@ def _model(text: str, inputs: Sequence[str]) -> tuple[nn.Module, Any]:
     found = call_function(text, Path.cwd())
     model, example = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if inputs:
-        example = dict(_input(one) for one in inputs)
-        example = example.get("", example)
+        example = _example(inputs)
     if not isinstance(model, nn.Module) or example is None:
         raise ConfigError(
             "there is no model to cut, or no example of its inputs",
@@ -89,6 +101,37 @@ def _model(text: str, inputs: Sequence[str]) -> tuple[nn.Module, Any]:
     return model, example
 
 
+def _nowhere(model: str, errors: Sequence[CutlayerError]) -> StageError:
+    """Return the error of a model that can be cut nowhere, with each reason once."""
+    codes = Counter(error.code for error in errors)
+    first = {error.code: error.what for error in reversed(errors)}
+    reasons = [f"{code} {first[code]}{f' ({count} such)' if count > 1 else ''}" for code, count in codes.items()]
+    return StageError(
+        "the model can be cut nowhere",
+        where=model,
+        expected="a submodule after which it can be cut",
+        got="; ".join(reasons[:_REASONS]) or "a model without submodules",
+        remedy="change what the reasons name (--refused lists them all), or write the stages as modules of their own",
+        code="E328",
+    )
+
+
+def _example(inputs: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+    """Return the inputs as an example: by name, or in the order of forward's arguments if none has a name."""
+    read = [_input(one) for one in inputs]
+    names = [name for name, _ in read]
+    if any(names) and ("" in names or len(set(names)) < len(names)):
+        raise ConfigError(
+            "inputs that do not go together",
+            where="--input",
+            expected="each with another name, or all without, in the order of forward's arguments",
+            got=", ".join(name or "no name" for name in names),
+            remedy="give each argument of forward once: --input NAME=SPEC",
+            code="E210",
+        )
+    return dict(read) if any(names) else tuple(value for _, value in read)
+
+
 def _input(text: str) -> tuple[str, Tensor]:
     """Return name and example tensor of "NAME=SPEC" or "SPEC": random numbers; zeros for whole ones."""
     import torch
@@ -97,7 +140,7 @@ def _input(text: str) -> tuple[str, Tensor]:
     from cutlayer.engine.tensors import torch_dtype
 
     name, _, spec = text.rpartition("=") if "=" in text.partition("[")[0] else ("", "", text)
-    parsed = TensorSpec.parse(spec)
+    parsed = TensorSpec.parse(spec, f"--input {text!r}")
     dice, shape = torch.Generator().manual_seed(0), parsed.concrete(3)
     value = torch.randn(shape, generator=dice) if parsed.floating else torch.zeros(shape)
     return name.strip(), value.to(torch_dtype(parsed.dtype))

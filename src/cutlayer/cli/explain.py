@@ -17,7 +17,7 @@ _WIDTH = 100
 
 
 def explain_code(text: str, output: Output) -> None:
-    """Print all that there is to say about a code.
+    """Print all that there is to say about a code; with -q, what it means, what to do and who can do it.
 
     Raises:
         ConfigError: E209, there is no such code.
@@ -30,7 +30,9 @@ def explain_code(text: str, output: Output) -> None:
     output.say(_section("what to do", entry.do))
     output.say(f"for example\n{textwrap.indent(entry.example.strip(), '  ')}\n")
     output.document(_document(code, entry))
-    output.last(f"who can do it: {', '.join(entry.who)}")
+    who = f"who can do it: {', '.join(entry.who)}"
+    short = [f"{code}  {entry.title}", _wrapped(entry.what, ""), "", _section("what to do", entry.do), who]
+    output.last("\n".join(short) if output.quiet else who)
 
 
 def list_codes(output: Output) -> None:

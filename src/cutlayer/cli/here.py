@@ -13,10 +13,10 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.run.config import load_contract
 
-__all__ = ["contract_here", "party_files_here"]
+__all__ = ["contract_here", "files_to_check", "party_files_here"]
 
 CONTRACT = "contract.toml"
 
@@ -36,27 +36,18 @@ def contract_here(given: Path | None) -> Path:
     return Path(CONTRACT)
 
 
-def party_files_here(given: Sequence[Path] | None, contract: Path, *, all_of_them: bool = True) -> list[Path]:
+def party_files_here(given: Sequence[Path] | None, contract: Path) -> list[Path]:
     """Return the party files that were named, or one for each party of the plan from the contract's folder.
-
-    With `all_of_them=False`, for those parties that have one there.
 
     Raises:
         ConfigError: E241, a party has none; E242, a party has several.
     """
     if given:
         return list(given)
-    found: dict[str, list[Path]] = {}
-    for path in sorted(contract.parent.glob("*.toml")):
-        try:
-            name = tomllib.loads(path.read_text(encoding="utf-8")).get("party")
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-            continue
-        if isinstance(name, str):
-            found.setdefault(name, []).append(path)
+    found, _ = _beside(contract)
     parties = load_contract(contract).plan.parties
     missing = [party for party in parties if party not in found]
-    if missing and all_of_them:
+    if missing:
         raise ConfigError(
             f"no party files are named, and {', '.join(missing)} has none here",
             where=str(contract.parent.absolute()),
@@ -65,7 +56,7 @@ def party_files_here(given: Sequence[Path] | None, contract: Path, *, all_of_the
             remedy="name the party files: cutlayer run CONTRACT PARTYFILE...",
             code="E241",
         )
-    several = [party for party in parties if len(found.get(party, [])) > 1]
+    several = [party for party in parties if len(found[party]) > 1]
     if several:
         raise ConfigError(
             f"no party files are named, and {several[0]} has several here",
@@ -74,4 +65,32 @@ def party_files_here(given: Sequence[Path] | None, contract: Path, *, all_of_the
             remedy="name the party files that are meant",
             code="E242",
         )
-    return [found[party][0] for party in parties if party in found]
+    return [found[party][0] for party in parties]
+
+
+def files_to_check(contract: Path) -> list[Path]:
+    """Return all party files of the plan's parties that lie beside the contract, and what cannot be read as TOML there.
+
+    If the contract cannot be read, all party files.
+    """
+    found, unread = _beside(contract)
+    try:
+        parties = load_contract(contract).plan.parties
+    except CutlayerError:
+        parties = tuple(found)
+    return [*(path for party in parties for path in found.get(party, [])), *unread]
+
+
+def _beside(contract: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return the party files in the contract's folder by party, and the other .toml files that cannot be read."""
+    found: dict[str, list[Path]] = {}
+    unread = []
+    for path in sorted(contract.parent.glob("*.toml")):
+        try:
+            name = tomllib.loads(path.read_text(encoding="utf-8")).get("party")
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+            unread.append(path)
+            continue
+        if isinstance(name, str):
+            found.setdefault(name, []).append(path)
+    return found, [path for path in unread if path.name != contract.name]

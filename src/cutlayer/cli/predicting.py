@@ -75,20 +75,20 @@ def _all_here(
     *,
     processes: bool,
 ) -> None:
-    folder = new_folder(folder, Path("runs"), contract)
-    output.note(f"folder: {shown_path(folder)}")
-    if processes:
-        _, homes, seconds = in_processes(contract, files, folder, output, ["predict", "--join", *_given(weights)])
-        finish(contract, gather(contract, homes), seconds, folder, output)
-        return
     from cutlayer.run.prediction import predict_here
-    from cutlayer.run.results import EventLog
+    from cutlayer.run.results import EventLog, results_folder
 
-    parties = [file.party() for file in files]
-    progress = RunProgress(output, epochs=contract.plan.training.epochs)
-    with progress, EventLog(folder / "metrics.jsonl") as log:
-        result = predict_here(contract.plan, parties, weights=weights, notify=both(progress, log))
-    finish(contract, result.predictions, result.seconds, folder, output, moved(result))
+    with results_folder(folder, Path("runs"), f"{contract.plan.name}-prediction") as home:
+        output.note(f"folder: {shown_path(home)}")
+        if processes:
+            _, homes, seconds = in_processes(contract, files, home, output, ["predict", "--join", *_given(weights)])
+            finish(contract, gather(contract, homes), seconds, home, output)
+            return
+        parties = [file.party() for file in files]
+        progress = RunProgress(output, epochs=contract.plan.training.epochs)
+        with progress, EventLog(home / "metrics.jsonl") as log:
+            result = predict_here(contract.plan, parties, weights=weights, notify=both(progress, log))
+        finish(contract, result.predictions, result.seconds, home, output, moved(result))
 
 
 def _from_here(
@@ -96,7 +96,7 @@ def _from_here(
 ) -> None:
     from cutlayer.run.party import counts
     from cutlayer.run.prediction import ask, predict_with_others
-    from cutlayer.run.results import EventLog
+    from cutlayer.run.results import EventLog, results_folder
 
     network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
     if how.served:
@@ -108,23 +108,13 @@ def _from_here(
         most = prediction_bytes(contract.plan, file.name, samples)
         text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
     consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
-    folder = new_folder(folder, file.folder, contract)
-    output.note(f"folder: {shown_path(folder)}")
-    progress = RunProgress(output, epochs=contract.plan.training.epochs)
-    with progress, EventLog(folder / "metrics.jsonl") as log:
-        way = ask if how.served else predict_with_others
-        result = way(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
-    finish(contract, result.predictions, result.seconds, folder, output, moved(result))
-
-
-def new_folder(folder: Path | None, base: Path, contract: Contract) -> Path:
-    """Return the folder for a prediction's outputs; one that was named is made if it is missing."""
-    from cutlayer.run.results import new_run_folder
-
-    if folder is None:
-        return new_run_folder(base, f"{contract.plan.name}-prediction")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with results_folder(folder, file.folder, f"{contract.plan.name}-prediction") as home:
+        output.note(f"folder: {shown_path(home)}")
+        progress = RunProgress(output, epochs=contract.plan.training.epochs)
+        with progress, EventLog(home / "metrics.jsonl") as log:
+            way = ask if how.served else predict_with_others
+            result = way(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
+        finish(contract, result.predictions, result.seconds, home, output, moved(result))
 
 
 def moved(result: Result) -> dict[str, dict[str, int]]:

@@ -16,7 +16,16 @@ from cutlayer.cli.report import loggers, shown_page, written_page
 from cutlayer.core.compile import compile_plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
-from cutlayer.run.launch import LaunchRecord, accept, begin_run, leaving, network_settings, read_run
+from cutlayer.run.launch import (
+    NOTES,
+    LaunchRecord,
+    accept,
+    begin_run,
+    leaving,
+    network_settings,
+    no_checkpoints,
+    read_run,
+)
 from cutlayer.run.partyfile import PartyFile, load_party_file
 from cutlayer.run.tables import read_text
 
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["both", "check_names", "consent", "interactive", "join_run", "resume_run", "run_here"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
+Kind = Literal["join", "processes", "simulate"]
 
 
 def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, output: Output, *, processes: bool) -> None:
@@ -35,17 +45,19 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
     text = dump_contract(contract)  # with all defaults in it
     files = [load_party_file(file) for file in party_files]
     check_names(contract, files)
-    if not processes and folder is not None and (folder / "launch.json").exists():
-        raise _no_checkpoints(folder)
-    folder = _begin(folder, Path("runs"), contract, text, files, "processes" if processes else "simulate")
-    if _finished(folder, output):
-        return
-    output.note(f"run folder: {shown_path(folder)}")
-    if processes:
-        summary, document = run_processes(contract, files, folder, output)
-    else:
-        summary, document = _simulate(contract, text, files, folder, output)
-    _finish(summary, document, folder, output)
+    from cutlayer.run.results import results_folder
+
+    kind: Kind = "processes" if processes else "simulate"
+    with results_folder(folder, Path("runs"), contract.plan.name, notes=() if processes else NOTES) as home:
+        _begin(home, contract, text, files, kind)
+        if _finished(home, output):
+            return
+        output.note(f"run folder: {shown_path(home)}")
+        if processes:
+            summary, document = run_processes(contract, files, home, output)
+        else:
+            summary, document = _simulate(contract, text, files, home, output)
+        _finish(summary, document, home, output)
 
 
 def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, *, accepted: str) -> None:
@@ -56,9 +68,12 @@ def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, 
     network_settings(contract, file)  # what is wrong is said before anybody is asked anything
     party = file.party()
     _settle(contract, party, file, output, accepted)
-    folder = _begin(folder, file.folder, contract, text, [file], "join")
-    if not _finished(folder, output):
-        _join(contract, text, file, party, folder, output)
+    from cutlayer.run.results import results_folder
+
+    with results_folder(folder, file.folder, contract.plan.name) as home:
+        _begin(home, contract, text, [file], "join")
+        if not _finished(home, output):
+            _join(contract, text, file, party, home, output)
 
 
 def resume_run(folder: Path, output: Output) -> None:
@@ -67,7 +82,7 @@ def resume_run(folder: Path, output: Output) -> None:
     if _finished(folder, output):
         return
     if record.kind == "simulate":
-        raise _no_checkpoints(folder)
+        raise no_checkpoints(folder)
     files = [load_party_file(Path(file)) for file in record.party_files]
     if record.kind == "join":
         _join(contract, text, files[0], files[0].party(), folder, output)
@@ -138,21 +153,10 @@ def _finished(folder: Path, output: Output) -> bool:
     return done
 
 
-def _begin(
-    folder: Path | None,
-    base: Path,
-    contract: Contract,
-    text: str,
-    files: Sequence[PartyFile],
-    kind: Literal["join", "processes", "simulate"],
-) -> Path:
-    """Return the run's folder, with what it was started with in it."""
-    from cutlayer.run.results import new_run_folder
-
-    folder = folder or new_run_folder(base, contract.plan.name)
+def _begin(folder: Path, contract: Contract, text: str, files: Sequence[PartyFile], kind: Kind) -> None:
+    """Note in the run's folder what it was started with."""
     record = LaunchRecord(kind=kind, digest=contract.digest(), party_files=tuple(str(file.path) for file in files))
     begin_run(folder, text, record)
-    return folder
 
 
 def _settle(contract: Contract, party: Party, file: PartyFile, output: Output, accepted: str) -> None:
@@ -200,12 +204,3 @@ def check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
             remedy="give one party file for each party",
             code="E225",
         )
-
-
-def _no_checkpoints(folder: Path) -> ConfigError:
-    return ConfigError(
-        "a run of all parties in one process keeps no checkpoints to go on from",
-        where=str(folder),
-        remedy="start it again in a new folder; with --processes it can be gone on with",
-        code="E208",
-    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,8 +18,11 @@ from cutlayer.core.compile import Roster, agenda, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.schedules import grid as draw_grid
 from cutlayer.core.schedules import schedule
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.run.config import Contract, load_contract
+
+if TYPE_CHECKING:
+    from cutlayer.run.preflight import Finding
 
 __all__ = ["show_check", "show_plan"]
 
@@ -41,14 +45,13 @@ def show_plan(path: Path, output: Output, *, grid: bool, program: str, samples: 
 
 
 def show_check(path: Path, party_files: Sequence[Path], output: Output) -> None:
-    """Print every finding; exit with the code of the first failure. Each party's modules see one batch."""
-    contract = load_contract(path)
-    from cutlayer.run.partyfile import load_party_file
-    from cutlayer.run.preflight import preflight
+    """Print every finding; exit with the code of the first failure. Each party's modules see one batch.
 
-    files = [load_party_file(file) for file in party_files]
+    A file that cannot be read is a finding like others. Without the contract, party files are read and no more.
+    """
     rows, first = [], None
-    for finding in preflight(contract, files, now=datetime.now(UTC)):
+    contract, findings = _checked(path, party_files)
+    for finding in findings:
         output.say(f"{finding.level:<4}  {finding.subject}: {finding.text}")
         if finding.do:
             output.say(f"      do: {finding.do}")
@@ -62,10 +65,33 @@ def show_check(path: Path, party_files: Sequence[Path], output: Output) -> None:
             for line in finding.error.lines():
                 typer.echo(f"      {line}", err=True)
     failures = sum(row["level"] == "fail" for row in rows)
-    output.document({"ok": not failures, "digest": contract.digest(), "findings": rows})
+    document = {"ok": not failures, "digest": contract.digest() if contract else None, "findings": rows}
+    output.document(document if first is None else {**document, "error": error_document(first)})
     output.last("all is well; nothing was sent" if not failures else f"{failures} to correct; nothing was sent")
     if first is not None:
         raise typer.Exit(exit_code(first))
+
+
+def _checked(path: Path, party_files: Sequence[Path]) -> tuple[Contract | None, Iterator[Finding]]:
+    """Return the contract, None if it cannot be read, and what is found: first the files that cannot be read."""
+    from cutlayer.run.partyfile import load_party_file
+    from cutlayer.run.preflight import Finding, preflight
+
+    unread, files = [], []
+    contract = None
+    try:
+        contract = load_contract(path)
+    except CutlayerError as error:
+        unread.append(Finding("fail", "contract", error.what, error))
+    for file in party_files:
+        try:
+            files.append(load_party_file(file))
+        except CutlayerError as error:
+            unread.append(Finding("fail", file.name, error.what, error))
+    if contract is None:
+        text = "the party file can be read; without the contract, its modules and data are not tried"
+        return None, iter([*unread, *(Finding("ok", file.name, text) for file in files)])
+    return contract, chain(unread, preflight(contract, files, now=datetime.now(UTC)))
 
 
 def _meeting(contract: Contract) -> str:

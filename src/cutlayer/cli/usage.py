@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import typer
@@ -37,7 +38,11 @@ class Commands(TyperGroup):
         """Run a command and end the process with its exit code."""
         words = sys.argv[1:] if args is None else list(args)
         try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            code = (
+                _version()
+                if set(words) == {"--version", "--json"}
+                else super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            )
         except _Usage as error:
             code = _report(error, words)
         except typer.Abort:
@@ -46,6 +51,12 @@ class Commands(TyperGroup):
         if standalone_mode:
             sys.exit(code or 0)
         return code
+
+
+def _version() -> int:
+    """Print the version as JSON: --json is otherwise an option of the commands only."""
+    Output(json=True, quiet=False, verbose=False).document({"version": metadata.version("cutlayer")})
+    return 0
 
 
 def _report(error: Exception, words: Sequence[str]) -> int:

@@ -84,6 +84,7 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     if not any(roster.samples.get("train", {}).values()):
         raise DataError(
             "no party has data to train on",
+            where=f"plan {plan.name!r}, data of {', '.join(plan.graph.data_holders)}",
             remedy="give the parties of the plan their data: Party(data=...)",
             code="E252",
         )

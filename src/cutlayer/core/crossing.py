@@ -94,8 +94,8 @@ class Crossing:
         keep(self, "gradient_codec", Transform.of(gradient_codec) if gradient_codec else None)
         keep(self, "defences", tuple(Transform.of(one) for one in defences))
         keep(self, "gradient_defences", tuple(Transform.of(one) for one in gradient_defences))
-        keep(self, "wire", _spec(wire))
-        keep(self, "gradient_wire", _spec(gradient_wire))
+        keep(self, "wire", _spec(wire, f"wire of the crossing of {of!r}"))
+        keep(self, "gradient_wire", _spec(gradient_wire, f"gradient_wire of the crossing of {of!r}"))
 
     def coder(self, direction: str) -> Transform | None:
         """Return the codec of values ("up") or gradients ("down")."""
@@ -252,8 +252,8 @@ def _known_wire(name: str, spec: TensorSpec, of: str) -> TensorSpec:
     return found
 
 
-def _spec(text: TensorSpec | str) -> TensorSpec | None:
-    return TensorSpec.parse(text) if isinstance(text, str) and text else text or None
+def _spec(text: TensorSpec | str, where: str) -> TensorSpec | None:
+    return TensorSpec.parse(text, where) if isinstance(text, str) and text else text or None
 
 
 def _unfit(of: str, what: str, expected: str, got: str) -> PlanError:

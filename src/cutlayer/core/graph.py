@@ -117,6 +117,11 @@ class Graph:
         return {party: tuple(fields) for party, fields in found.items()}
 
     @cached_property
+    def data_holders(self) -> tuple[str, ...]:
+        """Parties that load data, in any lane."""
+        return tuple(dict.fromkeys(party for lane in range(self.lanes) for party in self.data_fields(lane)))
+
+    @cached_property
     def heights(self) -> tuple[dict[str, int], ...]:
         """Per lane: the largest number of cuts on a way from each stage to an end of the plan."""
         return tuple(_heights(self, lane) for lane in range(self.lanes))

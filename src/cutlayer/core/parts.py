@@ -90,7 +90,11 @@ class Stage:
         keep(self, "name", name)
         keep(self, "at", at if isinstance(at, str) else tuple(at))
         keep(self, "inputs", _listed(name, inputs))
-        keep(self, "output", _ports(name, output) if isinstance(output, Mapping) else _spec(output))
+        keep(
+            self,
+            "output",
+            _ports(name, output) if isinstance(output, Mapping) else _spec(output, f"output of {name!r}"),
+        )
         keep(self, "detached", _listed(name, detached, "detached ports"))
         keep(self, "frozen", frozen)
         keep(self, "state_limit", state_limit)
@@ -178,7 +182,7 @@ class Release:
         keep(self, "field", field)
         keep(self, "at", at)
         keep(self, "to", to)
-        keep(self, "spec", TensorSpec.parse(spec) if isinstance(spec, str) else spec)
+        keep(self, "spec", _spec(spec, f"release of {field!r}"))
 
 
 @dataclass(frozen=True)
@@ -257,8 +261,8 @@ def _listed(name: str, inputs: Sequence[str], what: str = "inputs") -> tuple[str
     return tuple(inputs)
 
 
-def _spec(output: TensorSpec | str) -> TensorSpec:
-    return TensorSpec.parse(output) if isinstance(output, str) else output
+def _spec(output: TensorSpec | str, where: str) -> TensorSpec:
+    return TensorSpec.parse(output, where) if isinstance(output, str) else output
 
 
 def _ports(name: str, output: Mapping[str, TensorSpec | str]) -> tuple[tuple[str, TensorSpec], ...]:
@@ -271,7 +275,7 @@ def _ports(name: str, output: Mapping[str, TensorSpec | str]) -> tuple[tuple[str
             remedy="rename the outputs",
             code="E102",
         )
-    return tuple((port, _spec(spec)) for port, spec in output.items())
+    return tuple((port, _spec(spec, f"output {port!r} of {name!r}")) for port, spec in output.items())
 
 
 def check_name(name: str, what: str) -> None:

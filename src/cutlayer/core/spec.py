@@ -43,12 +43,13 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     @classmethod
-    def parse(cls, text: str) -> TensorSpec:
-        """Read the notation `dtype[batch, d1, d2]`. Raises `PlanError` if the text is not in it."""
+    def parse(cls, text: str, where: str = "a tensor spec") -> TensorSpec:
+        """Read the notation `dtype[batch, d1, d2]`. Raises `PlanError` E101, at `where`, if the text is not in it."""
         match = _TEXT.match(text)
         if match is None:
             raise PlanError(
                 f"cannot read the tensor spec {text!r}",
+                where=where,
                 expected="a text such as 'float32[batch, 64]' or 'int64[batch, time<=512]'",
                 remedy="correct it",
                 code="E101",
@@ -57,13 +58,14 @@ class TensorSpec:
         if dtype not in DTYPES:
             raise PlanError(
                 f"unknown dtype in {text!r}",
+                where=where,
                 expected=f"one of {', '.join(DTYPES)}",
                 got=dtype,
                 remedy="choose one of these; let the stage convert its output to it",
                 code="E101",
             )
         dims = [part.strip() for part in inner.split(",")] if inner.strip() else []
-        return cls(dtype, tuple(_dim(dim, place, text) for place, dim in enumerate(dims)))
+        return cls(dtype, tuple(_dim(dim, place, text, where) for place, dim in enumerate(dims)))
 
     def __str__(self) -> str:
         """Return the notation that `parse` reads."""
@@ -115,17 +117,20 @@ def _bound(dim: int | str, batch: int) -> int:
     return batch if dim.endswith("batch") else int(dim.partition("<=")[2])
 
 
-def _dim(text: str, place: int, whole: str) -> int | str:
+def _dim(text: str, place: int, whole: str, where: str) -> int | str:
     free = _FREE.fullmatch(text)
     if text == "batch" or (free and free[2] == "batch"):
         if place:
-            raise PlanError(f"'batch' is not the first dimension of {whole!r}", remedy="move it first", code="E101")
+            raise PlanError(
+                f"'batch' is not the first dimension of {whole!r}", where=where, remedy="move it first", code="E101"
+            )
         return f"{free[1]}<=batch" if free else text
     if free and free[1] != "batch" and 0 < int(free[2]) <= _MAX_DIM:
         return f"{free[1]}<={int(free[2])}"
     if not text.isdecimal() or not 0 < int(text) <= _MAX_DIM:
         raise PlanError(
             f"bad dimension {text!r} in {whole!r}",
+            where=where,
             expected=f"'batch', an integer in 1..{_MAX_DIM}, or 'name<=integer'",
             remedy="correct the dimension",
             code="E101",

@@ -7,6 +7,7 @@ Looked for, in this order: a folder `.data` beside or above the working director
 from __future__ import annotations
 
 import importlib.util
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def missing(package: str, remedy: str) -> DataError:
     """Return the error for a data set, or a library that reads it, which is not installed."""
     return DataError(
         f"a data set cannot be read: the package {package!r} is not here",
+        where=f"{Path.cwd() / '.data'}, those above, and the packages of {sys.prefix}",
         expected="the package, or a folder .data with its files",
         remedy=remedy,
         code="E257",

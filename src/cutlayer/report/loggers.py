@@ -11,6 +11,7 @@ nothing of a run, and `guarded` keeps its errors away from it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections import Counter
@@ -243,7 +244,7 @@ def _begin_mlflow(
 
 
 def _keep_to_this_site() -> None:
-    """Switch off MLflow's reports of use, and keep a server that does not answer from holding this thread for long."""
+    """Switch off MLflow's reports and remarks, and keep a silent server from holding this thread for long."""
     from mlflow import environment_variables, telemetry
 
     settings: Any = environment_variables
@@ -254,6 +255,8 @@ def _keep_to_this_site() -> None:
         settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(2)
     if not settings.MLFLOW_HTTP_REQUEST_TIMEOUT.is_set():
         settings.MLFLOW_HTTP_REQUEST_TIMEOUT.set(10)
+    if not settings.MLFLOW_LOGGING_LEVEL.is_set():
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 def _log_mlflow(client: MlflowClient, run: str, rows: list[Scalar]) -> None:

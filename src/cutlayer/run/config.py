@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ import msgspec
 from cutlayer.core.crossing import Crossing, PlannedExchange
 from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Shared, Stage, Training, check_name
 from cutlayer.core.plan import Plan
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.run.tables import parse_table, read_text, write_table
 from cutlayer.transport.settings import Deadlines, host_port
 
@@ -173,20 +174,28 @@ class Contract:
         """Check what the tables alone cannot say."""
         check_name(self.plan.name, "contract")  # it is part of folders' names, and the contract may be somebody else's
         parties = self.plan.parties
-        for name in (self.coordinator, *self.addresses):
+        named = {"contract.coordinator": self.coordinator, **{f"addresses.{name}": name for name in self.addresses}}
+        for place, name in named.items():
             if name not in parties:
-                raise _unfit(f"{name!r} is no party of the plan", f"one of {', '.join(parties)}", name)
+                raise _unfit(f"{name!r} is no party of the plan", place, f"one of {', '.join(parties)}", name)
         if self.coordinator not in self.addresses:
             raise _unfit(
                 f"the coordinator {self.coordinator!r} has no address",
+                "addresses",
                 f'{self.coordinator} = "host:port" in [addresses]',
                 ", ".join(self.addresses) or "no addresses",
             )
-        for address in self.addresses.values():
-            host_port(address)
+        for party, address in self.addresses.items():
+            with _within(f"addresses.{party}"):
+                host_port(address)
         kinds = [isinstance(stage, Loss) for stage in self.plan.stages]
         if kinds != sorted(kinds):
-            raise _unfit("a loss stands before a stage", "all stages first, then the losses", "another order")
+            raise _unfit(
+                "a loss stands before a stage",
+                "stages of the plan",
+                "all stages first, then the losses",
+                "another order",
+            )
 
     def digest(self) -> str:
         """Return the SHA-256, in hex, over the plan's digest and the rest of the contract."""
@@ -214,6 +223,11 @@ def load_contract(path: Path) -> Contract:
 def parse_contract(text: str, *, where: str = "contract") -> Contract:
     """Return the contract that a TOML text holds; `where` names it in errors. Raises as `load_contract`."""
     file = parse_table(text, _ContractFile, where=where)
+    with _within(where):
+        return _contract(file)
+
+
+def _contract(file: _ContractFile) -> Contract:
     stages: list[Stage | Loss] = [Stage(**_fields(row)) for row in file.stage]  # type: ignore[arg-type]
     losses = [Loss(**_fields(row)) for row in file.loss]  # type: ignore[arg-type]
     plan = Plan(
@@ -268,11 +282,21 @@ def _stage_table(stage: Stage) -> _StageTable:
     )
 
 
+@contextmanager
+def _within(place: str) -> Iterator[None]:
+    """Say of an error within that it happened in this place."""
+    try:
+        yield
+    except CutlayerError as error:
+        error.within(place)
+        raise
+
+
 def _fields(row: msgspec.Struct) -> dict[str, object]:
     return msgspec.structs.asdict(row)
 
 
-def _unfit(what: str, expected: str, got: str) -> ConfigError:
+def _unfit(what: str, where: str, expected: str, got: str) -> ConfigError:
     return ConfigError(
-        what, where="contract", expected=expected, got=got, remedy="correct the contract, at all parties", code="E205"
+        what, where=where, expected=expected, got=got, remedy="correct the contract, at all parties", code="E205"
     )

@@ -28,6 +28,7 @@ from cutlayer.transport.settings import NetworkSettings, check_settings
 from cutlayer.transport.tls import load_credentials
 
 __all__ = [
+    "NOTES",
     "LaunchRecord",
     "Leaving",
     "accept",
@@ -35,11 +36,15 @@ __all__ = [
     "begin_run",
     "leaving",
     "network_settings",
+    "no_checkpoints",
     "read_run",
 ]
 
 Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
-_RECORD = "launch.json"
+_CONTRACT, _RECORD = "contract.toml", "launch.json"
+NOTES = (_CONTRACT, _RECORD)
+"""Files that `begin_run` writes."""
+_COMMANDS = {"join": "cutlayer join", "processes": "cutlayer run --processes", "simulate": "cutlayer run"}
 _NOMINAL = 1000  # samples for which bytes are told where the number of samples is not known
 
 
@@ -193,28 +198,56 @@ def _section(plan: Plan, party: str) -> str:
 def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     """Note in a run's folder, made if missing, what it was started with. A run of the same contract is gone on with.
 
-    Raises `ConfigError` E208 if the folder holds a run of another contract.
+    Raises `ConfigError` E208 if the folder holds a run of another contract, one begun in another way, or one without
+    checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RECORD
-    if path.exists() and _read_record(path).digest != record.digest:
+    if path.exists():
+        _check_again(folder, _read_record(path), record)
+    (folder / _CONTRACT).write_text(contract_text, encoding="utf-8")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+
+
+def _check_again(folder: Path, before: LaunchRecord, record: LaunchRecord) -> None:
+    if before.digest != record.digest:
         raise ConfigError(
             "the folder holds a run of another contract",
             where=str(folder),
             expected=record.digest,
-            got=_read_record(path).digest,
+            got=before.digest,
             remedy="give a new folder",
             code="E208",
         )
-    (folder / "contract.toml").write_text(contract_text, encoding="utf-8")
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+    if before.kind != record.kind:
+        kept = before.kind != "simulate"
+        raise ConfigError(
+            "the folder holds a run that was begun in another way",
+            where=str(folder),
+            expected=f"one of `{_COMMANDS[record.kind]}`",
+            got=f"one of `{_COMMANDS[before.kind]}`",
+            remedy=f"go on with it: cutlayer resume {folder}; or give a new folder" if kept else "give a new folder",
+            code="E208",
+        )
+    if record.kind == "simulate":
+        raise no_checkpoints(folder)
+
+
+def no_checkpoints(folder: Path) -> ConfigError:
+    """Return the error for a run of all parties in one process, with which nobody can go on."""
+    return ConfigError(
+        "a run of all parties in one process keeps no checkpoints to go on from",
+        where=str(folder),
+        remedy="start it again in a new folder; with --processes it can be gone on with",
+        code="E208",
+    )
 
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
     """Return a run's contract, its text and what it was started with. Raises `ConfigError` E208 if it is no run."""
     record = _read_record(folder / _RECORD)
-    text = read_text(folder / "contract.toml")
-    contract = parse_contract(text, where=str(folder / "contract.toml"))
+    text = read_text(folder / _CONTRACT)
+    contract = parse_contract(text, where=str(folder / _CONTRACT))
     if contract.digest() != record.digest:
         raise _no_run(folder, f"a contract of digest {record.digest}", contract.digest())
     return contract, text, record

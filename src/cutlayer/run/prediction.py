@@ -196,11 +196,14 @@ def _table(outputs: Mapping[str, Tensor]) -> str:
     return text.getvalue()
 
 
-def agenda(_plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
+def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     """Return what a prediction runs. Raises `DataError` E252 if nobody has data to predict for."""
     if not any(roster.samples.get("predict", {}).values()):
         raise DataError(
-            "no party has data to predict for", remedy="give the parties Party(prediction=...)", code="E252"
+            "no party has data to predict for",
+            where=f"plan {plan.name!r}, prediction of {', '.join(plan.graph.data_holders)}",
+            remedy="give the parties Party(prediction=...)",
+            code="E252",
         )
     return [("predict", 0)]
 

@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from cutlayer.run.outcome import Result
 __all__ = [
     "SUMMARY_VERSION",
     "EventLog",
-    "new_run_folder",
+    "results_folder",
     "site_modules",
     "summary_document",
     "weights",
@@ -38,7 +39,34 @@ __all__ = [
 SUMMARY_VERSION = 2
 
 
-def new_run_folder(base: Path, name: str) -> Path:
+@contextmanager
+def results_folder(folder: Path | None, base: Path, name: str, *, notes: Collection[str] = ()) -> Iterator[Path]:
+    """Give a folder for results: `folder`, made if it is missing, or a new one in `base`.
+
+    If what is within fails before it has written anything, the folders that were made here are removed again. `notes`
+    are files that do not count as written, and neither do empty ones.
+    """
+    place = (folder or base).absolute()
+    made = [one for one in (place, *place.parents) if not one.exists()]
+    home = folder or _new_folder(base, name)
+    home.mkdir(parents=True, exist_ok=True)
+    if folder is None:
+        made.insert(0, home)
+    before = set(home.iterdir())
+    try:
+        yield home
+    except BaseException:
+        new = set(home.iterdir()) - before
+        if all(one.is_file() and (one.name in notes or not one.stat().st_size) for one in new):
+            for one in new:
+                one.unlink()
+            with suppress(OSError):  # there is something else in it
+                for one in made:
+                    one.rmdir()
+        raise
+
+
+def _new_folder(base: Path, name: str) -> Path:
     """Create and return `base/<UTC time>-<name>`, with a number behind it if that is taken."""
     stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
     for place in range(1000):

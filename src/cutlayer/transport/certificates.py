@@ -64,10 +64,12 @@ def check_chain(
     """Check that `chain` (the party's certificate first) is `party`'s, in date at `now` and signed by `authority`.
 
     The only name of the certificate must be `party`: a certificate of two names could act as two parties.
-    Raises CertificateError E661, E662, E664, E665, E666 or E669; ConfigError if `now` has no time zone.
+    Raises CertificateError E661, E662, E664, E665, E666 or E669; ConfigError E233 if `now` has no time zone.
     """
     if now.tzinfo is None:
-        raise ConfigError("the time to check certificates at has no time zone", where=where, remedy="Pass UTC.")
+        raise ConfigError(
+            "the time to check certificates at has no time zone", where=where, remedy="pass UTC", code="E233"
+        )
     with readable(where):
         _check_dates(chain[0], now, where, "the certificate")
         usable = [one for one in authority if one.not_valid_before_utc <= now <= one.not_valid_after_utc]

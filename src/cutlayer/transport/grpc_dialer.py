@@ -27,8 +27,15 @@ from cutlayer.transport.settings import proxy_to
 
 __all__ = ["Dialer"]
 
-_FIRST_PAUSE: Final = 0.1  # seconds, doubled after each failure
+_AT_ONCE: Final = 0.1  # seconds: the longest pause after a stream that was up
+_FIRST_PAUSE: Final = 0.5  # seconds, doubled after each failure
+_WITHIN: Final = 6  # so many attempts, at least, before patience is over
 _PROBE: Final = 5.0  # seconds that looking into a failure may take
+
+
+def pause(failures: int, longest: float) -> float:
+    """Return the longest pause, in seconds, after so many failures in a row; half of it is the shortest."""
+    return min(longest, _FIRST_PAUSE * 2 ** min(failures - 1, 10) if failures else _AT_ONCE)
 
 
 class Dialer:
@@ -43,7 +50,8 @@ class Dialer:
         self._suspicion = ""
         host, port = host_port(desk.settings.addresses[name])
         self._target = Target(party=name, host=host, port=port, proxy=proxy_to(desk.settings, name))
-        party = desk.settings.party
+        deadlines, party = desk.settings.deadlines, desk.settings.party
+        self._longest = min(desk.settings.rhythm.retry, deadlines.join / _WITHIN, deadlines.patience / _WITHIN)
         self._thread = threading.Thread(target=self._run, name=f"cutlayer-{party}-dials-{name}", daemon=True)
 
     def start(self) -> None:
@@ -75,8 +83,7 @@ class Dialer:
                 return
             if reached and self._desk.steward.failure is not None:
                 return  # what had to be said was said, as far as that was possible
-            longest = min(self._desk.settings.rhythm.retry, _FIRST_PAUSE * 2 ** min(failures, 10))
-            self._stop.wait(longest * secrets.randbelow(1000) / 1000)
+            self._stop.wait(pause(failures, self._longest) * (1 + secrets.randbelow(1000) / 1000) / 2)
 
     def _attempt(self) -> tuple[bool, CutlayerError | None]:
         """Dial once and talk until the stream ends. Returns whether the peer was reached, and what is final."""

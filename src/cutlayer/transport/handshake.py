@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Final
@@ -50,6 +51,13 @@ _AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
     "E70": PeerError,
     **dict.fromkeys(("E612", "E613", "E614", "E615"), LinkError),  # refusals of a service
 }
+_WHY_TOO: Final = frozenset(
+    f"E{number}" for number in (*range(612, 615), *range(641, 648), *range(661, 670), *range(701, 704), 709)
+)
+"""Codes of errors made here, of numbers, names, versions, digests and dates: what was expected and got crosses too."""
+_WHY: Final = re.compile(
+    r"(?P<what>.+?): (?=expected |got )(expected (?P<expected>.+?)(, (?=got )|$))?(got (?P<got>.+))?"
+)
 _VERSION_AT: Final = 4  # the frame's version byte
 
 
@@ -155,12 +163,13 @@ def check_hello(hello: LinkHello, settings: NetworkSettings, names: tuple[str, .
 def abort_of(error: BaseException, party: str) -> Abort:
     """Return what others learn of an error at `party`: code, sentence and remedy, never values of data or paths.
 
-    Of an error of the network itself they also learn what was expected and got: versions, digests, names, dates.
+    Of an error of the network itself, and of a refusal of a service, they also learn what was expected and got:
+    versions, digests, names, dates, numbers. It ends the sentence, since an ABORT has no fields for it.
     """
     if not isinstance(error, CutlayerError):
         return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
     what = error.what
-    if _kind_of(error.code) is not None and error.why():
+    if error.code in _WHY_TOO and error.why():
         what = f"{what}: {error.why()}"
     return Abort(party, error.code, tidy(what), tidy(error.remedy))
 
@@ -169,13 +178,15 @@ def error_of(abort: Abort, via: str) -> CutlayerError:
     """Return the error to raise where an ABORT arrives; `via` is the party that it came from.
 
     Errors of the network itself (E64x, E66x, E70x) and refusals of a service (E612 to E615) keep their class and
-    code; others become `PeerError` E703.
+    code, and what was expected and got; others become `PeerError` E703.
     """
     what, remedy, party = tidy(abort.what), tidy(abort.remedy), tidy(abort.party)
     kind = _kind_of(abort.code)
     if kind is not None:
         told = "" if via == party else f", told by {tidy(via)}"
-        return kind(what, where=f"reported by {party}{told}", remedy=remedy, code=abort.code)
+        found = _WHY.fullmatch(what) if abort.code in _WHY_TOO else None
+        parts = found.groupdict("") if found else {"what": what}
+        return kind(parts.pop("what"), where=f"reported by {party}{told}", **parts, remedy=remedy, code=abort.code)
     return PeerError(
         f"{party} failed: {what}",
         where=f"told by {via}",

@@ -202,7 +202,7 @@ def _load_authority(folder: Path) -> tuple[bytes, ec.EllipticCurvePrivateKey]:
             where=where,
             expected="an elliptic-curve key",
             got=type(key).__name__,
-            remedy="Use an authority that create_authority made.",
+            remedy="use an authority that `cutlayer pki init` made",
             code="E232",
         )
     return text, key
@@ -273,7 +273,7 @@ def _read(path: Path) -> bytes:
             f"the file {path.name} of an authority or certificate cannot be read",
             where=f"folder {path.parent}",
             got=error.strerror or type(error).__name__,
-            remedy="Give the folder that create_authority wrote, or the path of a certificate.",
+            remedy="make one with `cutlayer pki init FOLDER` and give its folder, or give the path of a certificate",
             code="E232",
         ) from error
 

@@ -55,14 +55,14 @@ class Rhythm:
         heartbeat: An idle stream sends one this often.
         silence: A stream on which nothing came for so long is given up and dialled anew.
         idle_ack: What came is acknowledged after so long without anything else to send.
-        retry: The longest pause between two attempts to dial; the pause is random.
+        retry: The longest pause between two attempts to dial; the pause is random, and doubled after each failure.
     """
 
     hello: float = 10.0
     heartbeat: float = 4.0
     silence: float = 12.0
     idle_ack: float = 0.05
-    retry: float = 2.0
+    retry: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
