@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import in_processes
-from cutlayer.cli.progress import RunProgress
+from cutlayer.cli.progress import LOST_IN_PREDICTION, RunProgress
 from cutlayer.cli.running import both, check_names, consent
 from cutlayer.core.inference import describe_prediction, prediction_bytes
 from cutlayer.core.serving import server_of
@@ -35,12 +35,14 @@ class How:
         join: One here, the others predict from where they are.
         served: One here, which asks a server that runs `cutlayer serve`.
         accept: The digest of the contract that this site has accepted; for `join` and `served`.
+        wait: Seconds that a lost party has to come back, and a server to answer; for `join` and `served`.
     """
 
     processes: bool = False
     join: bool = False
     served: bool = False
     accept: str = ""
+    wait: float
 
 
 def predict_command(
@@ -110,10 +112,10 @@ def _from_here(
     consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
     folder = new_folder(folder, file.folder, contract)
     output.note(f"folder: {shown_path(folder)}")
-    progress = RunProgress(output, epochs=contract.plan.training.epochs)
+    progress = RunProgress(output, epochs=contract.plan.training.epochs, lost=LOST_IN_PREDICTION)
     with progress, EventLog(folder / "metrics.jsonl") as log:
-        way = ask if how.served else predict_with_others
-        result = way(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
+        way, notify = ask if how.served else predict_with_others, both(progress, log)
+        result = way(contract.plan, party, network=network, weights=weights, notify=notify, wait=how.wait)
     finish(contract, result.predictions, result.seconds, folder, output, moved(result))
 
 

@@ -28,6 +28,7 @@ from cutlayer.transport.settings import NetworkSettings, check_settings
 from cutlayer.transport.tls import load_credentials
 
 __all__ = [
+    "RECORD",
     "LaunchRecord",
     "Leaving",
     "accept",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
-_RECORD = "launch.json"
+RECORD = "launch.json"
 _NOMINAL = 1000  # samples for which bytes are told where the number of samples is not known
 
 
@@ -196,7 +197,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     Raises `ConfigError` E208 if the folder holds a run of another contract.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _RECORD
+    path = folder / RECORD
     if path.exists() and _read_record(path).digest != record.digest:
         raise ConfigError(
             "the folder holds a run of another contract",
@@ -212,7 +213,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
     """Return a run's contract, its text and what it was started with. Raises `ConfigError` E208 if it is no run."""
-    record = _read_record(folder / _RECORD)
+    record = _read_record(folder / RECORD)
     text = read_text(folder / "contract.toml")
     contract = parse_contract(text, where=str(folder / "contract.toml"))
     if contract.digest() != record.digest:
@@ -224,7 +225,7 @@ def _read_record(path: Path) -> LaunchRecord:
     try:
         return msgspec.json.decode(path.read_bytes(), type=LaunchRecord)
     except (OSError, msgspec.MsgspecError) as error:
-        raise _no_run(path.parent, _RECORD, str(error)[:200]) from error
+        raise _no_run(path.parent, RECORD, str(error)[:200]) from error
 
 
 def _no_run(folder: Path, expected: str, got: str) -> ConfigError:

@@ -282,6 +282,7 @@ def _hall_settings(network: NetworkSettings, parties: tuple[str, ...], serving: 
         coordinator=network.party,
         addresses={network.party: network.port},
         run=network.run + SERVED,
+        task="served",
         deadlines=deadlines,
     )
 
