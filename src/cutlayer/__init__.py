@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cutlayer.core.crossing import Crossing, PlannedExchange
-    from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
+    from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
     from cutlayer.core.quota import Quota, Serving
     from cutlayer.core.spec import TensorSpec
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Crossing",
     "CutlayerError",
     "Loss",
@@ -70,6 +71,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "core.parts",
     "Crossing": "core.crossing",
     "CutlayerError": "errors",
     "Loss": "core.parts",

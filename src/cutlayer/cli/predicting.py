@@ -12,7 +12,7 @@ from cutlayer.cli.processes import in_processes
 from cutlayer.cli.progress import LOST_IN_PREDICTION, RunProgress
 from cutlayer.cli.running import both, check_names, consent
 from cutlayer.core.inference import describe_prediction, prediction_bytes
-from cutlayer.core.serving import server_of
+from cutlayer.core.serving import served_plan, server_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, load_contract
 from cutlayer.run.launch import network_settings
@@ -101,13 +101,14 @@ def _from_here(
     from cutlayer.run.results import EventLog
 
     network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    plan = served_plan(contract.plan) if how.served else contract.plan
     if how.served:
         server_of(contract.plan, file.name)
     party = file.party()
     samples = counts(party).get("predict", 0)
-    text = describe_prediction(contract.plan, file.name)
+    text = describe_prediction(plan, file.name)
     if samples:
-        most = prediction_bytes(contract.plan, file.name, samples)
+        most = prediction_bytes(plan, file.name, samples)
         text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
     consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
     folder = new_folder(folder, file.folder, contract)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
-from cutlayer.core.serving import served_programs, server_of
+from cutlayer.core.serving import served_plan, served_programs, server_of
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
+from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, counts
@@ -155,7 +156,7 @@ def ask(
         PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
-    party, server = idle(party), server_of(plan, party.name)
+    party, server = idle(serving_party(plan, party)), server_of(plan, party.name)
     pair = (server, party.name)
     settings = replace(
         network,
@@ -169,8 +170,10 @@ def ask(
         identity=network.credentials.party if network.credentials is not None else "",
     )
     programs: Programs = partial(served_programs, pair=pair)
-    task = Task(agenda, counts(party), prepare=_prepare(weights), programs=programs, trains=False)
-    return take_part(plan, party, task, network=settings, notify=notify)
+    prepare = _prepare(weights, left_out(plan))
+    task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
+    result = take_part(served_plan(plan), party, task, network=settings, notify=notify)
+    return replace(result, predictions=named(plan, result.predictions))
 
 
 def idle(party: Party) -> Party:
@@ -227,10 +230,10 @@ def agenda(_plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     return [("predict", 0)]
 
 
-def _prepare(weights: Path | None) -> Callable[[Worker], None]:
+def _prepare(weights: Path | None, without: frozenset[str] = frozenset()) -> Callable[[Worker], None]:
     def prepare(worker: Worker) -> None:
         if weights is not None:
-            load_trained(worker.site, weights)
+            load_trained(worker.site, weights, without)
 
     return prepare
 

@@ -23,10 +23,11 @@ from cutlayer.core.gate import Gate
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.core.quota import Serving
-from cutlayer.core.serving import clients_of, requests_in, served_programs
+from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs
 from cutlayer.engine.site import Place
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CutlayerError
+from cutlayer.run.answers import left_out, serving_party
 from cutlayer.run.batcher import Batcher
 from cutlayer.run.party import Party, build
 from cutlayer.run.prediction import SERVED, agenda, idle
@@ -94,7 +95,7 @@ def serve(
 
     Args:
         plan: The plan. Each of its predictions must be between this party and one client who gives the data and gets
-            the outputs, as in a U-shape.
+            the outputs: as in a U-shape, or where the plan declares them as an `Answer`.
         party: The server, with its modules.
         network: Its address, certificate and deadlines; `run` and `digest` must be the clients' own.
         weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
@@ -136,13 +137,13 @@ class Service:
         notify: Notify | None = None,
     ) -> None:
         """Build the stages; nothing is opened before the `with`. Raises what `serve` raises."""
-        self.plan, self.party, self.serving = plan, idle(party), serving or Serving()
+        self.plan, self.party, self.serving = served_plan(plan), idle(serving_party(plan, party)), serving or Serving()
         self.roles = clients_of(plan, party.name)
-        self._worker = build(plan, self.party, Roster({}))
+        self._worker = build(self.plan, self.party, Roster({}))
         if weights is not None:
-            load_trained(self._worker.site, weights)
+            load_trained(self._worker.site, weights, left_out(plan))
         stages = self._worker.site.stages
-        self._batcher = Batcher(party.name, stages, plan.graph, self.serving, party.threads)
+        self._batcher = Batcher(party.name, stages, self.plan.graph, self.serving, party.threads)
         self._gate = Gate(self.serving, party.name)
         self._notifier = Notifier(f"cutlayer-{party.name}-serving", notify or _silent, _overlook)
         self.tell = self._notifier.post
