@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cutlayer.errors import CutlayerError
     from cutlayer.fitting import fit
     from cutlayer.models.split import split
+    from cutlayer.run.connection import Connection, connect
     from cutlayer.run.export import assemble
     from cutlayer.run.loop import session
     from cutlayer.run.outcome import Result
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Connection",
     "Crossing",
     "CutlayerError",
     "Loss",
@@ -53,6 +55,7 @@ __all__ = [
     "TensorTable",
     "Training",
     "assemble",
+    "connect",
     "extended_vanilla",
     "fit",
     "hybrid",
@@ -72,6 +75,7 @@ __all__ = [
 
 _HOMES = {
     "Answer": "core.parts",
+    "Connection": "run.connection",
     "Crossing": "core.crossing",
     "CutlayerError": "errors",
     "Loss": "core.parts",
@@ -90,6 +94,7 @@ _HOMES = {
     "TensorTable": "data.sources",
     "Training": "core.parts",
     "assemble": "run.export",
+    "connect": "run.connection",
     "extended_vanilla": "core.topologies",
     "fit": "fitting",
     "hybrid": "core.topologies",

@@ -125,7 +125,7 @@ def server_of(plan: Plan, client: str) -> str:
     )
 
 
-def served_programs(plan: Plan, roster: Roster, pair: tuple[str, str]) -> Programs:
+def served_programs(plan: Plan, roster: Roster, pair: tuple[str, ...]) -> Programs:
     """Return the programs of a served session: the served plan's prediction, for a server and one client.
 
     They are the plan's own but for the barrier before the end, at which all of the plan's parties would have to be.

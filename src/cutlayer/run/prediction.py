@@ -42,6 +42,7 @@ __all__ = [
     "WAIT",
     "agenda",
     "ask",
+    "asking",
     "idle",
     "predict",
     "predict_here",
@@ -156,11 +157,24 @@ def ask(
         PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
-    party, server = idle(serving_party(plan, party)), server_of(plan, party.name)
-    pair = (server, party.name)
-    settings = replace(
+    party, settings = idle(serving_party(plan, party)), asking(plan, party.name, network, wait)
+    programs: Programs = partial(served_programs, pair=settings.parties)
+    prepare = _prepare(weights, left_out(plan))
+    task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
+    result = take_part(served_plan(plan), party, task, network=settings, notify=notify)
+    return replace(result, predictions=named(plan, result.predictions))
+
+
+def asking(plan: Plan, party: str, network: NetworkSettings, wait: float) -> NetworkSettings:
+    """Return the settings of a client of a served stage: of the pair that it is with the server.
+
+    Raises:
+        ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
+    """
+    server = server_of(plan, party)
+    return replace(
         network,
-        parties=pair,
+        parties=(server, party),
         coordinator=server,
         addresses={name: address for name, address in network.addresses.items() if name == server},
         listen="",
@@ -169,11 +183,6 @@ def ask(
         deadlines=replace(network.deadlines, join=wait, patience=wait),
         identity=network.credentials.party if network.credentials is not None else "",
     )
-    programs: Programs = partial(served_programs, pair=pair)
-    prepare = _prepare(weights, left_out(plan))
-    task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
-    result = take_part(served_plan(plan), party, task, network=settings, notify=notify)
-    return replace(result, predictions=named(plan, result.predictions))
 
 
 def idle(party: Party) -> Party:
