@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cutlayer.core.crossing import Crossing, PlannedExchange
-    from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
+    from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
     from cutlayer.core.plan import Plan
     from cutlayer.core.quota import Quota, Serving
     from cutlayer.core.spec import TensorSpec
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cutlayer.errors import CutlayerError
     from cutlayer.fitting import fit
     from cutlayer.models.split import split
+    from cutlayer.run.connection import Connection, connect
     from cutlayer.run.export import assemble
     from cutlayer.run.loop import session
     from cutlayer.run.outcome import Result
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
+    "Connection",
     "Crossing",
     "CutlayerError",
     "Loss",
@@ -52,6 +55,7 @@ __all__ = [
     "TensorTable",
     "Training",
     "assemble",
+    "connect",
     "extended_vanilla",
     "fit",
     "hybrid",
@@ -70,6 +74,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "core.parts",
+    "Connection": "run.connection",
     "Crossing": "core.crossing",
     "CutlayerError": "errors",
     "Loss": "core.parts",
@@ -88,6 +94,7 @@ _HOMES = {
     "TensorTable": "data.sources",
     "Training": "core.parts",
     "assemble": "run.export",
+    "connect": "run.connection",
     "extended_vanilla": "core.topologies",
     "fit": "fitting",
     "hybrid": "core.topologies",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from cutlayer.cli import fetching
 from cutlayer.cli.creating import templates
+from cutlayer.core.quota import Serving
 from cutlayer.run.config import load_contract
 from cutlayer.run.partyfile import load_party_file
+from tests.run.cluster import free_ports
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -122,6 +128,54 @@ def test_new_run_and_the_report_is_there(
     given = call("predict", "--weights", str(page.parent), "--json")
     assert given.code == 0, given.err
     assert [out["shape"][0] > 100 for out in given.json()["outputs"].values()] == [True]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("template", "client"), [("images-u", "hospital-a"), ("text", "library")])
+def test_from_a_new_project_to_a_served_prediction(
+    template: str, client: str, call: Call, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The commands of the project's README, on one machine: no certificates, the bits of one process."""
+    assert call("new", "study", "--template", template).code == 0
+    monkeypatch.chdir(here / "study")
+    readme, contract = Path("README.md").read_text(), Path("contract.toml")
+    text = contract.read_text().replace("7443", str(free_ports(1)[0]))
+    contract.write_text(re.sub(r"epochs = \d+", "epochs = 1", text))
+    run = str(Path(call("run").out[-1].removeprefix("results: ")).parent)
+    serve, predict = (
+        next(line.partition("#")[0].replace("RUN", run).split()[1:] for line in readme.splitlines() if part in line)
+        for part in ("cutlayer serve contract.toml", "--served")
+    )
+    accept = ["--accept", load_contract(contract).digest()]
+    log = Path("server.log")
+    with log.open("w") as file:
+        server = subprocess.Popen([sys.executable, "-m", "cutlayer", *serve, *accept], stdout=file, stderr=file)
+    try:
+        until = time.monotonic() + 60
+        while "serving at" not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert call(*predict, *accept, "--folder", "asked").code == 0
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+    assert call("predict", "--weights", run, "--folder", "here").code == 0
+    asked, whole = (safetensors.torch.load_file(Path(name, "predictions.safetensors")) for name in ("asked", "here"))
+    assert f"  {client}: 1 sessions" in log.read_text()
+    for name, value in asked.items():
+        assert torch.equal(value, whole[name][: len(value)])  # those of the other hospital follow
+    assert asked
+
+
+@pytest.mark.parametrize("template", ["images-u", "text"])
+def test_the_serving_section_of_a_project_holds_the_defaults(template: str, call: Call, here: Path):
+    call("new", "study", "--template", template)
+    text = (here / "study" / "server.toml").read_text()
+    assert "[serving]" in text
+    assert "[serving.quota]" in text
+    assert load_party_file(here / "study" / "server.toml").serving == Serving()
 
 
 def test_plan_and_check_without_arguments(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from cutlayer.cli import app as app_module
+from cutlayer.cli import console
 from cutlayer.cli.app import app, pki
 from cutlayer.cli.console import EXIT_CODES
 from cutlayer.run import config, partyfile
@@ -95,8 +96,8 @@ def test_reference_contract_has_every_key_with_its_default(call: Call, here: Pat
             assert re.search(rf"(?m)^\| `{name}` \|", section), f"{path}.{name} is not in the reference"
             assert re.search(rf"(?m)^{name} = ", example), f"{path}.{name} is not in the example"
     assert set(tables[""]) == {
-        "contract", "stage", "loss", "release", "preprocessing", "crossing", "exchange", "training", "addresses",
-        "deadlines",
+        "contract", "stage", "loss", "release", "preprocessing", "crossing", "exchange", "answer", "training",
+        "addresses", "deadlines",
     }  # fmt: skip
 
 
@@ -115,6 +116,7 @@ TABLES = {
     "preprocessing": config._SharedTable,
     "crossing": config._CrossingTable,
     "exchange": config._ExchangeTable,
+    "answer": config._AnswerTable,
     "training": config._TrainingTable,
     "deadlines": config.DeadlineTable,
     "network": partyfile._NetworkTable,
@@ -155,8 +157,9 @@ def test_reference_has_every_command_option_and_exit_code():
         for command in group.registered_commands:
             name = command.name or command.callback.__name__  # type: ignore[union-attr]
             assert f"cutlayer {prefix}{name}" in page
-    options = set(re.findall(r'"(--[a-z]+)"', inspect.getsource(app_module)))
-    assert options >= {"--grid", "--accept", "--processes"}
+    source = inspect.getsource(app_module) + inspect.getsource(console)
+    options = set(re.findall(r'"(--[a-z]+)"', source))
+    assert options >= {"--grid", "--accept", "--processes", "--wait"}
     assert not {option for option in options if option not in page}
     for code, kinds in EXIT_CODES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| {code} |"))

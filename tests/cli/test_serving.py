@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from cutlayer.cli.app import Where
 from cutlayer.cli.console import Output
 from cutlayer.cli.serving import _telling
 from cutlayer.core.quota import Quota, Serving
 from cutlayer.run.config import load_contract
 from cutlayer.run.limits import QuotaTable, ServingTable
 from cutlayer.run.partyfile import load_party_file, write_party_file
+from cutlayer.run.prediction import WAIT
 from cutlayer.transport.pki import create_authority, issue
 from tests.cli.conftest import write_site
 from tests.run.cluster import free_ports
@@ -66,9 +69,15 @@ def trained(demo: Path, call: Call) -> Path:
 def server(trained: Path) -> Iterator[subprocess.Popen[str]]:
     digest = load_contract(trained / "contract.toml").digest()
     words = ["serve", "contract.toml", "server.toml", "--weights", "out", "--accept", digest, "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cutlayer", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    log, until = trained / "server.log", time.monotonic() + 60
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cutlayer", *words], stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    while "serving at" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.05)
     yield process
     if process.poll() is None:
         process.kill()
@@ -95,7 +104,8 @@ def test_clients_ask_a_server_in_another_process(server: Any, trained: Path, cal
     )
     assert "ask again in " in again.err[-1]
     server.send_signal(number)
-    out, err = server.communicate(timeout=30)
+    out, _ = server.communicate(timeout=30)
+    err = (trained / "server.log").read_text()
     assert server.returncode == 0, err
     told = json.loads(out)
     assert told["identities"]["clinic-1"]["sessions"] == 1
@@ -105,6 +115,67 @@ def test_clients_ask_a_server_in_another_process(server: Any, trained: Path, cal
     assert any(line.startswith("serving at 127.0.0.1:") for line in lines)
     assert any("clinic-1: session 1, 37 samples, done in" in line for line in lines)
     assert "sends   activations of body to hospital" in err
+
+
+SLOW = """
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, place):
+        if place >= 16:
+            time.sleep(0.3)
+        return {"x": torch.zeros(4)}
+"""
+
+
+def test_a_server_that_is_killed_ends_a_prediction_soon_and_says_what_to_do(server: Any, trained: Path):
+    """A prediction cannot be resumed: it must not wait as long as a training, nor say `resume`."""
+    code = (trained / "parties.py").read_text()
+    code = code.replace('prediction=TensorTable(x=table(37, 3).fields["x"])', "prediction=Slow()")
+    (trained / "parties.py").write_text(f"import time\n{code}{SLOW}")
+    digest = load_contract(trained / "contract.toml").digest()
+    words = ["predict", "contract.toml", "hospital.toml", "--served", "--weights", "out", "--accept", digest]
+    client = subprocess.Popen(
+        [sys.executable, "-m", "cutlayer", *words, "--folder", "asked", "--wait", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        events, until = trained / "asked" / "metrics.jsonl", time.monotonic() + 60
+        while not (events.exists() and '"step"' in events.read_text()):
+            assert client.poll() is None, client.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        server.kill()
+        killed = time.monotonic()
+        _, err = client.communicate(timeout=60)
+    finally:
+        client.kill()
+    assert time.monotonic() - killed < 30  # the contract says patience = 60
+    assert client.returncode == 5
+    lines = err.splitlines()
+    assert "E701 server is lost. Waiting for it; if it does not come back, run the prediction again" in lines
+    assert lines[-4] == "E701 server was lost and did not come back"
+    assert "expected its return within 2 seconds" in lines[-2]
+    assert "ask the operator of server whether it is served; then run the prediction again" in lines[-1]
+    assert "resume" not in err
+
+
+def test_a_server_that_is_not_there_is_not_waited_for_long(trained: Path, call: Call):
+    digest = load_contract(trained / "contract.toml").digest()
+    begin = time.monotonic()
+    words = ("predict", "contract.toml", "hospital.toml", "--served", "--weights", "out", "--accept", digest)
+    result = call(*words, "--wait", "1")
+    assert time.monotonic() - begin < 30  # the contract says join = 60
+    assert (result.code, result.err[-4]) == (5, "E702 server did not come")
+    assert "within 1 seconds" in result.err[-2]
+    assert "ask the operator of server whether `cutlayer serve` runs there" in result.err[-1]
+
+
+def test_the_default_of_wait_is_that_of_the_api():
+    assert Where().wait == WAIT == 15
 
 
 def test_a_plan_that_cannot_be_served(demo: Path, call: Call):

@@ -28,7 +28,7 @@ def vanilla() -> cl.Plan:
 @pytest.mark.parametrize(
     ("plan", "server", "reason"),
     [
-        (vanilla(), "server", "the output 'server' stays at server, where the loss is: the client would get nothing"),
+        (vanilla(), "server", "the output 'server' stays at server: the client would get nothing"),
         (plans.vertical().plan, "registry", "3 parties take part in each: clinic, laboratory, registry"),
         (plans.hops().plan, "two", "4 parties take part in each: four, one, three, two"),
     ],

@@ -81,14 +81,15 @@ class Place:
     def client(self, data: Any, role: str = "alpha") -> cl.Party:
         return replace(self.case.build(role), data=None, evaluation=None, prediction=data)
 
-    def asking(self, identity: str, data: Any, role: str = "alpha", **changes: Any) -> Callable[[], torch.Tensor]:
+    def asking(
+        self, identity: str, data: Any, role: str = "alpha", wait: float = 10, **changes: Any
+    ) -> Callable[[], torch.Tensor]:
         data = cl.TensorTable(x=data) if isinstance(data, torch.Tensor) else data
 
         def run() -> torch.Tensor:
             network = self.settings(identity, role, **changes)
-            return only(
-                cl.predict(self.plan, self.client(data, role), network=network, weights=self.weights, served=True)
-            )
+            party = self.client(data, role)
+            return only(cl.predict(self.plan, party, network=network, weights=self.weights, served=True, wait=wait))
 
         return run
 
@@ -291,8 +292,7 @@ def test_a_client_that_is_lost_frees_its_place(place: Place):
     data = Halting(rows(9), free=4)
     limits = replace(ALONE, places=1, patience=0.3)
     try:
-        deadlines = replace(DEADLINES, patience=1)
-        lost = place.asking("anna", data, addresses={"server": cable.address}, deadlines=deadlines)
+        lost = place.asking("anna", data, wait=1, addresses={"server": cable.address})
         with place.serving(limits) as told, ThreadOf(lost) as client:
             assert data.there.wait(10)
             cable.cut()

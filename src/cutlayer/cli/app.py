@@ -10,11 +10,13 @@ import typer
 
 from cutlayer.cli import completion
 from cutlayer.cli.console import (
+    AcceptOption,
     ContractArgument,
     ContractHere,
     FolderOption,
     PartyFileArgument,
     PartyFilesHere,
+    WaitOption,
     reporting,
 )
 from cutlayer.cli.doctor import doctor
@@ -37,11 +39,6 @@ pki = typer.Typer(
     epilog="Example: cutlayer pki init ca && cutlayer pki issue hospital server --authority ca --out credentials",
 )
 app.add_typer(pki, name="pki")
-
-
-AcceptOption = Annotated[
-    str, typer.Option("--accept", metavar="DIGEST", help="The digest of the contract that this site accepts.")
-]
 
 
 _ENDED = completion.complete_ended_run
@@ -68,6 +65,7 @@ class Where:
     join: Annotated[bool, typer.Option("--join", help="One party here; the others predict where they are.")] = False
     served: Annotated[bool, typer.Option("--served", help="One party here; ask a server that runs serve.")] = False
     accept: AcceptOption = ""
+    wait: WaitOption = 15.0
 
 
 _TOLD, _HERE = Told(), Where()
@@ -193,7 +191,7 @@ def predict(
         from cutlayer.cli.predicting import How, predict_command
 
         path = contract_here(contract)
-        how = How(processes=where.processes, join=where.join, served=where.served, accept=where.accept)
+        how = How(**vars(where))
         predict_command(path, party_files_here(party_files, path), weights, folder, output, how)
 
 

@@ -33,6 +33,7 @@ from cutlayer.errors import (
 
 __all__ = [
     "EXIT_CODES",
+    "AcceptOption",
     "ContractArgument",
     "ContractHere",
     "FolderOption",
@@ -43,6 +44,7 @@ __all__ = [
     "PartyFilesHere",
     "QuietOption",
     "VerboseOption",
+    "WaitOption",
     "error_document",
     "exit_code",
     "reporting",
@@ -83,6 +85,18 @@ PartyFilesHere = Annotated[
         help="Party files, one for each party. Default: those beside the contract.",
         show_default=False,
         autocompletion=complete_party_file,
+    ),
+]
+AcceptOption = Annotated[
+    str, typer.Option("--accept", metavar="DIGEST", help="The digest of the contract that this site accepts.")
+]
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        "--wait",
+        min=0.001,
+        max=604_800,
+        help="With --join or --served: seconds to wait for a party that is lost.",
     ),
 ]
 FolderOption = Annotated[

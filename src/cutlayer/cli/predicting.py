@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import in_processes
-from cutlayer.cli.progress import RunProgress
+from cutlayer.cli.progress import LOST_IN_PREDICTION, RunProgress
 from cutlayer.cli.running import both, check_names, consent
 from cutlayer.core.inference import describe_prediction, prediction_bytes
-from cutlayer.core.serving import server_of
+from cutlayer.core.serving import served_plan, server_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, load_contract
 from cutlayer.run.launch import network_settings
@@ -35,12 +35,14 @@ class How:
         join: One here, the others predict from where they are.
         served: One here, which asks a server that runs `cutlayer serve`.
         accept: The digest of the contract that this site has accepted; for `join` and `served`.
+        wait: Seconds that a lost party has to come back, and a server to answer; for `join` and `served`.
     """
 
     processes: bool = False
     join: bool = False
     served: bool = False
     accept: str = ""
+    wait: float
 
 
 def predict_command(
@@ -99,21 +101,22 @@ def _from_here(
     from cutlayer.run.results import EventLog, results_folder
 
     network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    plan = served_plan(contract.plan) if how.served else contract.plan
     if how.served:
         server_of(contract.plan, file.name)
     party = file.party()
     samples = counts(party).get("predict", 0)
-    text = describe_prediction(contract.plan, file.name)
+    text = describe_prediction(plan, file.name)
     if samples:
-        most = prediction_bytes(contract.plan, file.name, samples)
+        most = prediction_bytes(plan, file.name, samples)
         text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
     consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
     with results_folder(folder, file.folder, f"{contract.plan.name}-prediction") as home:
         output.note(f"folder: {shown_path(home)}")
-        progress = RunProgress(output, epochs=contract.plan.training.epochs)
+        progress = RunProgress(output, epochs=contract.plan.training.epochs, lost=LOST_IN_PREDICTION)
         with progress, EventLog(home / "metrics.jsonl") as log:
-            way = ask if how.served else predict_with_others
-            result = way(contract.plan, party, network=network, weights=weights, notify=both(progress, log))
+            way, notify = ask if how.served else predict_with_others, both(progress, log)
+            result = way(contract.plan, party, network=network, weights=weights, notify=notify, wait=how.wait)
         finish(contract, result.predictions, result.seconds, home, output, moved(result))
 
 

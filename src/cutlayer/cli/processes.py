@@ -23,9 +23,10 @@ import msgspec
 
 from cutlayer import errors
 from cutlayer.cli.console import INTERRUPTED, Output
-from cutlayer.cli.progress import RunProgress
+from cutlayer.cli.progress import LOST_IN_PREDICTION, LOST_IN_TRAINING, RunProgress
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
+from cutlayer.run.launch import RECORD
 from cutlayer.run.partyfile import PartyFile, write_party_file
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.proxy import NO_PROXY
@@ -91,7 +92,8 @@ def in_processes(
         temporary = Path(place)
         create_authority(temporary / "ca", name="one run on this machine", days=30)
         stack.enter_context(_interrupted_by_sigterm())
-        progress = stack.enter_context(RunProgress(output, epochs=contract.plan.training.epochs))
+        lost = LOST_IN_PREDICTION if command[0] == "predict" else LOST_IN_TRAINING
+        progress = stack.enter_context(RunProgress(output, epochs=contract.plan.training.epochs, lost=lost))
         children = stack.enter_context(_children(local, files, folder, temporary, command))
         _watch(children, progress, output)
     return local, {child.party: child.folder for child in children}, time.perf_counter() - begin
@@ -212,11 +214,12 @@ def _error(child: _Child) -> CutlayerError:
         found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
         error: CutlayerError = found(told.pop("what"), **told)
     except (OSError, msgspec.MsgspecError, LookupError, TypeError):
-        code = child.process.returncode
+        code, home = child.process.returncode, child.folder.parent
+        then = f"`cutlayer resume {home}`" if (home / RECORD).exists() else "run the prediction again"
         return PeerError(
             f"the process of {child.party!r} ended without a word",
             got="interrupted" if code == INTERRUPTED else f"signal {-code}" if code < 0 else f"exit code {code}",
-            remedy=f"read {child.folder / 'log.txt'}; then `cutlayer resume {child.folder.parent}`",
+            remedy=f"read {child.folder / 'log.txt'}; then {then}",
             code="E710",
         )
     return error

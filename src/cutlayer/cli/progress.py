@@ -12,12 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from cutlayer.cli.console import Output
 
-__all__ = ["RunProgress", "metrics_text"]
+__all__ = ["LOST_IN_PREDICTION", "LOST_IN_TRAINING", "RunProgress", "metrics_text"]
 
 Steps = Mapping[tuple[str, str], int]  # (party, mode) -> steps of a round
 
+LOST_IN_TRAINING = (
+    "E701 {party} is lost. Waiting for it; if its process has ended, start it again with `cutlayer resume`"
+)
+LOST_IN_PREDICTION = "E701 {party} is lost. Waiting for it; if it does not come back, run the prediction again"
 _NEWS = {
-    "lost": "E701 {party} is lost. Waiting for it; if its process has ended, start it again with `cutlayer resume`",
     "returned": "{party} is back",
     "waiting": "waiting for {parties}",
     "rollback": "{reason}: going back to the last checkpoint that all parties have",
@@ -43,11 +46,15 @@ class RunProgress:
         output: Quiet or JSON: nothing is shown.
         epochs: Rounds of training.
         steps: Steps of a round by party and mode, where events do not say.
+        lost: What is said when a party is lost; `{party}` stands for it.
     """
 
-    def __init__(self, output: Output, *, epochs: int, steps: Steps | None = None) -> None:
+    def __init__(
+        self, output: Output, *, epochs: int, steps: Steps | None = None, lost: str = LOST_IN_TRAINING
+    ) -> None:
         """Bars are drawn only where stderr is a terminal."""
         self._output, self._epochs, self._steps = output, epochs, steps or {}
+        self._told = {**_NEWS, "lost": lost}
         self._shown = not (output.quiet or output.json)
         self._console = Console(stderr=True, highlight=False)
         self._bars = self._console.is_terminal and self._shown
@@ -82,8 +89,8 @@ class RunProgress:
             self._step(details)
         elif event == "round":
             self._round(details)
-        elif event in _NEWS and not self._output.quiet:
-            self._news(_NEWS[event].format_map(_Words(details)))
+        elif event in self._told and not self._output.quiet:
+            self._news(self._told[event].format_map(_Words(details)))
         elif self._output.verbose and self._shown:
             words = " ".join(f"{key}={value}" for key, value in details.items())
             self._print(f"{event} {words}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cutlayer.cli.console import Output
 from cutlayer.cli.running import consent
 from cutlayer.core.inference import describe_prediction
-from cutlayer.core.serving import clients_of
+from cutlayer.core.serving import clients_of, served_plan
 from cutlayer.run.config import load_contract
 from cutlayer.run.launch import network_settings
 from cutlayer.run.partyfile import load_party_file
@@ -29,7 +29,7 @@ def serve_party(path: Path, party_file: Path, weights: Path | None, output: Outp
     contract, file = load_contract(path), load_party_file(party_file)
     network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
     clients = clients_of(contract.plan, file.name)
-    text = describe_prediction(contract.plan, file.name)
+    text = describe_prediction(served_plan(contract.plan), file.name)
     consent(contract, file, output, accepted, f"{text}\nserved to clients in the role of {' or '.join(clients)}")
     from cutlayer.run.serving import serve
 

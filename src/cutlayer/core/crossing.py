@@ -1,6 +1,6 @@
-"""What is done to a value on its way over a cut, and exchanges of one's own: the plan's extras.
+"""What is done to a value on its way over a cut, exchanges of one's own, and answers to clients: the plan's extras.
 
-Both are declared in the plan, so that all parties know the form of every frame beforehand, and the printed plan names
+All are declared in the plan, so that all parties know the form of every frame beforehand, and the printed plan names
 what a receiver sees.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from math import prod
 
-from cutlayer.core.parts import check_name
+from cutlayer.core.parts import Answer, check_name
 from cutlayer.core.spec import TensorSpec
 from cutlayer.errors import PlanError
 
-__all__ = ["Crossing", "Extra", "PlannedExchange", "Setting", "Transform", "check_extras"]
+__all__ = ["Crossing", "Extra", "PlannedExchange", "Setting", "Transform", "answers_in", "check_extras"]
 
 Setting = str | int | float | bool
 WHENS = ("start", "step", "round", "finish")
@@ -176,7 +176,12 @@ class PlannedExchange:
         return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(self).items()}
 
 
-Extra = Crossing | PlannedExchange
+Extra = Crossing | PlannedExchange | Answer
+
+
+def answers_in(extras: Iterable[Extra]) -> tuple[Answer, ...]:
+    """Return which outputs clients get, where their stage is served."""
+    return tuple(extra for extra in extras if isinstance(extra, Answer))
 
 
 def check_extras(extras: Iterable[Extra], outputs: Mapping[str, bool], names: tuple[set[str], set[str]]) -> None:
@@ -191,6 +196,7 @@ def check_extras(extras: Iterable[Extra], outputs: Mapping[str, bool], names: tu
     for extra in extras:
         if isinstance(extra, PlannedExchange):
             _check_exchange(extra, *names)
+        if not isinstance(extra, Crossing):
             continue
         if extra.of not in outputs or extra.of in seen:
             twice = "twice" if extra.of in seen else extra.of

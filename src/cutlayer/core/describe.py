@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cutlayer.core.crossing import answers_in
 from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.parts import Loss, Shared, Stage
 
@@ -74,7 +75,7 @@ def _values(graph: Graph, party: str, lane: int) -> list[Edge]:
 
 def _sends(plan: Plan, graph: Graph, party: str) -> list[str]:
     cuts = _flows(plan, graph, lambda sender, _receiver: sender == party)
-    return [_line(what, "to", peers) for what, peers in cuts.items()] + _exchanges(plan, party)
+    return [_line(what, "to", peers) for what, peers in cuts.items()] + _exchanges(plan, party) + _answers(plan, party)
 
 
 def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
@@ -92,7 +93,7 @@ def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
         for shared in plan.preprocessing
         if plan.hub == party and plan.graph.holders(shared.at) != (party,)
     ]
-    return [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed
+    return [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed + _answered(plan, party)
 
 
 def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
@@ -181,6 +182,39 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
     if len(plan.parties) > 1 and any(party in plan.graph.data_fields(lane) for lane in range(plan.lanes)):
         texts.append("its number of samples, once, to all parties")
     return texts
+
+
+def _answers(plan: Plan, party: str) -> list[str]:
+    """Return what a party's clients get, where it serves: a line for each declared answer."""
+    found = []
+    for of, pairs in _answering(plan).items():
+        clients = [client for server, client in pairs if server == party]
+        if clients:
+            found.append(f"outputs of {of} to {_joined(clients, 'or')}, only where {of} is served (declared answer)")
+    return found
+
+
+def _answered(plan: Plan, party: str) -> list[str]:
+    return [
+        f"outputs of {of} from {server}, only where {of} is served (declared answer)"
+        for of, pairs in _answering(plan).items()
+        for server, client in pairs
+        if client == party
+    ]
+
+
+def _answering(plan: Plan) -> dict[str, list[tuple[str, str]]]:
+    """Return the stage of each answer -> the pairs of who sends and who gets it."""
+    graph = plan.graph
+    return {
+        one.of: list(
+            dict.fromkeys(
+                (graph.place(one.of, lane), graph.place(one.to, lane) if one.to in graph.by_name else one.to)
+                for lane in range(graph.lanes)
+            )
+        )
+        for one in answers_in(plan.extras)
+    }
 
 
 def _gives_weights(plan: Plan, party: str) -> bool:

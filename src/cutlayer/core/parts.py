@@ -1,4 +1,4 @@
-"""The parts of a plan: stages, losses, releases of raw data, and how it is trained."""
+"""The parts of a plan: stages, losses, releases of raw data, answers to clients, and how it is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 from cutlayer.core.spec import TensorSpec
 from cutlayer.errors import PlanError
 
-__all__ = ["Loss", "Release", "Shared", "Source", "Stage", "Training", "check_name"]
+__all__ = ["Answer", "Loss", "Release", "Shared", "Source", "Stage", "Training", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -183,6 +183,21 @@ class Release:
         keep(self, "at", at)
         keep(self, "to", to)
         keep(self, "spec", _spec(spec, f"release of {field!r}"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Permission for a stage's outputs to go to a client, where the stage is served; nobody gets them otherwise.
+
+    Only `cutlayer serve` uses it: a training, and a prediction of all parties, send nothing of this.
+
+    Args:
+        of: The stage that feeds a loss, such as the last one of a vanilla plan.
+        to: The party that gets the outputs, or the stage at whose party (in the same replica).
+    """
+
+    of: str
+    to: str
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from cutlayer.core.crossing import Crossing, Extra, PlannedExchange, check_extras
+from cutlayer.core.crossing import Crossing, Extra, PlannedExchange, answers_in, check_extras
 from cutlayer.core.describe import describe
 from cutlayer.core.graph import Graph
-from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
-from cutlayer.core.validate import check, check_assembly, check_shared
+from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
+from cutlayer.core.validate import check, check_answers, check_assembly, check_shared
 from cutlayer.errors import PlanError
 
 __all__ = ["Plan"]
@@ -23,8 +23,8 @@ PLAN_VERSION = 1
 class Plan:
     """Stages and losses at parties, releases of raw data, shared preprocessing, and the training. Checked when made.
 
-    `extras` are what is done to values on their way over cuts (`Crossing`) and exchanges of one's own
-    (`PlannedExchange`).
+    `extras` are what is done to values on their way over cuts (`Crossing`), exchanges of one's own
+    (`PlannedExchange`), and outputs that clients of a served stage get (`Answer`).
 
     `assemble_at` names the parties that get all weights at the end, to put the whole model together; nobody unless
     said. `print(plan)` is the privacy review: who holds what, who sees what, and how many bytes.
@@ -65,6 +65,7 @@ class Plan:
         check_shared(self.graph, self.preprocessing)
         check_assembly(self.graph, assemble_at)
         check_extras(self.extras, _outputs(self.graph), (set(self.parties), set(self.graph.by_name)))
+        check_answers(self.graph, answers_in(self.extras))
         for edge in self.graph.edges if self.crossings else ():
             edge.wire("up")
             edge.wire("down")
@@ -127,8 +128,21 @@ class Plan:
             extras=self.extras,
         )
 
+    def with_extras(self, *extras: Extra) -> Plan:
+        """Return the same plan with more extras. Raises `PlanError` for one that cannot be."""
+        return Plan(
+            self.stages,
+            training=self.training,
+            releases=self.releases,
+            preprocessing=self.preprocessing,
+            assemble_at=self.assemble_at,
+            name=self.name,
+            extras=(*self.extras, *extras),
+        )
+
     def document(self) -> dict[str, object]:
         """Return the plan as plain values (dicts, lists, texts, numbers): what the contract file holds."""
+        answers = answers_in(self.extras)
         return {
             "version": PLAN_VERSION,
             "name": self.name,
@@ -139,6 +153,7 @@ class Plan:
             "preprocessing": [_plain(shared) for shared in self.preprocessing],
             **({"crossings": [one.row() for one in self.crossings]} if self.crossings else {}),
             **({"exchanges": [one.row() for one in self.exchanges]} if self.exchanges else {}),
+            **({"answers": [_plain(one) for one in answers]} if answers else {}),
         }
 
     def digest(self) -> str:
@@ -161,7 +176,7 @@ def _outputs(graph: Graph) -> dict[str, bool]:
     return found
 
 
-def _plain(value: Stage | Loss | Release | Shared) -> dict[str, object]:
+def _plain(value: Stage | Loss | Release | Shared | Answer) -> dict[str, object]:
     return {key: list(item) if isinstance(item, tuple) else item for key, item in vars(value).items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from cutlayer.core.crossing import Crossing, PlannedExchange
-from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
+from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError, PlanError
 
@@ -195,6 +195,7 @@ def restored_plan(document: Mapping[str, Any]) -> Plan:
         extras=[
             *(Crossing(**row) for row in document.get("crossings", ())),
             *(PlannedExchange(**row) for row in document.get("exchanges", ())),
+            *(Answer(**row) for row in document.get("answers", ())),
         ],
     )
 

@@ -20,8 +20,8 @@ from typing import Annotated
 
 import msgspec
 
-from cutlayer.core.crossing import Crossing, PlannedExchange
-from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Shared, Stage, Training, check_name
+from cutlayer.core.crossing import Crossing, PlannedExchange, answers_in
+from cutlayer.core.parts import STATE_LIMIT, Answer, Loss, Release, Shared, Stage, Training, check_name
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.run.tables import parse_table, read_text, write_table
@@ -118,6 +118,11 @@ class _ExchangeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     hub: str = ""
 
 
+class _AnswerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    of: str
+    to: str
+
+
 class _TrainingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The fields of `cutlayer.Training`; a test holds both side by side."""
 
@@ -145,6 +150,7 @@ class _ContractFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     preprocessing: tuple[_SharedTable, ...] = ()
     crossing: tuple[_CrossingTable, ...] = ()
     exchange: tuple[_ExchangeTable, ...] = ()
+    answer: tuple[_AnswerTable, ...] = ()
     training: _TrainingTable = _TrainingTable()
     addresses: dict[str, str] = {}
     deadlines: DeadlineTable = DeadlineTable()
@@ -240,6 +246,7 @@ def _contract(file: _ContractFile) -> Contract:
         extras=[
             *(Crossing(**_fields(row)) for row in file.crossing),  # type: ignore[arg-type]
             *(PlannedExchange(**_fields(row)) for row in file.exchange),  # type: ignore[arg-type]
+            *(Answer(of=row.of, to=row.to) for row in file.answer),
         ],
     )
     return Contract(
@@ -262,6 +269,7 @@ def dump_contract(contract: Contract) -> str:
         preprocessing=tuple(_SharedTable(**asdict(shared)) for shared in plan.preprocessing),
         crossing=tuple(msgspec.convert(crossing.row(), _CrossingTable) for crossing in plan.crossings),
         exchange=tuple(msgspec.convert(exchange.row(), _ExchangeTable) for exchange in plan.exchanges),
+        answer=tuple(_AnswerTable(of=one.of, to=one.to) for one in answers_in(plan.extras)),
         training=_TrainingTable(**asdict(plan.training)),
         addresses=dict(contract.addresses),
         deadlines=contract.deadlines,

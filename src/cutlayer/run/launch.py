@@ -29,6 +29,7 @@ from cutlayer.transport.tls import load_credentials
 
 __all__ = [
     "NOTES",
+    "RECORD",
     "LaunchRecord",
     "Leaving",
     "accept",
@@ -41,8 +42,8 @@ __all__ = [
 ]
 
 Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
-_CONTRACT, _RECORD = "contract.toml", "launch.json"
-NOTES = (_CONTRACT, _RECORD)
+_CONTRACT, RECORD = "contract.toml", "launch.json"
+NOTES = (_CONTRACT, RECORD)
 """Files that `begin_run` writes."""
 _COMMANDS = {"join": "cutlayer join", "processes": "cutlayer run --processes", "simulate": "cutlayer run"}
 _NOMINAL = 1000  # samples for which bytes are told where the number of samples is not known
@@ -202,7 +203,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _RECORD
+    path = folder / RECORD
     if path.exists():
         _check_again(folder, _read_record(path), record)
     (folder / _CONTRACT).write_text(contract_text, encoding="utf-8")
@@ -245,7 +246,7 @@ def no_checkpoints(folder: Path) -> ConfigError:
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
     """Return a run's contract, its text and what it was started with. Raises `ConfigError` E208 if it is no run."""
-    record = _read_record(folder / _RECORD)
+    record = _read_record(folder / RECORD)
     text = read_text(folder / _CONTRACT)
     contract = parse_contract(text, where=str(folder / _CONTRACT))
     if contract.digest() != record.digest:
@@ -257,7 +258,7 @@ def _read_record(path: Path) -> LaunchRecord:
     try:
         return msgspec.json.decode(path.read_bytes(), type=LaunchRecord)
     except (OSError, msgspec.MsgspecError) as error:
-        raise _no_run(path.parent, _RECORD, str(error)[:200]) from error
+        raise _no_run(path.parent, RECORD, str(error)[:200]) from error
 
 
 def _no_run(folder: Path, expected: str, got: str) -> ConfigError:

@@ -23,6 +23,7 @@ from cutlayer.engine.codec import CodecFactory
 from cutlayer.engine.defence import DefenceFactory
 from cutlayer.engine.exchange import ExchangeFunction
 from cutlayer.engine.metrics import MetricFactory
+from cutlayer.engine.site import Site
 from cutlayer.engine.stage import StageProtocol
 from cutlayer.engine.worker import Batches, Parts, Worker
 from cutlayer.errors import ConfigError
@@ -130,8 +131,11 @@ def counts(party: Party) -> dict[str, int]:
     return {mode: sample_count(data) for mode, data in held.items() if data is not None}
 
 
-def build(plan: Plan, party: Party, roster: Roster) -> Worker:
-    """Return the worker of a party. Raises `ConfigError` if something of the plan's is missing here."""
+def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) -> Worker:
+    """Return the worker of a party; `site`: its stages, if they are there already.
+
+    Raises `ConfigError` if something of the plan's is missing here.
+    """
     graph = plan.graph
     mine = {s.name for s in plan.stages if party.name in s.places}
     unknown = party.modules.keys() - mine
@@ -170,7 +174,7 @@ def build(plan: Plan, party: Party, roster: Roster) -> Worker:
         agreed=party.agreed,
         plugs=plugs_of(plan, party.name, codecs=party.codecs, defences=party.defences, exchanges=party.exchanges),
     )
-    return Worker(plan, parts)
+    return Worker(plan, parts, site)
 
 
 def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed: int, roster: Roster) -> Batches:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
-from cutlayer.core.serving import served_programs, server_of
+from cutlayer.core.serving import served_plan, served_programs, server_of
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
+from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, counts
@@ -36,13 +37,26 @@ from cutlayer.run.simulate import roster_of, run_phases
 from cutlayer.run.trained import load_trained
 from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["SERVED", "agenda", "ask", "idle", "predict", "predict_here", "predict_with_others", "write_predictions"]
+__all__ = [
+    "SERVED",
+    "WAIT",
+    "agenda",
+    "ask",
+    "asking",
+    "idle",
+    "predict",
+    "predict_here",
+    "predict_with_others",
+    "write_predictions",
+]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 Programs = Callable[[Plan, Roster], Mapping[str, Mapping[Mode, Program]]]
 _TASK: Final = " (prediction)"  # behind the run's name: a training and a prediction of one plan do not meet
 SERVED: Final = " (served)"
 """Stands behind the run's name where a stage is served: who predicts with all parties does not meet it."""
+WAIT: Final = 15.0
+"""Seconds that a prediction waits for a lost party, unless told: nobody can resume it, so nobody sits by it."""
 _COLUMNS_MAX: Final = 64  # values a sample of an output that is written to predictions.csv too
 
 
@@ -54,6 +68,7 @@ def predict(
     network: NetworkSettings | None = None,
     served: bool = False,
     notify: Notify | None = None,
+    wait: float = WAIT,
 ) -> dict[str, Tensor]:
     """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
 
@@ -68,6 +83,8 @@ def predict(
         network: Addresses, certificates and deadlines of this party.
         served: Over the network: ask a server that runs `cutlayer serve`, alone; see `ask`.
         notify: Called with events as the prediction goes on; output only.
+        wait: Over the network: seconds that a lost party has to come back, and in which a server that serves must
+            answer at first. It stands for `patience` of the network's deadlines; with `served`, for `join` too.
 
     Returns:
         Stage (or "stage.port") -> tensor of shape (samples, ...), lane after lane. Over the network, those that this
@@ -90,7 +107,7 @@ def predict(
             code="E225",
         )
     way = ask if served else predict_with_others
-    return dict(way(plan, alone[0], network=network, weights=weights, notify=notify).predictions)
+    return dict(way(plan, alone[0], network=network, weights=weights, notify=notify, wait=wait).predictions)
 
 
 def predict_here(
@@ -109,11 +126,14 @@ def predict_with_others(
     network: NetworkSettings,
     weights: Path | None = None,
     notify: Notify | None = None,
+    wait: float = WAIT,
 ) -> Result:
     """Predict as one party; see `predict`. The others are told how many samples it predicts for, and nothing else."""
     party = idle(party)
     task = Task(agenda, counts(party), prepare=_prepare(weights))
-    return take_part(plan, party, task, network=replace(network, run=network.run + _TASK), notify=notify)
+    deadlines = replace(network.deadlines, patience=wait)
+    settings = replace(network, run=network.run + _TASK, task="prediction", deadlines=deadlines)
+    return take_part(plan, party, task, network=settings, notify=notify)
 
 
 def ask(
@@ -123,6 +143,7 @@ def ask(
     network: NetworkSettings,
     weights: Path | None = None,
     notify: Notify | None = None,
+    wait: float = WAIT,
 ) -> Result:
     """Predict as a client of a served stage; see `cutlayer.serve`.
 
@@ -133,22 +154,35 @@ def ask(
     Raises:
         ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
         LinkError: E612 to E615, the server does not let this identity in now: `core.gate.retry_after` says when.
+        PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
-    party, server = idle(party), server_of(plan, party.name)
-    pair = (server, party.name)
-    settings = replace(
+    party, settings = idle(serving_party(plan, party)), asking(plan, party.name, network, wait)
+    programs: Programs = partial(served_programs, pair=settings.parties)
+    prepare = _prepare(weights, left_out(plan))
+    task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
+    result = take_part(served_plan(plan), party, task, network=settings, notify=notify)
+    return replace(result, predictions=named(plan, result.predictions))
+
+
+def asking(plan: Plan, party: str, network: NetworkSettings, wait: float) -> NetworkSettings:
+    """Return the settings of a client of a served stage: of the pair that it is with the server.
+
+    Raises:
+        ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
+    """
+    server = server_of(plan, party)
+    return replace(
         network,
-        parties=pair,
+        parties=(server, party),
         coordinator=server,
         addresses={name: address for name, address in network.addresses.items() if name == server},
         listen="",
         run=network.run + SERVED,
+        task="served",
+        deadlines=replace(network.deadlines, join=wait, patience=wait),
         identity=network.credentials.party if network.credentials is not None else "",
     )
-    programs: Programs = partial(served_programs, pair=pair)
-    task = Task(agenda, counts(party), prepare=_prepare(weights), programs=programs, trains=False)
-    return take_part(plan, party, task, network=settings, notify=notify)
 
 
 def idle(party: Party) -> Party:
@@ -208,10 +242,10 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     return [("predict", 0)]
 
 
-def _prepare(weights: Path | None) -> Callable[[Worker], None]:
+def _prepare(weights: Path | None, without: frozenset[str] = frozenset()) -> Callable[[Worker], None]:
     def prepare(worker: Worker) -> None:
         if weights is not None:
-            load_trained(worker.site, weights)
+            load_trained(worker.site, weights, without)
 
     return prepare
 

@@ -23,10 +23,11 @@ from cutlayer.core.gate import Gate
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.core.quota import Serving
-from cutlayer.core.serving import clients_of, requests_in, served_programs
+from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs
 from cutlayer.engine.site import Place
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CutlayerError
+from cutlayer.run.answers import left_out, serving_party
 from cutlayer.run.batcher import Batcher
 from cutlayer.run.party import Party, build
 from cutlayer.run.prediction import SERVED, agenda, idle
@@ -40,6 +41,7 @@ __all__ = ["Served", "Service", "Tally", "serve"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 _LOOK: Final = 1.0  # seconds between two looks at whether to stop
+_PREDICTIONS_MAX: Final = 1_000_000  # of one session; its quota bounds what they ask for
 _REFUSALS: Final = frozenset({"E612", "E613", "E614", "E615"})
 
 
@@ -48,9 +50,9 @@ class Tally:
     """What one identity has asked for: sessions that came to their end, and those that did not.
 
     Attributes:
-        sessions, failed, refused: Sessions that ended well, that ended otherwise, and that were not begun.
-        requests, samples: Of the sessions that ended well.
-        sent, received: Bytes of all frames, of the sessions that ended well.
+        sessions, failed, refused: Sessions that ended well, that ended otherwise, and that were refused.
+        requests, samples: Of the predictions that came to their end; a session has one or more.
+        sent, received: Bytes of all frames of these predictions.
     """
 
     sessions: int = 0
@@ -94,7 +96,7 @@ def serve(
 
     Args:
         plan: The plan. Each of its predictions must be between this party and one client who gives the data and gets
-            the outputs, as in a U-shape.
+            the outputs: as in a U-shape, or where the plan declares them as an `Answer`.
         party: The server, with its modules.
         network: Its address, certificate and deadlines; `run` and `digest` must be the clients' own.
         weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
@@ -136,13 +138,13 @@ class Service:
         notify: Notify | None = None,
     ) -> None:
         """Build the stages; nothing is opened before the `with`. Raises what `serve` raises."""
-        self.plan, self.party, self.serving = plan, idle(party), serving or Serving()
+        self.plan, self.party, self.serving = served_plan(plan), idle(serving_party(plan, party)), serving or Serving()
         self.roles = clients_of(plan, party.name)
-        self._worker = build(plan, self.party, Roster({}))
+        self._worker = build(self.plan, self.party, Roster({}))
         if weights is not None:
-            load_trained(self._worker.site, weights)
+            load_trained(self._worker.site, weights, left_out(plan))
         stages = self._worker.site.stages
-        self._batcher = Batcher(party.name, stages, plan.graph, self.serving, party.threads)
+        self._batcher = Batcher(party.name, stages, self.plan.graph, self.serving, party.threads)
         self._gate = Gate(self.serving, party.name)
         self._notifier = Notifier(f"cutlayer-{party.name}-serving", notify or _silent, _overlook)
         self.tell = self._notifier.post
@@ -234,17 +236,19 @@ class Service:
 
 
 class _Session:
-    """One guest's session: its worker, once it was let begin, and what it asks for."""
+    """One guest's session: its worker, once it was let begin, and what it asks for, one prediction after the other."""
 
     def __init__(self, service: Service, guest: Guest) -> None:
         self._service, self._guest = service, guest
-        self._worker: Worker | None = None
-        self.samples = self._requests = 0
+        self._worker: Worker | None = None  # of the prediction that is under way, or was the last
+        self._asked = (0, 0)  # its requests and samples
+        self._done = Tally()
+        self.samples = 0
 
     def run(self) -> str:
         """Do what the guest asks for. Returns the code of what went wrong, or ""."""
-        service = self._service
-        task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False)
+        service, most = self._service, _PREDICTIONS_MAX
+        task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False, anew=True, most=most)
         try:
             with self._guest.network as link:
                 run_session(service.plan, service.party, task, link, _silent)
@@ -255,19 +259,34 @@ class _Session:
         return ""
 
     def add_to(self, tally: Tally, code: str) -> None:
-        """Count the session, which has ended with this code."""
-        if self._worker is None or code:
-            tally.refused += code in _REFUSALS
-            tally.failed += code not in _REFUSALS
-            return
-        tally.sessions, tally.requests = tally.sessions + 1, tally.requests + self._requests
-        tally.samples += self.samples
-        tally.sent += self._worker.ledger.total("sent")
-        tally.received += self._worker.ledger.total("received")
+        """Count the session, which has ended with this code, and its predictions that came to their end."""
+        good = self._worker is not None and not code
+        if good:
+            self._count()
+        tally.sessions += good
+        tally.refused += not good and code in _REFUSALS
+        tally.failed += not good and code not in _REFUSALS
+        tally.requests, tally.samples = tally.requests + self._done.requests, tally.samples + self._done.samples
+        tally.sent, tally.received = tally.sent + self._done.sent, tally.received + self._done.received
 
     def _build(self, _plan: Plan, _party: Party, roster: Roster) -> Worker:
-        self._worker, self._requests, self.samples = self._service.worker_for(self._guest, roster)
+        """Let a prediction begin: the one before has come to its end, or the client would not ask."""
+        self._count()
+        self._worker, *asked = self._service.worker_for(self._guest, roster)
+        self._asked = (asked[0], asked[1])
+        self.samples += asked[1]
         return self._worker
+
+    def _count(self) -> None:
+        """Add the last prediction to those that are done."""
+        done, worker = self._done, self._worker
+        if worker is not None:
+            done.requests, done.samples = done.requests + self._asked[0], done.samples + self._asked[1]
+            done.sent, done.received = (
+                done.sent + worker.ledger.total("sent"),
+                done.received + worker.ledger.total("received"),
+            )
+            self._worker = None
 
     def _programs(self, plan: Plan, roster: Roster) -> Mapping[str, Mapping[Mode, Program]]:
         return served_programs(plan, roster, (self._service.party.name, self._guest.role))
@@ -282,6 +301,7 @@ def _hall_settings(network: NetworkSettings, parties: tuple[str, ...], serving: 
         coordinator=network.party,
         addresses={network.party: network.port},
         run=network.run + SERVED,
+        task="served",
         deadlines=deadlines,
     )
 

@@ -69,6 +69,9 @@ class Task:
         build: Makes the worker, once the numbers of samples are known. It may refuse them.
         programs: Gives the programs of those who take part.
         trains: False: weights stay as they are, so that nothing has to be restored for a new session.
+        anew: Build the worker in each session, even if the numbers of samples are those of the session before.
+        ends: False: leave the network open at the end, for another task of this party's.
+        most: Sessions in one network, restarts included; 0: as many as restarts may make.
     """
 
     agenda: Callable[[Plan, Roster], list[tuple[Mode, int]]]
@@ -78,6 +81,9 @@ class Task:
     build: Callable[[Plan, Party, Roster], Worker] = build
     programs: Callable[[Plan, Roster], Mapping[str, Mapping[Mode, Program]]] = compile_plan
     trains: bool = True
+    anew: bool = False
+    ends: bool = True
+    most: int = 0
 
 
 def take_part(
@@ -140,13 +146,14 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
     worker: Worker | None = None
     known = Roster({})
     initial: dict[str, Tensor] = {}
-    for _ in range(_RESETS_MAX):
+    most = run.task.most or _RESETS_MAX
+    for _ in range(most):
         try:
             store = run.task.store
             ready = Ready(run.task.counts, tuple(store.identifiers()) if store else ())
             start = run.link.rendezvous(ready)
             roster = Roster(start.counts)
-            if worker is None or roster != known:
+            if worker is None or roster != known or run.task.anew:
                 known = roster
                 worker = run.task.build(run.plan, run.party, roster)
                 if run.task.prepare:
@@ -154,7 +161,8 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
                 initial = snapshot(worker.site) if run.task.trains else {}
             session = _open(run, worker, roster, start.session, start.checkpoint, initial)
             _work(run, worker, session)
-            run.link.finish()
+            if run.task.ends:
+                run.link.finish()
         except SessionReset as reset:
             run.tell("rollback", {"party": run.party.name, "reason": str(reset)})
             if worker is not None:
@@ -164,7 +172,7 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
     raise PeerError(
         "parties restarted too often",
         where=f"party {run.party.name}",
-        expected=f"at most {_RESETS_MAX} restarts",
+        expected=f"at most {most} restarts",
         remedy="look at the first error of the party that restarts",
         code="E709",
     )

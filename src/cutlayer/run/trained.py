@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ _LISTED = 4  # names that an error lists
 _JSON_MAX = 64 * 2**20
 
 
-def load_trained(site: Site, folder: Path) -> None:
+def load_trained(site: Site, folder: Path, without: Collection[str] = ()) -> None:
     """Give a party's stages the weights that a run has left in `folder`, and what it agreed on about preprocessing.
 
     Reads `<party>.safetensors`, and `<party>.preprocessing.json` if it is there. Where the folder has the run's
-    `summary.json`, the file must be the one that the run wrote.
+    `summary.json`, the file must be the one that the run wrote. Tensors of the stages or losses `without` are left out.
 
     Raises:
         CheckpointError: E811, the file is missing, damaged or another one than the run wrote; E812, its names, shapes
@@ -43,7 +43,8 @@ def load_trained(site: Site, folder: Path) -> None:
     try:
         _check_hash(folder, path, party)
         with safetensors.safe_open(path, framework="pt") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = [name for name in file.keys() if _stage_of(name) not in without]  # noqa: SIM118 - no mapping
+            held = {name: file.get_tensor(name) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, str(error)[:200] or type(error).__name__) from error
     modules = dict(site_modules(site))
@@ -58,6 +59,11 @@ def load_trained(site: Site, folder: Path) -> None:
         own = {name.removeprefix(f"{prefix}."): held[name] for name in wanted if name.startswith(f"{prefix}.")}
         module.load_state_dict(own, strict=False)  # names were compared: what is left out is no tensor
     _load_agreed(site, folder / f"{party}.preprocessing.json")
+
+
+def _stage_of(name: str) -> str:
+    """Return the stage of "stage.weight" or "stage@lane.weight"."""
+    return name.partition(".")[0].partition("@")[0]
 
 
 def _check_hash(folder: Path, path: Path, party: str) -> None:

@@ -82,6 +82,11 @@ class Network:
         self.desk = Desk(settings, self._steward, self._watch, reception, self._timers)
         self._links = Links(self.desk, listens=listens)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the network is closed, or has failed: then nothing can be done with it any more."""
+        return self._steward.closing or self._steward.failure is not None
+
     def __enter__(self) -> Self:
         """Listen, and dial the coordinator. Raises `LinkError` E604 if the party cannot listen at its address."""
         self._links.start()

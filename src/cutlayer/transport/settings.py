@@ -80,6 +80,8 @@ class NetworkSettings:
         proxy: "http://host:port" through which others are dialled, "none", or empty: what the machine is set to.
         run, digest: The run's name and the plan's digest, which must be the same everywhere.
         limit: The most bytes of payload that this party relays for others in one piece.
+        task: What the network is for; errors say what to do accordingly. Only a training is resumed. "served": the
+            coordinator serves a stage, and the other party asks it.
         deadlines, rhythm, limits: Times and bounds.
     """
 
@@ -97,6 +99,7 @@ class NetworkSettings:
     limit: int = 2**30
     rhythm: Rhythm = Rhythm()
     limits: Limits = field(default_factory=Limits)
+    task: Literal["training", "prediction", "served"] = "training"
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.transport.control import Notice
 from cutlayer.transport.peer import Peer, parcel_of
 from cutlayer.transport.reach import OF_PROXIES
+from cutlayer.transport.remedies import when_absent, when_left, when_lost
 from cutlayer.transport.settings import NetworkSettings
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timer, Timers
@@ -140,14 +141,14 @@ class Watch:
             again = steward.member.session > 0
             there = there or (again and busy(self))
         if lost:
-            return _lost(", ".join(lost), settings.deadlines.patience, cause)
+            return _lost(settings, ", ".join(lost), cause)
         limit = ("receive" if there else "patience") if again else "join"
         return PeerError(
             f"{names} did not get ready" if there else f"{names} did not come",
             where=f"party {settings.party}, waiting for all parties",
             expected=f"all of {', '.join(settings.parties)} within {getattr(settings.deadlines, limit):g} seconds",
             got=cause,
-            remedy=f"start {names} with the same contract; if that takes long, raise deadlines.{limit}",
+            remedy=when_absent(settings, names, limit),
             code="E702",
         )
 
@@ -188,7 +189,7 @@ class Watch:
             return
         if self._peers[name].left:
             if self._settings.coordinator in (name, self._settings.party):
-                steward.fail(_left(name))
+                steward.fail(_left(self._settings, name))
             return
         view.patience = self._timers.after(self._settings.deadlines.patience, lambda: self._over(name))
         self._mark(name, "link", gone=True)
@@ -219,7 +220,7 @@ class Watch:
             needed = steward.member.session > 0 if central else steward.opened > steward.member.ended
             if view.connected or steward.closing or steward.member.done or not needed:
                 return
-            steward.fail(view.blocked or _lost(name, settings.deadlines.patience, view.cause))
+            steward.fail(view.blocked or _lost(settings, name, view.cause))
 
 
 def busy(watch: Watch) -> bool:
@@ -232,19 +233,19 @@ def busy(watch: Watch) -> bool:
         return views[settings.coordinator].connected and not watch._gone.keys() & set(steward.member.missing)
 
 
-def _lost(names: str, patience: float, cause: str) -> PeerError:
+def _lost(settings: NetworkSettings, names: str, cause: str) -> PeerError:
     return PeerError(
         f"{names} was lost and did not come back",
-        expected=f"its return within {patience:g} seconds",
+        expected=f"its return within {settings.deadlines.patience:g} seconds",
         got=cause,
-        remedy=f"restart {names}, then all others, with resume; if it needs longer, raise deadlines.patience",
+        remedy=when_lost(settings, names),
         code="E701",
     )
 
 
-def _left(name: str) -> PeerError:
+def _left(settings: NetworkSettings, name: str) -> PeerError:
     return PeerError(
         f"{name} left before the end",
-        remedy=f"look at {name}'s terminal; then start all parties with resume",
+        remedy=when_left(settings, name),
         code="E704",
     )

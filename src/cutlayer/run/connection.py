@@ -1,0 +1,158 @@
+"""A client's connection with a server of a stage: many predictions, one after the other, in one session.
+
+```python
+with cl.connect(plan, party, network=settings, weights=Path("runs/20260101-090000-scans")) as connection:
+    first = connection.predict(cl.TensorTable(x=scans))
+    second = connection.predict(cl.TensorTable(x=others))
+```
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cutlayer.core.compile import Roster
+from cutlayer.core.plan import Plan
+from cutlayer.core.serving import served_plan, served_programs
+from cutlayer.engine.worker import Worker
+from cutlayer.run.answers import left_out, named, serving_party
+from cutlayer.run.meeting import own_process
+from cutlayer.run.party import Party, build, counts
+from cutlayer.run.prediction import WAIT, agenda, asking, idle
+from cutlayer.run.session import Task, run_session
+from cutlayer.run.simulate import gathered
+from cutlayer.run.trained import load_trained
+from cutlayer.transport.network import Network
+from cutlayer.transport.settings import NetworkSettings
+
+__all__ = ["Connection", "connect"]
+
+Notify = Callable[[str, Mapping[str, Any]], None]
+
+
+def connect(
+    plan: Plan,
+    party: Party,
+    *,
+    network: NetworkSettings,
+    weights: Path | None = None,
+    notify: Notify | None = None,
+    wait: float = WAIT,
+) -> Connection:
+    """Return a connection with the server of a stage, for a `with`; see `cutlayer.serve`.
+
+    The party's modules are built, and its weights read, once. The server is dialled at the first prediction; the
+    connection holds one of its places until the `with` ends, or until it was idle for as long as the server allows
+    (`Serving.idle`). After that, and after an error, the next prediction dials anew.
+
+    Args:
+        plan: The plan, the same as at the server.
+        party: This party: the role that it plays in the plan. Its data are not used.
+        network: Addresses, certificate and deadlines.
+        weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
+        notify: Called with events; output only.
+        wait: Seconds in which the server must answer at first, and a lost one come back.
+
+    Raises:
+        ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
+        CheckpointError: E811, E812, the weights cannot be read, or are not those of the stages.
+        ConfigError: as `join` raises.
+    """
+    connection = Connection(plan, party, asking(plan, party.name, network, wait), notify or _silent)
+    if weights is not None:
+        load_trained(connection.site, weights, left_out(plan))
+    return connection
+
+
+class Connection:
+    """Asks one server, one prediction at a time; other threads wait for their turn. Made by `connect`.
+
+    Args:
+        plan: The plan.
+        party: This party.
+        settings: Of the pair that it is with the server.
+        notify: Called with events.
+    """
+
+    def __init__(self, plan: Plan, party: Party, settings: NetworkSettings, notify: Notify) -> None:
+        """Build the party's stages; nothing is dialled yet."""
+        self._whole, self._plan = plan, served_plan(plan)
+        self._party = replace(idle(serving_party(plan, party)), prediction=None)
+        self._settings, self._notify = settings, notify
+        self.site = build(self._plan, self._party, Roster({})).site
+        self._link: Network | None = None
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Return the connection."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take leave of the server, and close."""
+        with self._turn:
+            self._close(finish=error is None)
+
+    def predict(self, data: Dataset[Any] | DataLoader[Any]) -> dict[str, Tensor]:
+        """Return the outputs for these samples, in their order.
+
+        Args:
+            data: As `Party.prediction`: its items are dictionaries of the plan's fields. No labels are needed.
+
+        Returns:
+            Stage (or "stage.port") -> tensor of shape (samples, ...), with the bits of `cutlayer.predict`. Nobody but
+            this party sees them.
+
+        Raises:
+            LinkError: E612 to E615, the server does not let this identity in now, or not for so much.
+            PeerError: E702, the server did not answer in time; E701, it was lost, and for too long.
+            CutlayerError: as `cutlayer.predict` raises.
+        """
+        with self._turn, own_process(self._party):
+            party = replace(self._party, prediction=data)
+            programs = partial(served_programs, pair=self._settings.parties)
+            task = Task(
+                agenda, counts(party), build=self._build, programs=programs, trains=False, anew=True, ends=False
+            )
+            link = self._open()
+            try:
+                worker, _ = run_session(self._plan, party, task, link, self._notify)
+            except BaseException:
+                self._close(finish=False)
+                raise
+            return named(self._whole, gathered({party.name: worker}))
+
+    def _build(self, plan: Plan, party: Party, roster: Roster) -> Worker:
+        return build(plan, party, roster, self.site)
+
+    def _open(self) -> Network:
+        """Return the network; a new one, if there is none or the server has ended it meanwhile."""
+        if self._link is not None and self._link.failed:
+            self._close(finish=False)
+        if self._link is None:
+            self._link = Network(self._settings, self._notify).__enter__()
+        return self._link
+
+    def _close(self, *, finish: bool) -> None:
+        link, self._link = self._link, None
+        if link is None:
+            return
+        try:
+            if finish and not link.failed:
+                link.finish()
+        finally:
+            link.close()
+
+
+def _silent(_event: str, _facts: Mapping[str, Any]) -> None:
+    pass

@@ -1,0 +1,158 @@
+"""Many predictions of a served stage over one connection: one session at the server, the bits and quotas of many."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cutlayer as cl
+from cutlayer.errors import CheckpointError, CutlayerError, LinkError, ProgramError
+from tests.run import plans
+from tests.run.test_answers import built, vanilla
+from tests.run.test_serving import ALONE, Place, at_once, only, refusal, rows
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"), plans.u_shaped(epochs=1))
+
+
+def connected(place: Place, identity: str = "anna", **changes: Any) -> cl.Connection:
+    party = place.client(None)
+    given = {"network": place.settings(identity, "alpha"), "weights": place.weights, "wait": 10, **changes}
+    return cl.connect(place.plan, party, **given)
+
+
+def asked(connection: cl.Connection, x: torch.Tensor) -> torch.Tensor:
+    return only(connection.predict(cl.TensorTable(x=x)))
+
+
+def test_many_predictions_are_one_session_and_have_the_bits_of_one_process(place: Place):
+    """Also of the same number of samples again, where a session could take the old worker for the new one."""
+    data = [rows(21, 1), rows(3, 2), rows(3, 3), rows(3, 3), rows(16, 4)]
+    with place.serving() as told:
+        with connected(place) as connection:
+            found = [asked(connection, x) for x in data]
+        (went,) = told.wait("went")
+        came = told.wait("came", 5)
+    for x, value in zip(data, found, strict=True):
+        assert torch.equal(value, place.expected(x))
+    assert (went["samples"], went["code"]) == (46, "")
+    assert {facts["session"] for facts in came} == {1}
+    tally = told.service.served().identities["anna"]
+    assert (tally.sessions, tally.samples, tally.failed, tally.refused) == (1, 46, 0, 0)
+    assert tally.requests == told.service.served().forwards == 6 + 2 + 2 + 2 + 4  # batches of 8, cut in two
+
+
+def test_bytes_are_those_of_all_predictions(place: Place):
+    with place.serving() as told:
+        for _ in range(2):
+            place.asking("ben", rows(8))()
+        with connected(place) as connection:
+            for _ in range(2):
+                asked(connection, rows(8))
+        told.wait("went", 3)
+    anna, ben = (told.service.served().identities[name] for name in ("anna", "ben"))
+    assert (anna.sent, anna.received) == (ben.sent, ben.received)
+    assert anna.sent > 0
+
+
+def test_a_quota_counts_each_prediction(place: Place):
+    """Or one session could ask again and again for what it was let in with."""
+    limits = replace(ALONE, window=300, quota=cl.Quota(samples=20))
+    with place.serving(limits) as told:
+        with connected(place) as connection:
+            asked(connection, rows(8, 1))
+            asked(connection, rows(8, 2))
+            error = refusal(lambda: asked(connection, rows(8, 3)))
+            assert error.code == "E614"
+            assert "and 16 samples so far" in str(error)
+            assert torch.equal(asked(connection, rows(4)), place.expected(rows(4)))  # what fits is let in, anew
+        told.wait("went", 2)
+    tally = told.service.served().identities["anna"]
+    assert (tally.sessions, tally.refused, tally.samples) == (1, 1, 20)
+
+
+def test_a_connection_that_the_server_ended_is_made_anew(place: Place):
+    with place.serving(replace(ALONE, idle=0.3)) as told, connected(place) as connection:
+        first = asked(connection, rows(3, 1))
+        assert told.wait("went")[0]["code"] == "E621"
+        until = time.monotonic() + 10
+        while not connection._link.failed:  # the server's last word is on its way
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        second = asked(connection, rows(3, 2))
+    assert torch.equal(first, place.expected(rows(3, 1)))
+    assert torch.equal(second, place.expected(rows(3, 2)))
+    assert told.service.served().identities["anna"].samples == 3  # of the second: nobody knows how the first one ended
+
+
+def test_a_server_that_was_started_anew_is_asked_again(place: Place):
+    with connected(place, wait=8) as connection:
+        with place.serving():
+            thread = threading.Thread(target=lambda: asked(connection, rows(3, 1)))
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive()
+            connection._close(finish=True)
+        with place.serving():
+            assert torch.equal(asked(connection, rows(3, 2)), place.expected(rows(3, 2)))
+
+
+def test_data_that_fail_end_the_session_and_not_the_connection(place: Place):
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, _place: int) -> Any:
+            raise RuntimeError("the disk is gone")
+
+    with place.serving() as told, connected(place) as connection:
+        with pytest.raises(CutlayerError, match="E268"):
+            connection.predict(Broken())
+        assert told.wait("went")[0]["code"] == "E703"
+        assert torch.equal(asked(connection, rows(3)), place.expected(rows(3)))
+
+
+def test_threads_take_turns(place: Place):
+    with place.serving() as told:
+        with connected(place) as connection:
+            jobs = {seed: lambda seed=seed: asked(connection, rows(9, seed)) for seed in range(4)}
+            found = at_once(jobs)
+        told.wait("went")
+    for seed, value in found.items():
+        assert torch.equal(value, place.expected(rows(9, seed))), seed
+    assert told.service.served().identities["anna"].sessions == 1
+
+
+def test_answers_have_their_names(tmp_path: Path):
+    place = Place(tmp_path, built(vanilla()))
+    with place.serving(), connected(place) as connection:
+        found = connection.predict(cl.TensorTable(x=rows(9)))
+    assert list(found) == ["body"]
+    assert torch.equal(found["body"], place.expected(rows(9)))
+
+
+def test_what_cannot_be_is_said_before_anything_is_dialled(place: Place, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="E811"):
+        connected(place, weights=tmp_path)
+    with pytest.raises(ProgramError, match="E454"):
+        cl.connect(place.plan, place.case.build("server"), network=place.settings("server", "server"))
+    with connected(place):
+        pass  # nothing asked: nobody had to be there
+    with connected(place, wait=0.5) as connection, pytest.raises(CutlayerError, match=r"E702.*cutlayer serve"):
+        asked(connection, rows(3))
+
+
+def test_a_refused_client_is_told_so(place: Place):
+    limits = replace(ALONE, quotas={"anna": cl.Quota(sessions=0)})
+    with place.serving(limits), connected(place) as connection, pytest.raises(LinkError, match="E613"):
+        asked(connection, rows(3))
