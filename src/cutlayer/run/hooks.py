@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Hooks:
     def __init__(self, worker: Worker, called: set[str]) -> None:
         """Put a hook before and after each module."""
         self._worker, self._called = worker, called
+        self.lane: Callable[[], int] = lambda: 0  # of the present microbatch
         self._ran: dict[str, int] = {}
         self._outer: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
@@ -111,4 +113,5 @@ class Hooks:
             check_loss(worker, name, output.detach(), "")
             with torch.no_grad():
                 scale = getattr(stage, "scale", "")
-                book.update(output.detach(), list(inputs), len(inputs[0]), part.reduction, scale)
+                size = len(inputs[0])
+                book.update(output.detach(), list(inputs), size, part.reduction, scale, self.lane())
