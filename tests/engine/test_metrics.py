@@ -146,3 +146,37 @@ def test_the_loss_is_a_mean_over_samples(reduction, loss):
     for batch, value in ((3, 1.0), (1, 5.0)):
         book.update(torch.tensor(value if reduction == "mean" else value / 2), [torch.zeros(batch)], batch, reduction)
     assert book.values() == {"loss": loss}
+
+
+def test_lanes_are_counted_apart_and_go_on_after_a_restart():
+    def book() -> MetricBook:
+        return MetricBook("loss", classified, shared=False, lanes=[0, 1])
+
+    def feed(one: MetricBook, start: int, stop: int, lane: int) -> None:
+        value, label = LOGITS[start:stop], LABELS[start:stop]
+        loss = torch.nn.functional.cross_entropy(value, label)
+        one.update(loss, [value, label], stop - start, "mean", lane=lane)
+
+    first, second = book(), book()
+    feed(first, 0, 8, 0)
+    feed(first, 8, 28, 1)
+    second.set_state({name: tensor.clone() for name, tensor in first.state().items()}, "here")
+    for one in (first, second):
+        feed(one, 28, 60, 0)
+        same(one.values(), expected())
+        left, right = one.own()
+        assert (left["lane"], left["samples"], right["lane"], right["samples"]) == (0, 40, 1, 20)
+        same(right["metrics"], filled(classified, LOGITS[8:28], LABELS[8:28], (20,)).values())
+        own = torch.cat([LOGITS[:8], LOGITS[28:]]), torch.cat([LABELS[:8], LABELS[28:]])
+        same(left["metrics"], filled(classified, *own, (40,)).values())
+    first.reset()
+    assert first.own() == []
+
+
+def test_what_was_counted_here_outlives_the_sums_of_all():
+    here, there = (filled(classified, LOGITS[at], LABELS[at], (n,)) for at, n in ((slice(8), 8), (slice(8, 60), 52)))
+    alone, others = here.values(), there.sums()
+    here.pool({name: tensor + others[name] for name, tensor in here.sums().items()}, "here")
+    same(here.values(), expected())
+    (own,) = here.own()
+    same(own["metrics"], alone)

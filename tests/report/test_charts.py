@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import cutlayer as cl
 from cutlayer.report.charts import curves, grid, panels, ticks, time_bars
+from cutlayer.report.numbers import metric_tables
 from cutlayer.report.palette import STYLES
 from cutlayer.report.record import read_record
 from cutlayer.report.scene import Box, Dot, Label, Line, Scene, width
@@ -40,7 +42,7 @@ def test_ticks_are_round_and_within(low: float, span: float, most: int, whole: b
     high = low + span
     marks = ticks(low, high, most, whole=whole)
     assert len(marks) <= most
-    slack = 1e-6 * span
+    slack = 1e-6 * span + (2e-9 if whole else 0.0)  # steps of 1 may be far wider than the span
     assert all(low - slack <= mark <= high + slack for mark in marks)
     steps = {float(f"{b - a:.6e}") for a, b in pairwise(marks)}
     if span > 1e-6 * abs(low):  # else the marks' own rounding shows
@@ -57,7 +59,7 @@ def test_points_are_at_their_values(real: Real):
     dots = [item for item in every(scene.items) if isinstance(item, Dot)]
     rows = [row for row in real.result.history if row["party"] == "clinic"]
     train = {row["round"]: row["metrics"]["loss"] for row in rows if row["mode"] == "train"}
-    mine = {dot.title.splitlines()[-1]: dot for dot in dots if dot.title.startswith("train")}
+    mine = {dot.title.splitlines()[-1]: dot for dot in dots if dot.title.startswith("train loss, all together")}
     assert set(mine) == {f"round {at}: {value:.4f}" for at, value in train.items()}
     one, two, three = (mine[f"round {at}: {train[at]:.4f}"] for at in (1, 2, 3))
     assert two.x - one.x == pytest.approx(three.x - two.x)
@@ -69,7 +71,53 @@ def test_points_are_at_their_values(real: Real):
     assert len(by_mark) >= 2
     for value, y in by_mark.items():
         assert y == pytest.approx(one.y + scale * (value - train[1]), abs=0.01)
-    assert len(dots) == 2 * EPOCHS
+    assert len(dots) == 3 * 2 * EPOCHS  # of all, and of each clinic's own samples; training and evaluation
+
+
+def test_what_is_of_all_is_bold_and_what_is_a_clients_own_is_thin(real: Real):
+    scene = curves(real.record)[0]
+    lines = [item for item in every(scene.items) if isinstance(item, Line) and item.title]
+    kinds = {line.title: line.kind for line in lines}
+    assert kinds == {
+        "train loss, all together": "line-all",
+        "evaluate loss, all together": "dash-all",
+        "train loss, clinic": "thin-c1",
+        "evaluate loss, clinic": "thindash-c1",
+        "train loss, lab": "thin-c2",
+        "evaluate loss, lab": "thindash-c2",
+    }
+    assert STYLES["line-all"].width > 2 * STYLES["thin-c1"].width
+    assert [line.kind for line in lines][-1] == "line-all", "drawn last, so on top"
+    legend = [text.split(", ")[1] for text in texts(scene) if text.startswith("train")]
+    assert legend == ["all together", "clinic", "lab"]
+    heights = {line.title: [y for _, y in line.points] for line in lines}
+    assert heights["train loss, clinic"] != heights["train loss, lab"]
+
+
+def test_clients_that_are_more_than_colours_share_one_entry(tmp_path: Path):
+    names = [f"client-{number:02}" for number in range(20)]
+    document = with_own(cl.vanilla(names, "server", cut="float32[batch, 3]", output="float32[batch, 2]"))
+    synthetic.write(tmp_path, document)
+    record = read_record(tmp_path)
+    (scene,) = curves(record)
+    lines = [item for item in every(scene.items) if isinstance(item, Line) and item.title]
+    assert {line.title for line in lines} == {f"train loss, {name}" for name in (*names, "all together")}
+    legend = [text for text in texts(scene) if text.startswith("train") or "more" in text]
+    assert [text.partition(", ")[2] for text in legend] == ["all together", *names[:7], "each by its own"]
+    assert legend[-1].startswith("13 more")
+    (table,) = metric_tables(record)
+    assert table.head == ("round", *(f"train, {name}" for name in ("all together", *names[:7])))
+    assert table.caption == "loss by round; 13 more by their own samples are in report/curves.csv"
+
+
+def with_own(plan: cl.Plan) -> dict[str, Any]:
+    """Return a summary whose losses also have values of each lane's own samples."""
+    document = synthetic.summary(plan)
+    for row in document["history"]:
+        row["own"] = [
+            {"lane": lane, "samples": 8, "metrics": {"loss": (lane + 1) / row["round"]}} for lane in range(plan.lanes)
+        ]
+    return document
 
 
 def test_panels_leave_lists_to_the_csv(real: Real):
@@ -79,7 +127,20 @@ def test_panels_leave_lists_to_the_csv(real: Real):
 
 def test_legend_says_the_last_value(real: Real):
     last = [row["metrics"]["loss"] for row in real.result.history if row["mode"] == "train"][-1]
-    assert f"train {last:.4f}, the same at 2 replicas" in texts(curves(real.record)[0])
+    assert f"train {last:.4f}, all together" in texts(curves(real.record)[0])
+
+
+def test_replicas_that_tell_the_same_are_one_line(tmp_path: Path):
+    (scene,) = curves(synthetic.record(tmp_path, PLANS["u-shaped-parallel"]))
+    assert "train 0.3333, the same at 7 replicas" in texts(scene)
+
+
+def test_each_metric_is_one_drawing(tmp_path: Path):
+    rows = [{"mode": mode, "round": 1, "loss": "loss", "party": "server"} for mode in ("train", "evaluate")]
+    history = [{**row, "metrics": {"loss": 1.0, "f1": 0.5, "accuracy": 0.5}} for row in rows]
+    synthetic.write(tmp_path, {**synthetic.summary(PLANS["vanilla-1"]), "history": history})
+    found = [[(line.metric, line.mode) for line in lines] for lines in panels(read_record(tmp_path))]
+    assert found == [[(name, "train"), (name, "evaluate")] for name in ("loss", "f1", "accuracy")]
 
 
 @pytest.mark.parametrize("rows", [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e9), (2, 3e9)], [(7, 1e-9), (8, 2e-9)]])

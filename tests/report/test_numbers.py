@@ -27,7 +27,8 @@ def test_a_table_for_each_drawing(real: Real):
     tables = metric_tables(real.record)
     assert [table.caption for table in tables] == [scene.title for scene in curves(real.record)]
     loss = tables[0]
-    assert loss.head == ("round", "train, clinic, lab", "evaluate, clinic, lab")
+    whose = ("all together", "clinic", "lab")
+    assert loss.head == ("round", *(f"{mode}, {name}" for name in whose for mode in ("train", "evaluate")))
     rows = [row for row in real.result.history if row["party"] == "lab"]
     expected = [
         (
@@ -41,7 +42,9 @@ def test_a_table_for_each_drawing(real: Real):
         )
         for at in range(1, EPOCHS + 1)
     ]
-    assert list(loss.rows) == expected
+    assert [row[:3] for row in loss.rows] == expected
+    own = [row["own"][0]["metrics"]["loss"] for row in rows if row["mode"] == "evaluate"]
+    assert [row[-1] for row in loss.rows] == [f"{value:.4f}" for value in own]
 
 
 def test_a_round_without_a_value_has_a_dash(tmp_path: Path):

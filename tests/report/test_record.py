@@ -85,6 +85,7 @@ DAMAGED = {
     "no plan": (_changed(plan={"name": "x", "digest": "", "document": {"stages": [{"kind": "stage"}]}}), "argument"),
     "a stage of nobody": (_changed(plan={"name": "x", "digest": "", "document": {}}), "stages"),
     "a loss that is not there": (_foreign(loss="<b>"), "<b>"),
+    "a lane that is not there": (_foreign(own=[{"lane": 1, "samples": 2, "metrics": {}}]), "lane 1"),
     "a party that is not there": (_foreign(party="mallory"), "mallory"),
 }  # fmt: skip
 

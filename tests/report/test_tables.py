@@ -19,17 +19,30 @@ PLANS = synthetic.topologies()
 
 def test_curves_are_the_history_to_the_last_bit(real: Real):
     found = [
-        (int(r["round"]), r["mode"], r["loss"], r["party"], int(r["lane"]), r["metric"], float(r["value"]))
+        (
+            int(r["round"]),
+            r["mode"],
+            r["loss"],
+            r["party"],
+            int(r["lane"]),
+            r["client"],
+            r["samples"],
+            r["metric"],
+            float(r["value"]),
+        )
         for r in table(real.folder, "curves.csv")
     ]
     expected = []
     for row in real.result.history:
-        key = (row["round"], row["mode"], row["loss"], row["party"], row["lane"])
-        for name, value in row["metrics"].items():
-            if isinstance(value, list):
-                expected += [(*key, f"{name}[{place}]", part) for place, part in enumerate(value)]
-            else:
-                expected.append((*key, name, value))
+        place = (row["round"], row["mode"], row["loss"], row["party"], row["lane"])
+        (own,) = row["own"]
+        keys = [(*place, "", ""), (*place, row["party"], str(own["samples"]))]
+        for key, metrics in zip(keys, (row["metrics"], own["metrics"]), strict=True):
+            for name, value in metrics.items():
+                if isinstance(value, list):
+                    expected += [(*key, f"{name}[{place}]", part) for place, part in enumerate(value)]
+                else:
+                    expected.append((*key, name, value))
     assert found == expected
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import cutlayer as cl
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, costs, exchanged, flat, moved, series, totals
+from cutlayer.report.tally import KINDS, costs, exchanged, flat, lane_names, moved, series, totals
 from tests.report import synthetic
 from tests.report.conftest import BATCH, EPOCHS, HELD_OUT, SAMPLES, Real
 
@@ -129,7 +129,7 @@ def test_a_process_of_its_own_has_no_time_unaccounted_for(tmp_path: Path):
 
 
 def test_series_are_the_history(real: Real):
-    lines = {(line.metric, line.mode): line for line in series(real.record)}
+    lines = {(line.metric, line.mode): line for line in series(real.record) if not line.own}
     assert set(lines) == {
         (metric, mode)
         for metric in ("loss", "accuracy", "recall[0]", "recall[1]", "recall[2]")
@@ -144,6 +144,48 @@ def test_series_are_the_history(real: Real):
         assert len(values) == EPOCHS
     assert [line.metric for line in series(real.record)][:2] == ["loss", "loss"]
     assert [line.mode for line in series(real.record)][:2] == ["train", "evaluate"]
+
+
+def test_own_series_are_those_of_each_clients_samples(real: Real):
+    lines = [line for line in series(real.record) if line.own]
+    assert {line.who for line in lines} == {("clinic",), ("lab",)}
+    for line in lines:
+        name, _, place = line.metric.rstrip("]").partition("[")
+        rows = [row for row in real.result.history if row["mode"] == line.mode and (row["party"],) == line.who]
+        values = [(row["round"], row["own"][0]["metrics"][name]) for row in rows]
+        assert list(line.points) == [(at, value[int(place)] if place else value) for at, value in values]
+
+
+def test_own_series_have_the_names_of_those_who_hold_the_samples(tmp_path: Path):
+    """Of the server's loss: each lane's clients, several where they hold the same people."""
+    at = [["a", "c"], ["b", "d"]]
+    plan = cl.Plan(
+        [
+            cl.Stage("left", at=at[0], inputs=["data.x"], output="float32[batch, 2]"),
+            cl.Stage("right", at=at[1], inputs=["data.z"], output="float32[batch, 2]"),
+            cl.Stage("body", at="server", inputs=["left", "right"], output="float32[batch, 2]"),
+            cl.Loss("loss", at="server", inputs=["body", "data.y@left"]),
+        ],
+        training=cl.Training(order="parallel"),
+        releases=[cl.Release("y", at="left", to="server", spec="int64[batch]")],
+    )
+    assert lane_names(plan) == ["a, b", "c, d"]
+    document = synthetic.summary(plan)
+    for row in document["history"]:
+        row["own"] = [{"lane": lane, "samples": 4, "metrics": {"loss": float(lane)}} for lane in range(2)]
+    synthetic.write(tmp_path, document)
+    assert [line.who for line in series(_read(tmp_path)) if line.own] == [("a, b",), ("c, d",)]
+
+
+def test_a_holder_of_several_lanes_has_their_numbers():
+    plan = cl.u_shaped(
+        ("a", "a", "b"),
+        "server",
+        cut="float32[batch, 2]",
+        back="float32[batch, 2]",
+        output="float32[batch, 2]",
+    )
+    assert lane_names(plan) == ["a 0", "a 1", "b"]
 
 
 def test_replicas_that_differ_are_series_of_their_own(tmp_path: Path):

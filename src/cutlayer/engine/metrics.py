@@ -8,15 +8,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cutlayer.engine.scoring import metric_error, metric_inputs, mixed_error, probable
-from cutlayer.errors import ConfigError, ContractError, CutlayerError
+from cutlayer.errors import ConfigError, ContractError, CutlayerError, StageError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection  # takes seconds to import: only who uses metrics pays
@@ -25,6 +26,7 @@ __all__ = ["MetricBook", "MetricFactory", "Value"]
 
 MetricFactory = Callable[[], "Mapping[str, Metric | MetricCollection] | Metric | MetricCollection"]
 Value = float | list[Any]  # lists of lists for a matrix
+_LANE = "@"  # before the number of a lane, in the names of a state
 
 
 class MetricBook:
@@ -35,9 +37,11 @@ class MetricBook:
         make: Makes the metrics: name -> `torchmetrics.Metric`, or a collection of them; each gets (prediction, label),
             the first and the last input of the loss.
         shared: Whether sums of replicas will be added; then every metric state must be a sum.
+        lanes: Replicas of the data whose samples are counted here, each apart too where they are several. What is
+            counted apart stays at this party.
     """
 
-    def __init__(self, stage: str, make: MetricFactory | None, *, shared: bool) -> None:
+    def __init__(self, stage: str, make: MetricFactory | None, *, shared: bool, lanes: Sequence[int] = (0,)) -> None:
         """Make the metrics; refuse those that would need samples to leave."""
         self.stage = stage
         self.metrics: dict[str, Metric] = dict(_named(stage, "", make())) if make else {}
@@ -46,34 +50,51 @@ class MetricBook:
         if shared:
             for name, metric in self.metrics.items():
                 _check_sums(stage, name, metric)
+        self._lane, self._lanes = lanes[0], dict[int, MetricBook]()
+        for lane in lanes if len(lanes) > 1 else ():
+            self._lanes[lane] = MetricBook(stage, None, shared=False)
+            self._lanes[lane].metrics = copy.deepcopy(self.metrics)  # `make` may give the same objects again
+        self._own: list[dict[str, Any]] | None = None  # what was counted here, once sums of others are in
 
     def update(
-        self, loss: Tensor, inputs: Sequence[Tensor], batch: int, reduction: str = "mean", scale: str = ""
+        self,
+        loss: Tensor,
+        inputs: Sequence[Tensor],
+        batch: int,
+        reduction: str = "mean",
+        scale: str = "",
+        lane: int = 0,
     ) -> None:
-        """Add one microbatch: its loss (a scalar), its inputs (prediction first, label last), its size.
+        """Add one microbatch of a lane: its loss (a scalar), its inputs (prediction first, label last), its size.
 
         `scale`, "sigmoid" or "softmax", turns predictions into probabilities, if the loss is known to do that.
 
         Raises:
             StageError: E308, a metric does not take the inputs.
         """
-        factor = batch if reduction == "mean" else 1
-        self.loss_sum += loss.item() * factor
-        self.samples += batch
+        value = loss.item() * (batch if reduction == "mean" else 1)
+        books = [self, *([self._lanes[lane]] if lane in self._lanes else [])]
+        for book in books:
+            book.loss_sum += value
+            book.samples += batch
         for name, metric in self.metrics.items():
             with _naming(name, metric, (inputs[0], inputs[-1])):
                 prediction, label = metric_inputs(name, metric, inputs, scale)
                 probable_now = probable(metric, prediction)
                 if probable_now is not None and self._probable.setdefault(name, probable_now) != probable_now:
                     raise mixed_error(name, metric, (inputs[0], inputs[-1]))
-                metric.update(prediction, label)
+                for book in books:
+                    book.metrics[name].update(prediction, label)
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
         self.loss_sum, self.samples = 0.0, 0
         self._probable.clear()
+        self._own = None
         for metric in self.metrics.values():
             metric.reset()
+        for book in self._lanes.values():
+            book.reset()
 
     def values(self) -> dict[str, Value]:
         """Return "loss" and each metric's value; nothing if there were no samples.
@@ -88,18 +109,48 @@ class MetricBook:
                 found |= _flat(name, metric.compute())
         return found
 
+    def own(self) -> list[dict[str, Any]]:
+        """Return what was counted here, apart from other replicas: "lane", "samples" and "metrics" of each lane.
+
+        A metric that cannot be computed of a lane's samples alone is left out; so is a lane without samples.
+        """
+        if self._own is not None:
+            return self._own
+        books = self._lanes or {self._lane: self}
+        rows = [{"lane": at, "samples": book.samples, "metrics": book._computable()} for at, book in books.items()]
+        return [row for row in rows if row["samples"]]
+
+    def pool(self, sums: Mapping[str, Tensor], where: str) -> None:
+        """Replace the sums by those of all replicas; keep what was counted here. Raises what `set_sums` raises."""
+        own = self.own()
+        self.set_sums(sums, where)
+        self._own = own
+
+    def _computable(self) -> dict[str, Value]:
+        found: dict[str, Value] = {"loss": self.loss_sum / max(1, self.samples)}
+        for name, metric in self.metrics.items():
+            with suppress(StageError), _naming(name, metric, ()):
+                found |= _flat(name, metric.compute())
+        return found
+
     def state(self) -> dict[str, Tensor]:
         """Return all state for a checkpoint, which stays at its party; states that are lists are put together."""
         found = self.sums()
         for name, _owner, _key, value in self._states():
             if isinstance(value, list) and value:
                 found[name] = torch.cat([item.reshape(1) if item.ndim == 0 else item for item in value]).clone()
+        for lane, book in self._lanes.items():
+            found |= {f"{_LANE}{lane}/{name}": tensor for name, tensor in book.state().items()}
         return found
 
     def set_state(self, state: Mapping[str, Tensor], where: str) -> None:
         """Go back to a `state`. Raises `ContractError` if it is not of these metrics."""
         lists = {name: (owner, key) for name, owner, key, value in self._states() if isinstance(value, list)}
-        self.set_sums({name: tensor for name, tensor in state.items() if name not in lists}, where)
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(_LANE)}
+        self.set_sums({name: tensor for name, tensor in own.items() if name not in lists}, where)
+        for lane, book in self._lanes.items():
+            start = f"{_LANE}{lane}/"
+            book.set_state({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}, where)
         for name, (owner, key) in lists.items():
             kept = state.get(name)
             setattr(owner, key, [] if kept is None else [kept.clone()])

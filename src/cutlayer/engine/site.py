@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,11 +79,7 @@ class Site:
         self.gathered: dict[str, dict[str, Tensor]] = {}
         self.exchanges = parts.plugs.exchanges
         _check_exchanges(plan, parts)
-        self.books = {
-            place: MetricBook(place[0], parts.metrics.get(place[0]), shared=self.graph.by_name[place[0]].replicated)
-            for place in self.stages
-            if isinstance(self.graph.by_name[place[0]], Loss)
-        }
+        self.books = _books(self.graph, parts, self.stages)
 
     def place(self, stage: str, lane: int) -> Place:
         """Return where the replica of a stage for a lane is kept."""
@@ -156,8 +152,8 @@ class Site:
         return self.books[self.place(stage, lane)].sums()
 
     def set_metric_sums(self, stage: str, lane: int, sums: Mapping[str, Tensor], where: str) -> None:
-        """Replace the sums behind a loss's metrics. Raises `ContractError` if they do not fit."""
-        self.books[self.place(stage, lane)].set_sums(sums, where)
+        """Replace the sums behind a loss's metrics by those of all. Raises `ContractError` if they do not fit."""
+        self.books[self.place(stage, lane)].pool(sums, where)
 
     def clear(self) -> None:
         """Forget what an unfinished step has left."""
@@ -206,6 +202,16 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, StageProtocol]:
                 autocast=parts.autocast,
             )
     return stages
+
+
+def _books(graph: Graph, parts: Parts, places: Iterable[Place]) -> dict[Place, MetricBook]:
+    found: dict[Place, MetricBook] = {}
+    for name, lane in places:
+        part = graph.by_name[name]
+        if isinstance(part, Loss):
+            lanes = [lane] if part.replicated else range(graph.lanes)
+            found[name, lane] = MetricBook(name, parts.metrics.get(name), shared=part.replicated, lanes=lanes)
+    return found
 
 
 def _check_exchanges(plan: Plan, parts: Parts) -> None:

@@ -115,7 +115,8 @@ class Worker:
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
             check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
-            role.book.update(outputs[0], inputs, job.size, role.reduction, getattr(role.stage, "scale", ""))
+            scale = getattr(role.stage, "scale", "")
+            role.book.update(outputs[0], inputs, job.size, role.reduction, scale, job.lane)
             return
         self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
@@ -205,7 +206,8 @@ class Worker:
             values = book.values()
             if values:
                 row = {"mode": self.mode, "round": self.round, "loss": stage, "lane": lane, "metrics": values}
-                self.history.append(row)
+                own = book.own() if self.graph.lanes > 1 else []  # of one lane alone both are the same
+                self.history.append({**row, "own": own} if own else row)
 
     def clear(self) -> None:
         """Forget everything of an unfinished step, for a roll-back."""

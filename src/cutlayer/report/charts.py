@@ -12,13 +12,14 @@ from cutlayer.report.scene import Box, Dot, Group, Label, Line, Scene, Shape, fi
 from cutlayer.report.tally import KINDS, Cost, Series, costs, series
 from cutlayer.report.words import duration, number
 
-__all__ = ["curves", "grid", "panels", "ticks", "time_bars", "title_of", "who"]
+__all__ = ["curves", "grid", "named", "panels", "ticks", "time_bars", "title_of"]
 
 _TEXT, _TITLE = 10.0, 13.0
 _PANEL = (470.0, 270.0)
 _PLOT = (56.0, 400.0)  # left edge and width of the axes in a panel
 _BARS = (140.0, 690.0)
 _ROW = 34.0
+_ALL = "all together"  # the name of what is of all samples, beside what is of a replica's own
 
 
 def panels(record: Record) -> list[list[Series]]:
@@ -82,12 +83,8 @@ def grid(scenes: Sequence[Scene], title: str, columns: int = 2) -> Scene:
 
 def _panel(lines: Sequence[Series]) -> Scene:
     title = title_of(lines[0])
-    kinds = _line_kinds(lines)
-    names = [
-        (_legend_text(line, alone=len({ln.who for ln in lines}) == 1), kind)
-        for line, kind in zip(lines, kinds, strict=True)
-    ]
-    legend, top = _legend(names, 32.0, _PANEL[0] - 16.0, left=14.0)
+    names, kinds = named(lines), _line_kinds(lines)
+    legend, top = _legend(_legend_texts(lines, names, kinds), 32.0, _PANEL[0] - 16.0, left=14.0)
     frame = (_PLOT[0], top + 8.0, _PLOT[1], _PANEL[1] - 60.0)
     items: list[Shape] = [
         Label(14.0, 20.0, fit(title, _PANEL[0] - 28.0, _TITLE, bold=True), "ink", _TITLE, bold=True, title=title)
@@ -98,14 +95,25 @@ def _panel(lines: Sequence[Series]) -> Scene:
     x_range = (min(rounds), max(rounds)) if min(rounds) < max(rounds) else (min(rounds) - 0.5, max(rounds) + 0.5)
     y_range = _padded(values)
     items += _axes(frame, x_range, y_range)
-    for line, kind in zip(lines, kinds, strict=True):
-        items += _curve(line, kind, frame, x_range, y_range)
-    about = ". ".join(_about(line) for line in lines)
+    for line, name, kind in reversed(list(zip(lines, names, kinds, strict=True))):  # what is of all is on top
+        items += _curve(line, f"{line.mode} {line.metric}, {name}", kind, frame, x_range, y_range)
+    about = ". ".join(_about(line, name) for line, name in zip(lines, names, strict=True))
     return Scene(_PANEL[0], frame[1] + frame[3] + 40.0, tuple(items), f"{title} by round", f"{about}.")
 
 
 def _line_kinds(lines: Sequence[Series]) -> list[str]:
-    """Colour by replica, dashes for evaluation; one replica alone has a colour for each mode."""
+    """Colour by replica, dashes for evaluation; one replica alone has a colour for each mode.
+
+    Where lines are of a replica's own samples, they are thin, and those of all samples bold.
+    """
+    own = list(dict.fromkeys(line.who for line in lines if line.own))
+    if own:
+        return [
+            f"thin{'dash' * (line.mode == 'evaluate')}-c{1 + min(own.index(line.who), SERIES)}"
+            if line.own
+            else f"{'dash' if line.mode == 'evaluate' else 'line'}-all"
+            for line in lines
+        ]
     whose = list(dict.fromkeys(line.who for line in lines))
     if len(whose) == 1:
         return [{"train": "line-c1", "evaluate": "dash-c2"}.get(line.mode, "line-c3") for line in lines]
@@ -117,27 +125,40 @@ def title_of(line: Series) -> str:
     return line.metric if line.loss == "loss" else f"{line.metric} of {line.loss}"
 
 
-def who(line: Series) -> str:
-    """Return whose values a line shows."""
+def named(lines: Sequence[Series]) -> list[str]:
+    """Return whose values the lines of one panel show."""
+    apart = any(line.own for line in lines) and len({line.who for line in lines if not line.own}) <= 1
+    return [_ALL if apart and not line.own else _who(line) for line in lines]
+
+
+def _who(line: Series) -> str:
     names = line.who
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more, all the same"
 
 
-def _about(line: Series) -> str:
+def _about(line: Series, name: str) -> str:
     """Return in words how a line goes."""
     (first, begin), (last, end) = line.points[0], line.points[-1]
     values = [value for _, value in line.points if math.isfinite(value)] or [math.nan]
     path = f"{number(begin)} in round {first}"
     if last > first:
         path += f", {number(end)} in round {last}, between {number(min(values))} and {number(max(values))}"
-    return f"{line.mode}, {who(line)}: {path}"
+    return f"{line.mode}, {name}: {path}"
 
 
-def _legend_text(line: Series, *, alone: bool) -> str:
-    last = f"{line.mode} {number(line.points[-1][1])}"
-    if len(line.who) > 1:
-        return f"{last}, the same at {len(line.who)} replicas"
-    return last if alone else f"{last}, {line.who[0]}"
+def _legend_texts(lines: Sequence[Series], names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Return text and kind of each entry; the replicas that have no colour of their own are one."""
+    alone, found, rest = len({line.who for line in lines}) == 1, list[tuple[str, str]](), dict[str, str]()
+    for line, name, kind in zip(lines, names, kinds, strict=True):
+        last = f"{line.mode} {number(line.points[-1][1])}"
+        if kind.startswith("thin") and kind.endswith(f"c{SERIES + 1}"):
+            rest[name] = kind
+        elif len(line.who) > 1 and name != _ALL:
+            found.append((f"{last}, the same at {len(line.who)} replicas", kind))
+        else:
+            found.append((last if alone else f"{last}, {name}", kind))
+    more = [(f"{len(rest)} more, each by its own", f"thin-c{SERIES + 1}")] if rest else []
+    return [*found, *more]
 
 
 def _legend(names: Sequence[tuple[str, str]], y: float, most: float, left: float = 0.0) -> tuple[list[Shape], float]:
@@ -190,6 +211,7 @@ def _axes(
 
 def _curve(
     line: Series,
+    name: str,
     kind: str,
     frame: tuple[float, float, float, float],
     x_range: tuple[float, float],
@@ -205,12 +227,12 @@ def _curve(
         if math.isfinite(y)
     ]
     colour = kind.rpartition("-")[2]
-    name = f"{line.mode} {line.metric}, {who(line)}"
     items: list[Shape] = [Line(tuple(points), kind, name)] if len(points) > 1 else []
-    if len(points) <= 60:
+    thin = kind.startswith("thin")
+    if len(points) <= 60 and not (thin and colour == f"c{SERIES + 1}" and len(points) > 1):
         known = [point for point in line.points if math.isfinite(point[1])]
         items += [
-            Dot(x, y, 2.6, f"fill-{colour}", f"{name}\nround {at}: {number(value)}")
+            Dot(x, y, 1.8 if thin else 2.6, f"fill-{colour}", f"{name}\nround {at}: {number(value)}")
             for (x, y), (at, value) in zip(points, known, strict=True)
         ]
     return items

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cutlayer.report.charts import panels, title_of, who
+from cutlayer.report.charts import named, panels, title_of
+from cutlayer.report.palette import SERIES
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, Series, costs
+from cutlayer.report.tally import KINDS, Series, costs, lane_names
 from cutlayer.report.words import duration, number
 
 __all__ = ["Table", "metric_tables", "missing", "time_table"]
@@ -41,11 +42,15 @@ def time_table(record: Record) -> Table:
 
 def missing(record: Record) -> list[str]:
     """Return metrics that were no finite number, such as "accuracy of loss (train) in rounds 2, 3"."""
-    found: dict[tuple[str, str, str], dict[int, None]] = {}
+    clients, found = lane_names(record.plan), dict[tuple[str, str, str], dict[int, None]]()
     for row in record.summary.history:
-        for name, value in row.metrics.items():
-            if value is None or (isinstance(value, list) and None in value):
-                found.setdefault((name, row.loss, row.mode), {})[row.round] = None
+        for metrics, mode in [
+            (row.metrics, row.mode),
+            *((o.metrics, f"{row.mode}, {clients[o.lane]}") for o in row.own),
+        ]:
+            for name, value in metrics.items():
+                if value is None or (isinstance(value, list) and None in value):
+                    found.setdefault((name, row.loss, mode), {})[row.round] = None
     return [f"{name} of {loss} ({mode}) in {_rounds(sorted(rounds))}" for (name, loss, mode), rounds in found.items()]
 
 
@@ -56,14 +61,19 @@ def _rounds(rounds: Sequence[int]) -> str:
 
 
 def _metric_table(lines: Sequence[Series]) -> Table:
+    own = list(dict.fromkeys(line.who for line in lines if line.own))
+    kept = [line for line in lines if not line.own or line.who in own[:SERIES]]
     rounds = sorted({at for line in lines for at, _ in line.points})
     shown = _some(rounds)
     caption = f"{title_of(lines[0])} by round"
     if len(shown) < len(rounds):
         caption += f": {len(shown)} of {len(rounds)} rounds, all of them in report/curves.csv"
-    values = [dict(line.points) for line in lines]
+    if len(own) > SERIES:
+        caption += f"; {len(own) - SERIES} more by their own samples are in report/curves.csv"
+    values = [dict(line.points) for line in kept]
     rows = [(str(at), *(number(known[at]) if at in known else "–" for known in values)) for at in shown]
-    return Table(caption, ("round", *(f"{line.mode}, {who(line)}" for line in lines)), tuple(rows))
+    heads = [f"{line.mode}, {name}" for line, name in zip(kept, named(kept), strict=True)]
+    return Table(caption, ("round", *heads), tuple(rows))
 
 
 def _some(rounds: Sequence[int]) -> list[int]:

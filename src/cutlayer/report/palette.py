@@ -22,7 +22,7 @@ DARK: Mapping[str, str] = {
     "exchange": "#b9a2ea", "keep": "#6cc795", "keep-panel": "#1b2f26", "c1": "#56b4e9", "c2": "#f0863a",
     "c3": "#3fc79c", "c4": "#e09cc0", "c5": "#e3c446", "c6": "#9ad2f5", "c7": "#a2b0bd", "c8": "#6f7d8a",
 }  # fmt: skip
-SERIES = 7  # colours c1 to c7 are for series; c8 is for what is left over
+SERIES = 7  # colours c1 to c7 are for series; c8 is for what is left over; "all" for what is of all of them
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,19 @@ class Style:
 
 
 def _series() -> dict[str, Style]:
-    found: dict[str, Style] = {}
+    found = {
+        "fill-all": Style(fill="ink"),
+        "line-all": Style(stroke="ink", width=3.2),
+        "dash-all": Style(stroke="ink", width=3.2, dash=(8.0, 4.0)),
+    }
     for number in range(1, SERIES + 2):
         name = f"c{number}"
         found |= {
             f"fill-{name}": Style(fill=name),
             f"line-{name}": Style(stroke=name, width=2.0),
             f"dash-{name}": Style(stroke=name, width=2.0, dash=(6.0, 4.0)),
+            f"thin-{name}": Style(stroke=name, width=1.1),
+            f"thindash-{name}": Style(stroke=name, width=1.1, dash=(4.0, 3.0)),
         }
     return found
 

@@ -21,7 +21,7 @@ from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError, PlanError
 
-__all__ = ["FlowRow", "HistoryRow", "LedgerPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
+__all__ = ["FlowRow", "HistoryRow", "LedgerPart", "OwnPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
 
 VERSION = 2  # of the summaries that this reads
 _TOLD = ("lost", "returned", "rollback", "aborted")  # events that a reader of the report wants to know of
@@ -74,8 +74,19 @@ class LedgerPart(msgspec.Struct, frozen=True):
     exchanges: tuple[ExchangeRow, ...] = ()
 
 
+class OwnPart(msgspec.Struct, frozen=True):
+    """Metrics over the samples of one lane alone, and their number."""
+
+    lane: int
+    samples: int
+    metrics: dict[str, Any]
+
+
 class HistoryRow(msgspec.Struct, frozen=True):
-    """Metrics of one loss, round and mode. A value is a number, a list of them, or None where it was not finite."""
+    """Metrics of one loss, round and mode, over all lanes; `own`: of each lane whose samples this party counted.
+
+    A value is a number, a list of them, or None where it was not finite.
+    """
 
     mode: str
     round: int
@@ -83,6 +94,7 @@ class HistoryRow(msgspec.Struct, frozen=True):
     metrics: dict[str, Any]
     lane: int = 0
     party: str = ""
+    own: tuple[OwnPart, ...] = ()
 
 
 class ProcessPart(msgspec.Struct, frozen=True):
@@ -173,7 +185,7 @@ def read_record(folder: Path) -> Record:
         raise _unreadable(path, "a summary as a run writes it", str(error)[:200]) from error
     if plan.digest() != summary.plan.digest:
         raise _unreadable(path, f"a plan of digest {summary.plan.digest[:80]}", plan.digest())
-    strangers = _named(summary) - {*plan.parties, *(stage.name for stage in plan.stages)}
+    strangers = _named(summary, plan.lanes) - {*plan.parties, *(stage.name for stage in plan.stages)}
     if strangers:
         raise _unreadable(path, "parties and losses of its plan", ", ".join(sorted(strangers))[:200])
     return Record(folder, summary, plan, _events(folder / "metrics.jsonl"))
@@ -200,13 +212,14 @@ def restored_plan(document: Mapping[str, Any]) -> Plan:
     )
 
 
-def _named(summary: SummaryFile) -> set[str]:
-    """Return the parties and losses that a summary speaks of."""
+def _named(summary: SummaryFile, lanes: int) -> set[str]:
+    """Return the parties and losses that a summary speaks of, and lanes that are none of its plan's."""
     ledgers = summary.ledgers
     return {
         *ledgers,
         *(row.peer for ledger in ledgers.values() for row in ledger.flows),
         *(name for row in summary.history for name in (row.loss, row.party) if name),
+        *(f"lane {own.lane}" for row in summary.history for own in row.own if not 0 <= own.lane < lanes),
         *(party for process in summary.processes for party in process.parties),
     }
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, costs, flat, moved
+from cutlayer.report.tally import KINDS, costs, flat, lane_names, moved
 
 __all__ = ["costs_csv", "curves_csv", "cuts_csv"]
 
@@ -18,13 +18,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def curves_csv(record: Record) -> str:
-    """Return every number of every metric: a row for each round, mode, loss, replica and metric."""
-    rows: list[list[_Cell]] = [
-        [row.round, row.mode, row.loss, row.party, row.lane, metric, value]
-        for row in record.summary.history
-        for metric, value in flat(row.metrics)
-    ]
-    return _text(["round", "mode", "loss", "party", "lane", "metric", "value"], rows)
+    """Return every number of every metric: a row for each round, mode, loss, replica and metric.
+
+    `client` and `samples` say of whose samples alone the number is, and how many they are; empty: it is of all.
+    """
+    clients, rows = lane_names(record.plan), list[list[_Cell]]()
+    for row in record.summary.history:
+        place: list[_Cell] = [row.round, row.mode, row.loss, row.party]
+        rows += [[*place, row.lane, metric, value, None, None] for metric, value in flat(row.metrics)]
+        for own in row.own:
+            whose: list[_Cell] = [clients[own.lane], own.samples]
+            rows += [[*place, own.lane, metric, value, *whose] for metric, value in flat(own.metrics)]
+    return _text(["round", "mode", "loss", "party", "lane", "metric", "value", "client", "samples"], rows)
 
 
 def costs_csv(record: Record) -> str:

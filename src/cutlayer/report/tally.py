@@ -9,10 +9,13 @@ from typing import Any
 from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
 from cutlayer.core.graph import Edge
+from cutlayer.core.plan import Plan
 from cutlayer.errors import CutlayerError
 from cutlayer.report.record import FlowRow, HistoryRow, Record
 
-__all__ = ["KINDS", "Cost", "Moved", "Series", "costs", "exchanged", "flat", "moved", "series", "totals"]
+__all__ = [
+    "KINDS", "Cost", "Moved", "Series", "costs", "exchanged", "flat", "lane_names", "moved", "series", "totals",
+]  # fmt: skip
 
 # What the report calls the kinds of seconds in a ledger; all else is "other".
 KINDS: Mapping[str, str] = {
@@ -81,7 +84,8 @@ class Cost:
 class Series:
     """One metric of one loss in one mode, a value a round.
 
-    `who` are the replicas, which may all tell the same; `listed`: it is one number of a metric that is a list.
+    `who` are the replicas, which may all tell the same; `listed`: it is one number of a metric that is a list; `own`:
+    it is of the samples of `who` alone, and not of all.
     """
 
     loss: str
@@ -90,6 +94,7 @@ class Series:
     who: tuple[str, ...]
     points: tuple[tuple[int, float], ...]
     listed: bool = False
+    own: bool = False
 
 
 def moved(record: Record) -> list[Moved]:
@@ -145,7 +150,10 @@ def costs(record: Record) -> list[Cost]:
 
 
 def series(record: Record) -> list[Series]:
-    """Return all metrics that are numbers, by loss and metric; replicas that tell the same are one series."""
+    """Return all metrics that are numbers, by loss and metric; replicas that tell the same are one series.
+
+    Those of all samples come first, then those of each lane's own.
+    """
     several = {(row.loss, row.party) for row in record.summary.history if row.lane}
     points: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     listed: set[str] = set()
@@ -162,7 +170,38 @@ def series(record: Record) -> list[Series]:
         for who, values in by_who.items():
             same.setdefault(tuple(sorted(values.items())), []).append(who)
         found += [Series(loss, metric, mode, tuple(who), line, metric in listed) for line, who in same.items()]
-    return sorted(found, key=lambda s: (order.get(s.loss, 0), s.metric != "loss", s.mode != "train"))
+    found += _own_series(record)
+    metrics = {name: place for place, name in enumerate(dict.fromkeys(["loss", *(line.metric for line in found)]))}
+    clients = lane_names(record.plan) if any(line.own for line in found) else []
+
+    def key(line: Series) -> tuple[int, int, int, bool]:
+        return (
+            order.get(line.loss, 0),
+            metrics[line.metric],
+            clients.index(line.who[0]) + 1 if line.own else 0,
+            line.mode != "train",
+        )
+
+    return sorted(found, key=key)
+
+
+def lane_names(plan: Plan) -> list[str]:
+    """Return whose samples each lane's are: the parties that load them, and the lane's number where they have more."""
+    names = [", ".join(plan.graph.data_fields(lane)) for lane in range(plan.lanes)]
+    return [name if names.count(name) == 1 else f"{name} {lane}" for lane, name in enumerate(names)]
+
+
+def _own_series(record: Record) -> list[Series]:
+    names, points = lane_names(record.plan), dict[tuple[str, str, str, str, bool], dict[int, float]]()
+    for row in record.summary.history:
+        for own in row.own:
+            for metric, value in flat(own.metrics):
+                key = (row.loss, metric, row.mode, names[own.lane], metric not in own.metrics)
+                points.setdefault(key, {})[row.round] = value
+    return [
+        Series(loss, metric, mode, (who,), tuple(sorted(line.items())), listed, own=True)
+        for (loss, metric, mode, who, listed), line in points.items()
+    ]
 
 
 def flat(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -173,4 +173,7 @@ class There:
 def _walk(program: Program, cursor: Cursor, worker: Worker, link: Transport, hooks: Hooks | None) -> Walk:
     hands = Hands(program, cursor, worker, link, lambda _step: worker.ledger.step.clear())
     ran = hooks.ran if hooks is not None else lambda _stage: True
-    return Walk(Course(program, worker.graph), hands, ran, training=program.mode == "train")
+    walk = Walk(Course(program, worker.graph), hands, ran, training=program.mode == "train")
+    if hooks is not None:
+        hooks.lane = lambda: walk.lane
+    return walk

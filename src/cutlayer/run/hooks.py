@@ -33,6 +33,7 @@ class Hooks:
     def __init__(self, worker: Worker, called: set[str], began: Callable[[str, Tensor], None]) -> None:
         """Put a hook before and after each module."""
         self._worker, self._called, self._began = worker, called, began
+        self.lane: Callable[[], int] = lambda: 0  # of the present microbatch
         self._ran: dict[str, int] = {}
         self._outer: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
@@ -116,4 +117,5 @@ class Hooks:
                 output.register_hook(partial(self._began, name))  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 scale = getattr(stage, "scale", "")
-                book.update(output.detach(), list(inputs), len(inputs[0]), part.reduction, scale)
+                size = len(inputs[0])
+                book.update(output.detach(), list(inputs), size, part.reduction, scale, self.lane())

@@ -48,6 +48,11 @@ class Walk:
         self._stepped = False
         self._key: Key | None = None
 
+    @property
+    def lane(self) -> int:
+        """The lane of the present microbatch; 0 between microbatches."""
+        return self._key[0] if self._key is not None else 0
+
     def part(self) -> int | None:
         """Go on to the next microbatch and return its size; None at the end of the round.
 
