@@ -196,15 +196,7 @@ class Walk:
             held = self.hands.held(key)
         if name in held:
             return held[name]
-        names = sorted({*held, *coming})
-        raise ProgramError(
-            f"a microbatch has no field {name!r} here",
-            where=f"party {self.hands.worker.party}, {self.hands.worker.mode} round {self.hands.worker.round}",
-            expected=f"one of {', '.join(names)}" if names else "none: no stage of this party takes a field",
-            got=repr(name),
-            remedy="correct the name; the fields are those that this party's stages take in the plan",
-            code="E443",
-        )
+        raise _no_field(self.hands, name, sorted({*held, *coming}))
 
     def _do(self, job: Item) -> None:
         self.course.take()
@@ -235,3 +227,15 @@ class Walk:
             else "call in the order of the plan; docs/how-to/own-loop.md has a loop for each kind of party",
             code="E440",
         )
+
+
+def _no_field(hands: Hands, name: str, names: Sequence[str]) -> ProgramError:
+    worker = hands.worker
+    return ProgramError(
+        f"a microbatch has no field {name!r} here",
+        where=f"party {worker.party}, {worker.mode} round {worker.round}",
+        expected=f"one of {', '.join(names)}" if names else "none: no stage of this party takes a field",
+        got=repr(name),
+        remedy="correct the name; the fields are those that this party's stages take in the plan",
+        code="E443",
+    )
