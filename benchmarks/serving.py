@@ -1,6 +1,6 @@
 """How many clients can one served stage answer, and how long does each wait? With and without joint forwards.
 
-    python benchmarks/serving.py                 1, 4 and 16 clients, three rounds
+    python benchmarks/serving.py                 1, 4, 16 and 32 clients, three rounds
     python benchmarks/serving.py --quick         a few requests: shows that it runs, measures nothing
 
 A U-shaped network: head and tail at the client, a body of four wide layers at the server, in a process of its own with
@@ -9,12 +9,14 @@ is all that counts, and a heavy one, where the forward does. A request is one sa
 a time. Two servers stand side by side, which differ in `batch` only; each round asks both, so that what else the
 machine does falls on both. Clients are threads of one process, each with its own certificate and session, and each asks
 again as soon as it has its answer. A latency is the time from one answer to the next at the client, head and tail
-included. All answers are compared with a prediction in one process: exactly without joint forwards, to 1e-5 with them.
+included. "samples" is how many samples a forward of the server had in the mean. All answers are compared with a
+prediction in one process: exactly without joint forwards, to 1e-5 with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +30,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,16 @@ import torch
 from torch import nn
 
 import cutlayer as cl
+from cutlayer.run.serving import Service
 from cutlayer.transport.pki import create_authority, issue
 
-CLIENTS = (1, 4, 16)
+CLIENTS = (1, 4, 16, 32)
+LEAST = 240  # requests of all clients together, so that the 99th percentile is more than the slowest one
 WAYS = {"alone": 1, "joint": 64}
 """Way -> the most samples of several requests in one forward."""
 BODIES = {"light": 128, "heavy": 2048}
 """Body -> its width; its four layers have four times the square of that as weights."""
+NUMBERS = ("rate", "p50_ms", "p95_ms", "p99_ms", "samples")
 _BOUNDS = {"alone": 0.0, "joint": 1e-5}
 
 
@@ -82,16 +88,50 @@ def network(plan: cl.Plan, folder: Path, address: str, party: str, identity: str
     )
 
 
-def serve(body: str, folder: Path, address: str, batch: int) -> None:
-    """Serve until the parent says that it is enough; a process of its own."""
+def serve(body: str, folder: Path, address: str, batch: int, line: Connection) -> None:
+    """Serve until the parent says that it is enough, and tell it how many forwards there were when it asks.
+
+    A process of its own.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     torch.set_num_threads(1)
     limits = cl.Serving(batch=batch, quota=cl.Quota(sessions=64))
     plan = plan_of(body)
     settings = network(plan, folder, address, "server", "server")
-    cl.serve(plan, party_of(body, "server"), network=settings, serving=limits, stop=stop)
+    with Service(plan, party_of(body, "server"), network=settings, serving=limits) as service:
+        line.send(None)
+        while line.recv():
+            line.send(service.served().forwards)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server's process, its address, and the line to it."""
+
+    process: Any
+    address: str
+    line: Connection
+
+    @classmethod
+    def start(cls, body: str, folder: Path, batch: int) -> Server:
+        """Start one, and wait until it listens."""
+        context, address = multiprocessing.get_context("spawn"), f"127.0.0.1:{free_port()}"
+        line, far = context.Pipe()
+        process = context.Process(target=serve, args=(body, folder, address, batch, far))
+        process.start()
+        far.close()
+        line.recv()
+        return cls(process, address, line)
+
+    def forwards(self) -> int:
+        """Return how many forwards there were so far."""
+        self.line.send(True)
+        return int(self.line.recv())
+
+    def stop(self) -> None:
+        """End it."""
+        self.line.send(False)
+        self.process.join(40)
 
 
 @dataclass
@@ -102,23 +142,41 @@ class Asked:
     outputs: torch.Tensor
 
 
+class Waiting(torch.utils.data.Dataset[Mapping[str, torch.Tensor]]):
+    """Samples; nobody gets the first one before all clients have a session. `begun` is when that was."""
+
+    def __init__(self, x: torch.Tensor, start: threading.Barrier) -> None:
+        """`start`: of all clients."""
+        self.x, self.start, self.begun = x, start, 0.0
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.x)
+
+    def __getitem__(self, place: int) -> Mapping[str, torch.Tensor]:
+        """Return a sample."""
+        if place == 0:
+            self.start.wait(60)
+            self.begun = time.perf_counter()
+        return {"x": self.x[place]}
+
+
 def ask(body: str, settings: list[cl.NetworkSettings], x: torch.Tensor) -> list[Asked]:
     """Let all clients ask at once, for all samples each."""
     start, plan = threading.Barrier(len(settings)), plan_of(body)
-    parties = [replace(party_of(body, "hospital"), prediction=cl.TensorTable(x=x)) for _ in settings]
+    data = [Waiting(x, start) for _ in settings]
+    parties = [replace(party_of(body, "hospital"), prediction=one) for one in data]
     found: list[Asked | None] = [None] * len(settings)
 
     def run(place: int) -> None:
         times: list[float] = []
 
         def notify(event: str, _details: Mapping[str, Any]) -> None:
-            if event == "connected":
-                start.wait(60)
-            if event in ("connected", "step"):
+            if event == "step":
                 times.append(time.perf_counter())
 
         outputs = cl.predict(plan, parties[place], network=settings[place], served=True, notify=notify)
-        found[place] = Asked(times, outputs["tail"])
+        found[place] = Asked([data[place].begun, *times], outputs["tail"])
 
     threads = [threading.Thread(target=run, args=(place,)) for place in range(len(settings))]
     for thread in threads:
@@ -130,26 +188,27 @@ def ask(body: str, settings: list[cl.NetworkSettings], x: torch.Tensor) -> list[
     return [one for one in found if one is not None]
 
 
-def row(way: str, asked: list[Asked], expected: torch.Tensor) -> dict[str, Any]:
-    """Return rate and latencies of one measurement. Stops the benchmark if an answer is wrong."""
+def row(way: str, asked: list[Asked], expected: torch.Tensor, forwards: int) -> dict[str, Any]:
+    """Return rate, latencies and samples a forward of one measurement. Stops the benchmark if an answer is wrong."""
     for one in asked:
         difference = (one.outputs - expected).abs().max().item()
         if difference > _BOUNDS[way]:
             raise SystemExit(f"{way}: an answer differs by {difference:g} from a prediction in one process")
     begin, end = min(one.times[0] for one in asked), max(one.times[-1] for one in asked)
     waits = [after - before for one in asked for before, after in zip(one.times, one.times[1:], strict=False)]
+    parts = statistics.quantiles(waits, n=100, method="inclusive")
     return {
         "way": way,
         "clients": len(asked),
         "rate": len(waits) / (end - begin),
-        "p50_ms": 1000 * statistics.median(waits),
-        "p95_ms": 1000 * statistics.quantiles(waits, n=20, method="inclusive")[-1],
+        **{f"p{part}_ms": 1000 * parts[part - 1] for part in (50, 95, 99)},
+        "samples": sum(len(one.outputs) for one in asked) / forwards,
     }
 
 
-def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return a row for each way and number of clients: the medians of the rounds."""
-    x = torch.randn(requests, 64, generator=torch.Generator().manual_seed(1))
+def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...], least: int = 0) -> list[dict[str, Any]]:
+    """Return a row for each way and number of clients: the medians of the rounds. `least`: requests of all clients."""
+    x = torch.randn(max(requests, least), 64, generator=torch.Generator().manual_seed(1))
     plan = plan_of(body)
     alone = replace(party_of(body, "hospital"), prediction=cl.TensorTable(x=x))
     expected = cl.predict(plan, [alone, party_of(body, "server")])["tail"]
@@ -158,38 +217,37 @@ def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...]) -> 
         folder, authority = Path(name), create_authority(Path(name) / "ca", name="benchmark")
         for identity in ("server", *(f"client-{number}" for number in range(max(clients)))):
             issue(authority, identity, folder)
-        addresses = {way: f"127.0.0.1:{free_port()}" for way in WAYS}
-        context = multiprocessing.get_context("spawn")
-        servers = [context.Process(target=serve, args=(body, folder, addresses[way], WAYS[way])) for way in WAYS]
-        for server in servers:
-            server.start()
+        servers: dict[str, Server] = {}
         try:
+            for way, batch in WAYS.items():
+                servers[way] = Server.start(body, folder, batch)
             for turn in range(rounds + 1):
-                for count in clients:
-                    for way, address in addresses.items():
-                        who = [network(plan, folder, address, "hospital", f"client-{n}") for n in range(count)]
-                        measured = row(way, ask(body, who, x), expected)
-                        if turn:  # the first one only warms up
-                            found.setdefault((count, way), []).append(measured)
+                for count, (way, server) in itertools.product(clients, servers.items()):
+                    who = [network(plan, folder, server.address, "hospital", f"client-{n}") for n in range(count)]
+                    each, before = x[: max(requests, least // count)], server.forwards()
+                    asked = ask(body, who, each)
+                    measured = row(way, asked, expected[: len(each)], server.forwards() - before)
+                    if turn:  # the first one only warms up
+                        found.setdefault((count, way), []).append(measured)
         finally:
-            for server in servers:
-                server.terminate()
-                server.join(20)
-    numbers = ("rate", "p50_ms", "p95_ms")
+            for server in servers.values():
+                server.stop()
     return [
-        {"body": body, **rows[0], **{number: statistics.median(one[number] for one in rows) for number in numbers}}
+        {"body": body, **rows[0], **{number: statistics.median(one[number] for one in rows) for number in NUMBERS}}
         for rows in found.values()
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, with the ratios of the two ways."""
+def table(rows: list[dict[str, Any]], busy: float) -> str:
+    """Return the rows as a Markdown table, with the ratios of the two ways; `busy`: the load before."""
     lines = [
         f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; one sample a request; medians of the rounds.",
+        f"{torch.__version__}; load average before {busy:.1f}; one sample a request; medians of the "
+        "rounds.",
         "",
-        "| body | clients | forwards | requests/s | p50 ms | p95 ms | requests/s, joint / alone | p95, joint / alone |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| body | clients | forwards | samples | requests/s | p50 ms | p95 ms | p99 ms | requests/s, joint / alone "
+        "| p95, joint / alone |",
+        f"|{' --- |' * 10}",
     ]
     for one in rows:
         same = [r for r in rows if (r["body"], r["clients"]) == (one["body"], one["clients"])]
@@ -199,9 +257,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             one["body"],
             one["clients"],
             one["way"],
+            f"{one['samples']:.1f}",
             f"{one['rate']:.0f}",
-            f"{one['p50_ms']:.2f}",
-            f"{one['p95_ms']:.2f}",
+            *(f"{one[key]:.1f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
         ]
         lines.append(f"| {' | '.join(map(str, [*cells, *ratios]))} |")
     return "\n".join(lines)
@@ -229,11 +287,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows, busy = list[dict[str, Any]](), os.getloadavg()[0]
     for body in BODIES:
         requests, rounds, clients = (5, 1, (1, 4)) if options.quick else (options.requests, options.rounds, CLIENTS)
-        rows += measure(body, requests, rounds, clients)
-    sys.stdout.write((json.dumps(rows, indent=1) if options.json else f"{table(rows)}\n{summary(rows)}") + "\n")
+        rows += measure(body, requests, rounds, clients, 0 if options.quick else LEAST)
+    sys.stdout.write((json.dumps(rows, indent=1) if options.json else f"{table(rows, busy)}\n{summary(rows)}") + "\n")
 
 
 if __name__ == "__main__":

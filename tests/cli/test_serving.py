@@ -185,6 +185,20 @@ def test_a_plan_that_cannot_be_served(demo: Path, call: Call):
     assert "the output 'body' stays at server" in result.err[-2]
 
 
+def test_what_leaves_with_an_answer_is_shown(demo: Path, call: Call):
+    """The demo's outputs are at the server: its contract must say that they may go to a client."""
+    contract = demo / "contract.toml"
+    contract.write_text(contract.read_text() + '\n[[answer]]\nof = "body"\nto = "head"\n')
+    shown = {}
+    for words in (("serve", "contract.toml", "server.toml"), ("predict", "contract.toml", "hospital.toml", "--served")):
+        result = call(*words)
+        assert (result.code, result.err[-4][:4]) == (2, "E207")
+        shown[words[0]] = "\n".join(result.err)
+    assert "  sends   activations of body to hospital: float32[batch, 2], 128 bytes a batch" in shown["serve"]
+    assert "served to clients in the role of hospital" in shown["serve"]
+    assert "  gets    activations of body from server: float32[batch, 2], 128 bytes a batch" in shown["predict"]
+
+
 def test_what_leaves_is_accepted_first(trained: Path, call: Call):
     result = call("serve", "contract.toml", "server.toml", "--weights", "out")
     assert (result.code, result.err[-4][:4]) == (2, "E207")
