@@ -161,19 +161,22 @@ class Pooled(nn.Module):
 
 
 class Last(nn.Module):
-    """Last states of a GRU and of an LSTM of three layers in two directions: of shape (layers, batch, width)."""
+    """Last states of a GRU and of LSTMs of three layers, one in two directions: of shape (layers, batch, width)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.gru = nn.Embedding(20, 8), nn.GRU(8, 8, batch_first=True)
-        self.lstm, self.out = nn.LSTM(8, 4, 3, batch_first=True, bidirectional=True), nn.Linear(16, 4)
+        self.lstm, self.out = nn.LSTM(8, 4, 3, batch_first=True, bidirectional=True), nn.Linear(28, 4)
+        self.deep = nn.LSTM(8, 4, 3, batch_first=True)
 
     def forward(self, words: Tensor) -> Tensor:
         """Map (batch, length) to (batch, 4)."""
         states, last = self.gru(self.table(words))
+        _, (three, _) = self.deep(states)
         _, (hidden, _) = self.lstm(states)
         both = hidden.permute(1, 0, 2)[:, -2:].flatten(1)
-        return self.out(torch.cat((last.squeeze(0), both + torch.cat((hidden[-2], hidden[-1]), dim=1)), dim=1))
+        both = both + torch.cat((hidden[-2], hidden[-1]), dim=1)
+        return self.out(torch.cat((last.squeeze(0), both, three.transpose(0, 1).flatten(1)), dim=1))
 
 
 class Filters(nn.Module):

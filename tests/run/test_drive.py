@@ -72,5 +72,30 @@ def test_a_large_frame_leaves_before_the_next_is_made():
     assert noted(talk()) == ["Send", "Send", "server gets 0", "server gets 1", "Send", "server gets 2"]
 
 
+def test_many_small_frames_do_not_wait_for_the_last():
+    def talk() -> Generator[Effect, Any, None]:
+        for edge in range(6):
+            yield from sending(edge, LARGE // 3)
+
+    gets = [f"server gets {edge}" for edge in range(6)]
+    assert noted(talk()) == [*["Send"] * 4, *gets[:4], *["Send"] * 2, *gets[4:]]
+
+
+def test_what_an_exchange_says_leaves_at_once():
+    """Its next word may take it long to find."""
+
+    def talk() -> Generator[Effect, Any, None]:
+        yield from sending(0)
+        yield Do(Step((0,)))
+        yield Post("server", frame(1))
+        seen.append("works")
+        yield Post("server", frame(2))
+
+    link = Noted()
+    seen = link.seen
+    drive(talk(), link, Ledger("clinic"), link.handle)
+    assert seen == ["Send", "server gets 0", "Step", "server gets 1", "works", "server gets 2"]
+
+
 def test_what_a_program_sends_last_is_sent():
     assert noted(sending(0)) == ["Send", "server gets 0"]

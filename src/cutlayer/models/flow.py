@@ -70,8 +70,10 @@ def positions(trace: Trace, points: Sequence[str]) -> list[int]:
     return found
 
 
-def flow_of(trace: Trace, points: Sequence[str]) -> Flow:
+def flow_of(trace: Trace, twin: Trace | None, points: Sequence[str]) -> Flow:
     """Place the steps of a trace. `points` are in the order in which they run.
+
+    `twin` is the same model traced with another number of samples; None without an example.
 
     Raises:
         StageError: a piece would do nothing (E312), or a value that crosses is not a tensor (E315).
@@ -86,7 +88,7 @@ def flow_of(trace: Trace, points: Sequence[str]) -> Flow:
     flow = Flow(trace, tuple(points), place, derived=derived)
     flow.ordinary = [step for step in trace.steps if step.name in place]
     _drop_unused_items(flow)
-    _pull_items(flow)
+    _pull_items(flow, twin)
     _spread_tuples(flow)
     _pull_checks(flow)
     _check_work(flow)
@@ -111,28 +113,29 @@ def _drop_unused_items(flow: Flow) -> None:
     flow.ordinary = [step for step in flow.ordinary if step.name in used or not is_item(step)]
 
 
-def _pull_items(flow: Flow) -> None:
+def _pull_items(flow: Flow, twin: Trace | None) -> None:
     """Take an item of a tuple in the piece that makes the tuple, so that the item crosses and not the tuple.
 
-    So for a tensor whose first dimension is not the batch, and which therefore cannot cross: of the last states of an
-    LSTM, (layers, batch, width), a layer's can. An item `[i]` of a tensor shows that it is one; for other views of it
-    (squeeze, transpose) its shape does.
+    So for views of a tensor whose first dimension is not the batch, and which therefore cannot cross: of the last
+    states of an LSTM, (layers, batch, width), a layer's can.
     """
-    inputs = [flow.trace.values.get(name) for name in flow.trace.inputs]
-    batches = {value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()}
     written = {name for names in flow.trace.written.values() for name in names}
     for step in flow.ordinary:
         if not is_item(step) and not is_view(step):
             continue
         owner = step.args[0].name
-        value = flow.trace.values.get(owner)
-        if isinstance(value, Tensor):
-            first = is_item(step) and isinstance(step.args[1], int)
-            stays = owner in written or not (first or (batches and not batches & set(value.shape[:1])))
+        if isinstance(flow.trace.values.get(owner), Tensor):
+            pulled = owner not in written and twin is not None and _same_length(owner, flow.trace, twin)
         else:
-            stays = not is_item(step)
-        if owner in flow.place and not stays:
+            pulled = is_item(step)
+        if owner in flow.place and pulled:
             flow.place[step.name] = flow.place[owner]
+
+
+def _same_length(name: str, one: Trace, two: Trace) -> bool:
+    """Say whether a tensor has as many rows for one number of samples as for another."""
+    first, second = one.values[name], two.values.get(name)
+    return isinstance(second, Tensor) and first.shape[:1] == second.shape[:1]
 
 
 def _pull_checks(flow: Flow) -> None:

@@ -117,7 +117,7 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
             if mode:
                 moving = [buffer for buffer, version in versions if buffer._version != version]
                 points = [name for _, name in sorted(zip(positions(first, names), names, strict=True))]
-            flows[mode] = flow_of(first, points)
+            flows[mode] = flow_of(first, twin, points)
             check_writes(flows[mode])
             drafts[mode] = _drafts(flows[mode], twin)
     _same_ports(flows, drafts)

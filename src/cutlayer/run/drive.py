@@ -14,7 +14,7 @@ from cutlayer.transport.base import Transport
 
 __all__ = ["drive", "waited"]
 
-_SMALL: Final = 2**18  # bytes; a longer frame is on its way while the next one is made
+_SMALL: Final = 2**18  # bytes; from here on frames are on their way while the next one is made
 
 
 def drive(
@@ -25,17 +25,18 @@ def drive(
     Small frames of sends that follow each other are handed over together, for a link to put them into one message.
     """
     answer: object = None
-    held = list[Post]()
+    held, sending = list[Post](), False
     try:
         while True:
             effect = talk.send(answer)
             answer = None
             if isinstance(effect, Post):
                 held.append(effect)
-                if effect.frame.nbytes > _SMALL:
+                if not sending or sum(post.frame.nbytes for post in held) > _SMALL:
                     _hand_over(held, link)
                 continue
-            if held and not (isinstance(effect, Do) and isinstance(effect.instruction, Send)):
+            sending = isinstance(effect, Do) and isinstance(effect.instruction, Send)
+            if held and not sending:
                 _hand_over(held, link)
             answer = waited(link, ledger, effect.source, effect.tag) if isinstance(effect, Take) else handle(effect)
     except StopIteration:

@@ -245,7 +245,7 @@ def write(peer: Peer, stream: Stream) -> Iterator[bytes]:
     number = run_number(peer.run)
     while (due := _due(peer, stream)) is not None:
         told, items = due
-        parts, rest = [told], iter(list[bytes]())
+        parts, rest = [told] if told else [], iter(list[bytes]())
         for sequence, parcel in items:
             header = Header(parcel.kind, len(parcel.control), memoryview(parcel.payload).nbytes, sequence, number)
             rest = messages(header, parcel.control, parcel.payload)
