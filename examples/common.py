@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 import cutlayer as cl
 from cutlayer.core.batching import batch_slice, permutation
-from cutlayer.run.results import new_run_folder, write_results
+from cutlayer.run.results import results_folder, write_results
 
 Fields = Mapping[str, Tensor]  # field -> (samples, ...)
 
@@ -110,11 +110,11 @@ def finish(
 
     `then` writes more into the folder.
     """
-    folder = new_run_folder(runs, name)
-    cuts = write_results(folder, result)["cuts"]
-    (folder / "numbers.json").write_text(json.dumps(found, indent=2) + "\n")
-    if then:
-        then(folder)
+    with results_folder(None, runs, name) as folder:
+        cuts = write_results(folder, result)["cuts"]
+        (folder / "numbers.json").write_text(json.dumps(found, indent=2) + "\n")
+        if then:
+            then(folder)
     print(f"\nweights of split and uncut equal bit for bit: {bool(found['equal'])}")
     print("\nbytes by cut, all rounds")
     for row in cuts:

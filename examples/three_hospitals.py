@@ -29,7 +29,7 @@ import cutlayer as cl
 from cutlayer.core.batching import batch_slice, permutation
 from cutlayer.data.bundled import mnist_5k
 from cutlayer.run.config import Contract, dump_contract
-from cutlayer.run.results import new_run_folder
+from cutlayer.run.results import results_folder
 
 HOSPITALS = {"hospital-a": slice(0, 2000), "hospital-b": slice(2000, 3200), "hospital-c": slice(3200, 4000)}
 TEST = slice(4000, 5000)
@@ -123,8 +123,9 @@ def run_parties(folder: Path, epochs: int, runs: Path) -> Path:
         file.write_text(f'party = "{name}"\n[code]\nbuilder = "{Path(__file__).resolve().as_posix()}:build"\n')
         files.append(str(file))
     command = [sys.executable, "-m", "cutlayer", "run", "--processes", str(folder / "contract.toml"), *files]
-    command += ["--folder", str(new_run_folder(runs, "three-hospitals"))]
-    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
+    with results_folder(None, runs, "three-hospitals") as home:
+        command += ["--folder", str(home)]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
     print(shown, end="")
     return Path(shown.strip().splitlines()[-1].removeprefix("results: ")).parent  # of the report
 
