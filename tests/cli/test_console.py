@@ -76,6 +76,17 @@ def test_unexpected_error_has_help_and_no_traceback(capsys: pytest.CaptureFixtur
     assert "KeyError: 'odd'" in capsys.readouterr().err
 
 
+@pytest.mark.provokes("E238")
+def test_what_the_system_refuses_is_an_error_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    taken = tmp_path / "results"
+    taken.write_text("a file")
+    with pytest.raises(FileExistsError) as caught:
+        taken.mkdir()
+    assert ended(PLAIN, caught.value) == 2
+    shown = saw(capsys.readouterr().err).splitlines()
+    assert shown[:3] == ["E238 a file or folder cannot be used", f"  where: {taken}", "  why:   got File exists"]
+
+
 def test_interruption(capsys: pytest.CaptureFixture[str]):
     assert ended(PLAIN, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "stopped\n"

@@ -1,4 +1,9 @@
-"""What every command prints and how it ends: results on stdout, everything else on stderr, an exit code by cause."""
+"""What every command prints and how it ends: results on stdout, everything else on stderr, an exit code by cause.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E238 | ConfigError | the system refuses a file or folder |
+"""
 
 from __future__ import annotations
 
@@ -189,12 +194,26 @@ def _reported(output: Output) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        unexpected = CutlayerError(
-            "an unexpected error", got=f"{type(error).__name__}: {error}", remedy="run with -v and report the output"
-        )
-        unexpected.__cause__ = error
-        output.fail(unexpected)
-        raise typer.Exit(1) from None
+        told = _refused(error) if isinstance(error, OSError) and error.filename else _unexpected(error)
+        told.__cause__ = error
+        output.fail(told)
+        raise typer.Exit(exit_code(told)) from None
+
+
+def _unexpected(error: Exception) -> CutlayerError:
+    return CutlayerError(
+        "an unexpected error", got=f"{type(error).__name__}: {error}", remedy="run with -v and report the output"
+    )
+
+
+def _refused(error: OSError) -> ConfigError:
+    return ConfigError(
+        "a file or folder cannot be used",
+        where=str(error.filename),
+        got=error.strerror or type(error).__name__,
+        remedy="give a path that this user may read and write, and where nothing else is; or make room on the disk",
+        code="E238",
+    )
 
 
 def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
