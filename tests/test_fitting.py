@@ -336,6 +336,29 @@ def test_a_run_predicts_as_the_uncut_model(labels: str):
     assert same(joined.state_dict(), run.state_dict())
 
 
+def test_a_prediction_leaves_each_modules_mode():
+    made = split(model(), "layer1", example=EXAMPLE)
+    run = fit(made, images(12), loss=nn.CrossEntropyLoss(), batch_size=6, epochs=1)
+    made.model.train()
+    made.model.layer1.bn1.eval()
+    modes = {name: module.training for name, module in made.model.named_modules()}
+    run.predict(images(11, 2))
+    assert {name: module.training for name, module in made.model.named_modules()} == modes
+    made.model.eval()
+    run.predict(images(11, 2))
+    assert not any(module.training for module in made.model.modules())
+
+
+def test_a_further_fit_trains_the_modules_of_an_earlier_run():
+    made, new = split(model(), "layer1", example=EXAMPLE), images(11, 2)
+    settings = {"loss": nn.CrossEntropyLoss(), "batch_size": 6}
+    first = fit(made, images(12), **settings)
+    before = first.predict(new)
+    second = fit(made, images(12), **settings)
+    assert torch.equal(first.predict(new), second.predict(new))
+    assert not torch.equal(first.predict(new), before)
+
+
 @pytest.mark.provokes("E236", "E253", "E255")
 def test_data_that_a_run_cannot_predict_for():
     run = fit(split(model(), "layer1", example=EXAMPLE), images(8), loss=nn.CrossEntropyLoss())

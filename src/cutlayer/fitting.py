@@ -70,11 +70,17 @@ class Run:
         return self.result.summary()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the trained weights of the uncut model, for its `load_state_dict(strict=True)`."""
+        """Return the trained weights of the uncut model, for its `load_state_dict(strict=True)`.
+
+        They are those of the split's modules now, which a further `fit` of the split trains on.
+        """
         return assemble(self.result)
 
     def predict(self, data: Data, *, batch_size: int = 64) -> Tensor:
         """Return the model's outputs for new samples, computed by the server and the first data holder.
+
+        In evaluation mode; the modules have their own modes again afterwards. Runs of one split train the same modules:
+        after a further `fit` of it, this predicts with the newer weights. Split a copy of the model to keep both.
 
         Args:
             data: A data set or a loader, as for `fit`; a label may be left out, and is not used. All samples of the

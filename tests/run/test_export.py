@@ -16,6 +16,7 @@ from cutlayer.data.sources import TensorTable
 from cutlayer.errors import CheckpointError, ConfigError, PlanError
 from cutlayer.run.config import Contract, dump_contract
 from cutlayer.run.export import JOINED, assemble, export
+from cutlayer.run.loop import session
 from cutlayer.run.party import Party
 from cutlayer.run.results import write_results
 from cutlayer.run.simulate import simulate
@@ -188,6 +189,10 @@ def test_a_stranger_may_not(wrong, words):
 def test_what_assemble_is_given(tmp_path: Path):
     for wrong, words in (
         (str(tmp_path / "nowhere"), "E229.*holds no run with a contract.*nowhere"),
+        (
+            session(plan(), Party("a"), others=[Party("server")]),
+            r"E229.*got Session\. give cl\.assemble\(session\.result\(\)\)",
+        ),
         (3, r"E229.*expected what fit or simulate gave, or the folder of a run, got int.*cl.assemble\(run\)"),
     ):
         with pytest.raises(ConfigError, match=words):

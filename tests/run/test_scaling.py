@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,16 +33,18 @@ def made(labels: str = "client") -> Any:
     return cl.split(net, 1, example=torch.zeros(2, 6), labels=labels)
 
 
-def halves(labels: str, name: str, loss: Any = None) -> tuple[Any, cl.Plan, cl.Party, cl.Party]:
+def halves(
+    labels: str, name: str, loss: Any = None, optimizer: Any = sgd, **training: Any
+) -> tuple[Any, cl.Plan, cl.Party, cl.Party]:
     """Return the split, the plan, the party called `name` and the other."""
     split = made(labels)
-    plan = split.plan(label_spec="int64[batch]", training=cl.Training(**TRAINING))
+    plan = split.plan(label_spec="int64[batch]", training=cl.Training(**{**TRAINING, **training}))
     criterion = {"loss": loss or nn.CrossEntropyLoss()}
     both = [
         cl.Party(
             place,
             modules={**split.modules(place), **(criterion if labels == place else {})},
-            optimizer=sgd,
+            optimizer=optimizer,
             seed=1,
             **({"data": rows(), "fields": ["input", "label"]} if place == "client" else {}),
         )
@@ -168,3 +171,37 @@ def test_a_disabled_scaler_is_none(told: bool):
     with cl.session(plan, mine, others=[other]) as session:
         loop(session, mine, "client", scaler, told=scaler if told else None)
     assert same(split.model.state_dict(), run.state_dict())
+
+
+@pytest.mark.parametrize("labels", ["client", "server"])
+@pytest.mark.parametrize("factor", [1 / 512, 256.0])
+def test_a_factor_of_the_loops_own_reaches_all_parties(factor: float, labels: str):
+    found = []
+    for times in (1.0, factor):
+        rate = partial(torch.optim.SGD, lr=0.1 / times)
+        split, plan, mine, other = halves(labels, labels, optimizer=rate, clip_norm=None)
+        with cl.session(plan, mine, others=[other]) as session:
+            for round in session.rounds():
+                for part in round:
+                    (output(session, mine, part, labels) * part.scale * times).backward()
+                    if part.last:
+                        session.optimizer.step()
+                        session.optimizer.zero_grad()
+        found.append(split.model.state_dict())
+    torch.testing.assert_close(*found)
+    start = made().model.state_dict()
+    assert not any(torch.equal(start[name], value) for name, value in found[0].items())
+
+
+def test_a_factor_beside_the_sessions_scaler_is_no_missing_scale():
+    _, plan, mine, other = halves("client", "client")
+    scaler = GradScaler("cpu", init_scale=2.0**16)
+    with cl.session(plan, mine, others=[other]) as session:
+        session.scaler = scaler
+        for round in session.rounds():
+            for part in round:
+                scaler.scale(output(session, mine, part, "client") * part.scale / 512).backward()
+                if part.last:
+                    scaler.step(session.optimizer)
+                    scaler.update()
+                    session.optimizer.zero_grad()

@@ -46,8 +46,8 @@ def assemble(source: Result | Ended | str | Path) -> dict[str, Tensor]:
     common, as stages written by hand may, each name is "stage.name". Replicas are those of the first lane.
 
     Args:
-        source: What `cutlayer.fit` or `simulate` gave, with all parties in this process; or the folder of a run, whose
-            contract names in `assemble_at` who may do this.
+        source: What `cutlayer.fit`, `simulate` or `session.result()` gave, with all parties in this process; or the
+            folder of a run, whose contract names in `assemble_at` who may do this.
 
     Raises:
         ConfigError: E229, the contract does not allow it here, stages of other parties are missing, or the source is
@@ -56,20 +56,21 @@ def assemble(source: Result | Ended | str | Path) -> dict[str, Tensor]:
     """
     if isinstance(source, str | Path):
         return _from_folder(Path(source))
-    if isinstance(source, Ended):
-        source = source.result
-    if not isinstance(source, Result):
+    result = source.result if isinstance(source, Ended) else source
+    if not isinstance(result, Result):
         raise ConfigError(
             "the whole model cannot be put together from this",
             expected="what fit or simulate gave, or the folder of a run",
             got=type(source).__name__,
-            remedy="give cl.assemble(run), cl.assemble(result) or cl.assemble('FOLDER')",
+            remedy="give cl.assemble(session.result()), once its rounds are over"
+            if isinstance(source, Ended) and callable(result)
+            else "give cl.assemble(run), cl.assemble(result) or cl.assemble('FOLDER')",
             code="E229",
         )
     states: dict[str, dict[str, Tensor]] = {}
-    for worker in source.workers.values():
+    for worker in result.workers.values():
         states |= _of_site(worker.site)
-    return _union(source.plan, states, "this result")
+    return _union(result.plan, states, "this result")
 
 
 def export(folder: Path, path: Path) -> int:

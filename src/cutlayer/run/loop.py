@@ -94,7 +94,7 @@ class _Remote(torch.autograd.Function):
         hold, session = ctx.hold, ctx.hold.session
         scale = scale_of(session.scaler)
         if not hold.leg.got and scale == 1:
-            check_scale(session.scaler, gradients[0], 1.0, session.place)
+            check_scale(session.scaler, gradients[0], 1.0, session.place, session.factors)
         finite = session.worker.parts.finite
         known = unscaled(gradients, scale, session.place, finite=finite) if hold.leg.got else ()
         sums = hold.walk.backward(hold.leg, known)
@@ -119,6 +119,7 @@ class Session:
     Attributes:
         scaler: The `GradScaler` with which the loop scales its loss, if it does. What leaves is divided by its scale,
             and what comes in is multiplied by it: the scale is this party's own matter.
+        factors: Powers of two by which the loop has multiplied its loss itself; see `check_scale`.
     """
 
     def __init__(self, plan: Plan, party: Party, others: Sequence[Party], network: NetworkSettings | None) -> None:
@@ -135,6 +136,7 @@ class Session:
             )
         self.plan, self.party = plan, party
         self.scaler: GradScaler | None = None
+        self.factors = set[int]()
         self._company: Company = There(plan, party, network) if network else Here(plan, party, others)
         self._walk: Walk | None = None
         self._hooks: Hooks | None = None
@@ -282,7 +284,7 @@ class Session:
     def _check_loss(self, name: str, gradient: Tensor) -> None:
         walk = self._walking()
         scales, _ = walk.course.outlook(walk.key("backward"))
-        check_scale(self.scaler, gradient, scales.get(name, 0.0), self.place)
+        check_scale(self.scaler, gradient, scales.get(name, 0.0), self.place, self.factors)
 
     def _before_step(self, *_: object) -> None:
         check_stepper(self.scaler, self.place)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,8 @@ def predict(
     """Return the outputs that feed the losses, for the parties' `prediction` data, in its order.
 
     Give all parties to predict in this process, or one party and a `network` to predict with others that run in
-    processes of their own. Labels are not needed, and stages stay as they are: evaluation mode, no gradients.
+    processes of their own. Labels are not needed, and stages stay as they are: it takes no gradients, and computes in
+    evaluation mode. In this process modules have their own modes again afterwards.
 
     Args:
         plan: The plan, the same at all parties.
@@ -113,10 +115,23 @@ def predict(
 def predict_here(
     plan: Plan, parties: Sequence[Party], *, weights: Path | None = None, notify: Notify | None = None
 ) -> Result:
-    """Predict with all parties in this process; see `predict`."""
+    """Predict with all parties in this process; see `predict`. The parties' modules keep their modes."""
     parties = [idle(party) for party in parties]
     roster = roster_of(parties)
-    return run_phases(plan, parties, roster, agenda(plan, roster), notify=notify, prepare=_prepare(weights))
+    with _modes_kept(parties):
+        return run_phases(plan, parties, roster, agenda(plan, roster), notify=notify, prepare=_prepare(weights))
+
+
+@contextmanager
+def _modes_kept(parties: Sequence[Party]) -> Iterator[None]:
+    """Give each module within the parties' modules its mode back, training or evaluation."""
+    given = [one for party in parties for one in party.modules.values() if isinstance(one, nn.Module)]
+    modes = [(module, module.training) for one in given for module in one.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def predict_with_others(

@@ -3,11 +3,12 @@
 | code | error | meaning |
 | --- | --- | --- |
 | E351 | NonFiniteError | a scaled gradient about to leave is not finite |
-| E442 | ProgramError | a loss is scaled otherwise than the session knows |
+| E442 | ProgramError | a scaler scales the loss that the session does not know, or its own one does not |
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from cutlayer.errors import NonFiniteError, ProgramError
 
 __all__ = ["check_scale", "check_stepper", "scale_of", "unscaled"]
 
-_LEAST = 8  # a power of two from 2^8 on, times what a gradient should begin with, is taken for a scaler's
+_LEAST = 8  # a power of two from 2^8 on, times what a gradient should begin with, may be a scaler's
 
 
 def scale_of(scaler: GradScaler | None) -> float:
@@ -54,36 +55,45 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float, where: str, *, fi
     return [None if one is None else one / scale for one in gradients]
 
 
-def check_scale(scaler: GradScaler | None, gradient: Tensor, due: float, where: str) -> None:
-    """Refuse a loss whose scale the session does not know: others would step with gradients of that scale.
+def check_scale(scaler: GradScaler | None, gradient: Tensor, due: float, where: str, factors: set[int]) -> None:
+    """Refuse a loss that a `GradScaler` scales of which the session does not know: others would step with that scale.
+
+    A factor of the loop's own is let through: others get gradients that are as many times larger or smaller.
 
     Args:
         scaler: The session's.
         gradient: What has come to the loss, or to what `remote` gave last. Others are not looked at.
         due: What it should be without a scale.
         where: Party and round.
+        factors: Powers of two that are known for the loop's own; others are added, as all scalers are looked through.
 
     Raises:
-        ProgramError: E442, it is a power of two times what it should be, or a part of it, and a large one.
+        ProgramError: E442, it is `due` times the scale of another enabled scaler of this process, or `due` itself where
+            the session's scaler has a large scale.
     """
     if gradient.numel() != 1 or due <= 0:
         return
     times, scale = abs(float(gradient)) / due, scale_of(scaler)
     if times == 0 or not math.isfinite(times):
         return
+    if scale >= 2**_LEAST and math.isclose(times, 1, rel_tol=1e-6):
+        raise ProgramError(
+            "the session has a scaler, and the loss is not scaled by it",
+            where=where,
+            expected=f"a backward that begins with {due * scale:g}",
+            got=f"{times * due:g}",
+            remedy="scale the loss: session.scaler.scale(loss).backward(); or leave session.scaler out",
+            code="E442",
+        )
     power = math.log2(times / scale)
-    if abs(power) < _LEAST or abs(power - round(power)) > 1e-6:
+    whole = round(power)
+    if whole < _LEAST or abs(power - whole) > 1e-6 or whole in factors:
         return
-    if power > 0:
-        raise _unknown(where, f"a backward that begins with {due * scale:g}", f"{times / scale:g} times that")
-    raise ProgramError(
-        "the session has a scaler, and the loss is not scaled by it",
-        where=where,
-        expected=f"a backward that begins with {due * scale:g}",
-        got=f"{times * due:g}",
-        remedy="scale the loss: session.scaler.scale(loss).backward(); or leave session.scaler out",
-        code="E442",
-    )
+    scalers = [one for one in gc.get_objects() if issubclass(type(one), GradScaler) and one is not scaler]
+    if any(one.is_enabled() and one.get_scale() == 2.0**whole for one in scalers):
+        got = f"{2.0**whole:g} times that, the scale of another GradScaler than session.scaler"
+        raise _unknown(where, f"a backward that begins with {due * scale:g}", got)
+    factors.add(whole)
 
 
 def check_stepper(scaler: GradScaler | None, where: str) -> None:

@@ -1,179 +1,218 @@
-"""Whether a stage's gradients are the slopes of what it computes, or those of a reference module."""
+"""Whether a stage's gradients are those of its module by autograd or of a reference, or the slopes of its output."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from cutlayer.engine.stage import Context, StageProtocol
 from cutlayer.testing.expect import expect
 
-__all__ = ["check_reference", "check_slopes"]
+__all__ = ["check_gradients", "check_reference"]
 
 Make = Callable[[], StageProtocol]
-Named = list[tuple[str, Tensor]]
-_WAYS = 4  # random directions of each input and parameter
-_NEAR = 1e-3  # of a gradient's norm; single precision keeps it, a wrong factor does not
-_ROUGH = 0.05  # where slopes can be had in single precision only
+_NEAR = 0.02  # of a norm: other orders of sums stay below it, also at kinks; a wrong factor does not
+_GROSS = 0.2  # of a slope
+_WAYS = 6  # random directions of each input and parameter
+_TINY = 1e-7  # of the output: slopes below that are not judged
+_STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)  # of a variable's own size; the longer ones for what rounds more
 _KEY = (0, 0)
+_MEANT = "; or, if it is meant to be another, a reference=MODULE"
 _WIDE = (torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Computes a stage's output when one of its variables (floating inputs, then parameters) is moved.
+def check_gradients(make: Make, samples: Sequence[Sequence[Tensor]]) -> None:
+    """Expect the gradients of inputs and parameters that autograd gives of the stage's module.
 
-    Attributes:
-        output: The variable's number and what is added to it -> output, in float64 or as the stage gives it.
-        steps: Lengths of moves; a slope may be that of any: a long one may cross a kink, a short one drown in rounding.
-        near: How much of its norm a gradient may be off.
-        half: The stage computes in half precision, whose gradients are too noisy to be compared with slopes.
-    """
-
-    output: Callable[[int, Tensor], Tensor]
-    steps: tuple[float, ...]
-    near: float = _NEAR
-    half: bool = False
-
-
-def check_slopes(make: Make, samples: Sequence[Sequence[Tensor]]) -> None:
-    """Expect gradients of inputs and parameters to be the slopes of the output, along some random directions.
-
-    The slopes are those of the stage's module in float64, where this gives what the stage gives; else those of the
-    stage itself. So neither the stage's backward nor one within its module has a say in them. In half precision the
-    stage must give the gradients of its module by autograd, and these, in float64, must be the slopes. Where slopes can
-    be had in single precision only, it is enough that one of the samples has them: another may lie at a kink.
+    Where the stage computes otherwise than its module, or a backward that is not torch's stands in the module's graph,
+    autograd proves nothing: then gradients must be the slopes of the output, by differences.
 
     Raises:
-        AssertionError: a gradient is another, or the stage is in half precision and its module cannot tell slopes.
+        AssertionError: a gradient is another, or it takes differences of a stage in half precision.
     """
-    told = [_fault(make, values) for values in samples]
-    faults = [fault for fault, _ in told if fault]
-    if faults and (len(faults) == len(told) or all(exact for _, exact in told)):
-        raise AssertionError(faults[0])
+    if all(_computes(make, values, exact=False) for values in samples):
+        own = [_compare(make, values, None, "its module by autograd") for values in samples]
+        if not any(own):
+            return
+    _check_slopes(make, samples)
 
 
-def _fault(make: Make, values: Sequence[Tensor]) -> tuple[str, bool]:
-    """Return which gradient of a sample is no slope ("": none), and whether slopes are exact here."""
-    shown, seed, found = _gone_back(make(), values)
-    probe = _module_probe(make, values, shown) or _stage_probe(make, values)
-    if probe.half:
-        check_reference(make, values, make().module, "its module by autograd")
-        stage = make()
-        _, theirs = _by_autograd(stage, stage.module.double(), _double(values), seed)
-        found = [(name, _exact(gradient)) for name, gradient in theirs]
-    dice, floor = torch.Generator().manual_seed(98), 1e-2 * probe.near * float(seed.norm())
-    for place, (name, gradient) in enumerate(found):
-        size = float(gradient.norm())
-        for _ in range(_WAYS):
-            way = torch.randn(gradient.shape, generator=dice, dtype=torch.float64)
-            told, off = float((gradient * way).sum()), float("inf")
-            for step in probe.steps:
-                ends = [float((probe.output(place, sign * step * way) * seed).sum()) for sign in (1, -1)]
-                off = min(off, abs((ends[0] - ends[1]) / (2 * step) - told))
-            if not off <= probe.near * size + floor:
-                what = f"expected the gradient of {name} to be the slope of the output, by differences"
-                return f"{what}; it is off by {off:.2g}, and its norm is {size:.2g}", probe.near == _NEAR
-    return "", probe.near == _NEAR
-
-
-def check_reference(make: Make, values: Sequence[Tensor], reference: nn.Module, what: str = "the reference") -> None:
+def check_reference(make: Make, values: Sequence[Tensor], reference: nn.Module) -> None:
     """Expect output and gradients of a stage to be those that autograd gives of a module of equal weights.
 
     Raises:
         AssertionError: one of them is another.
     """
-    shown, seed, found = _gone_back(make(), values)
+    _compare(make, values, reference, "the reference")
+
+
+def _compare(make: Make, values: Sequence[Tensor], reference: nn.Module | None, whose: str) -> bool:
+    """Compare with a module (None: the stage's) by autograd; return whether its graph holds a backward of its own."""
+    stage, other = make(), make()
+    shown, seed, found = _gone_back(stage, values)
+    module, trained = other.module, other.parameters()
+    if reference is not None:
+        module = copy.deepcopy(reference).to(other.device)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    output, theirs = _by_autograd(other, module, trained, values, seed)
+    expect(_near(shown, output), f"the output to be that of {whose}")
+    expect(len(theirs) == len(found), f"{whose} to have as many parameters as the stage, in its order")
+    most = max([float(due.norm()) for due in theirs], default=0.0)
+    for name, gradient, due in zip(_names(stage, values), found, theirs, strict=True):
+        expect(_near(gradient, due, most), f"the gradient of {name} to be that of {whose}{'' if reference else _MEANT}")
+    return _own_backward(output)
+
+
+def _check_slopes(make: Make, samples: Sequence[Sequence[Tensor]]) -> None:
+    """Expect gradients to be slopes: of the module in float64, if that gives what the stage gives, else of the stage.
+
+    One is refused only if it is grossly off along most directions, at two lengths of the step, and right at none.
+    """
+    exact = all(_computes(make, values, exact=True) for values in samples)
+    shown, seed, _ = _gone_back(make(), samples[0])
+    half = any(one.dtype not in _WIDE for one in [shown, *make().parameters(), *_floating(samples[0])])
+    expect(exact or not half, "a reference=MODULE to compare with: in half precision no slopes can be seen")
+    moved = _Moved(make(), exact=exact)
+    trials = [_Trial(moved, values, _exact(seed), _gradients(make, values, seed, exact=exact)) for values in samples]
+    dice = torch.Generator().manual_seed(98)
+    for place, name in enumerate(_names(moved.stage, samples[0])):
+        off = 0
+        for step in _STEPS if exact else (1e-3, 1e-2, 1e-4):
+            verdicts = [trials[way % len(trials)].verdict(place, step, dice) for way in range(_WAYS)]
+            off += verdicts.count(False) > _WAYS / 2
+            if verdicts.count(True) >= _WAYS / 2:
+                break
+        else:
+            expect(off < 2, f"the gradient of {name} to be the slope of the output, by differences{_MEANT}")
+
+
+def _gradients(make: Make, values: Sequence[Tensor], seed: Tensor, *, exact: bool) -> list[Tensor]:
+    """Return the gradients of a stage, or of its module by autograd in float64."""
     stage = make()
-    kind = getattr(stage, "autocast", None)
-    with torch.autocast(stage.device.type, dtype=kind) if kind else nullcontext():
-        output, theirs = _by_autograd(stage, copy.deepcopy(reference).to(stage.device), values, seed)
-    expect(_near(shown, output), f"the output to be that of {what}")
-    expect(len(theirs) == len(found), f"{what} to have as many parameters as the stage, in its order")
-    for (name, gradient), (_, due) in zip(found, theirs, strict=True):
-        expect(_near(gradient, due), f"the gradient of {name} to be that of {what}")
+    if not exact:
+        return [_exact(one) for one in _gone_back(stage, values)[2]]
+    return _by_autograd(stage, stage.module.double(), stage.parameters(), _double(values), seed)[1]
+
+
+class _Trial:
+    """Compares gradients for some inputs with slopes along random directions."""
+
+    def __init__(self, moved: _Moved, values: Sequence[Tensor], seed: Tensor, found: list[Tensor]) -> None:
+        self.moved, self.values, self.seed, self.found = moved, values, seed, [_exact(one) for one in found]
+        self.base = moved.output(values)
+        variables = [_exact(one) for one in [*_floating(values), *moved.stage.parameters()]]
+        self.sizes = [float(one.square().mean().sqrt()) or 1.0 for one in variables]
+
+    def verdict(self, place: int, step: float, dice: torch.Generator) -> bool | None:
+        """Say whether a gradient is the slope along a direction; None where a step of this length cannot tell."""
+        found = self.found[place]
+        way = torch.randn(found.shape, generator=dice, dtype=torch.float64) * self.sizes[place]
+        moved = [self.moved.output(self.values, place, sign * step * way) - self.base for sign in (1, -1)]
+        ahead, back = (float((one * self.seed).sum()) / step for one in moved)
+        told, slope, bend = float((found * way).sum()), (ahead - back) / 2, (ahead + back) / 2
+        most = max(abs(told), abs(slope))
+        if most <= _TINY * float(self.base.norm()):
+            return True
+        return None if abs(bend) > _GROSS / 2 * most else abs(slope - told) <= _GROSS * most
+
+
+class _Moved:
+    """Computes a stage, or its module in float64, from one state, with one of its variables moved."""
+
+    def __init__(self, stage: StageProtocol, *, exact: bool) -> None:
+        self.stage, self.exact = stage, exact
+        if exact:
+            stage.module.double()
+        self._state = copy.deepcopy(stage.module.state_dict())
+        self._dice = stage.generator, stage.cuda_generator
+
+    def output(self, values: Sequence[Tensor], place: int = 0, by: Tensor | None = None) -> Tensor:
+        """Return the output with `by` added to a variable, an input or a parameter. The next call undoes it."""
+        stage = self.stage
+        stage.module.load_state_dict(self._state)
+        stage.generator, stage.cuda_generator = self._dice
+        given = _double(values) if self.exact else [value.clone() for value in values]
+        with torch.no_grad():
+            if by is not None:
+                variable = [*_floating(given), *stage.parameters()][place]
+                variable.add_(by.to(variable))
+            if self.exact:
+                return _exact(_called(stage, stage.module, given))
+            (found,) = stage.forward(given, _context(values))
+        stage.forget()
+        return _exact(found)
+
+
+def _computes(make: Make, values: Sequence[Tensor], *, exact: bool) -> bool:
+    """Say whether a stage's module, as it is or in float64, gives what the stage gives."""
+    (shown,) = make().forward([value.clone() for value in values], _context(values))
+    stage = make()
+    with suppress(Exception), torch.no_grad():  # whatever a module raises: it is not used then
+        if exact:
+            return _near(shown, _called(stage, stage.module.double(), _double(values)), near=0.05)
+        return _near(shown, _called(stage, stage.module, [value.clone() for value in values]))
+    return False
 
 
 def _by_autograd(
-    stage: StageProtocol, module: nn.Module, values: Sequence[Tensor], seed: Tensor
-) -> tuple[Tensor, Named]:
+    stage: StageProtocol, module: nn.Module, trained: Sequence[Tensor], values: Sequence[Tensor], seed: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Return a module's output, and the gradients of inputs and parameters, drawing as a fresh stage does."""
-    module.train().zero_grad()
+    module.zero_grad()
     entered = [value.to(stage.device).detach().requires_grad_(value.is_floating_point()) for value in values]
-    with _dice(stage):
-        output = _single(module(*entered))
-    output.backward(seed.to(output))  # type: ignore[no-untyped-call]
-    variables = {f"input {place}": value for place, value in enumerate(entered) if value.requires_grad}
-    variables |= {f"parameter {name}": p for name, p in module.named_parameters() if p.requires_grad}
-    return output.detach(), [(n, v.grad if v.grad is not None else torch.zeros_like(v)) for n, v in variables.items()]
+    output = _called(stage, module, [value.clone() for value in entered])
+    if output.requires_grad:
+        output.backward(seed.to(output))  # type: ignore[no-untyped-call]
+    return output, [torch.zeros_like(v) if v.grad is None else v.grad for v in [*_floating(entered), *trained]]
 
 
-def _gone_back(stage: StageProtocol, values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Named]:
-    """Return a stage's output, the gradient it went back from, and those of all variables by name; all in float64."""
+def _called(stage: StageProtocol, module: nn.Module, values: Sequence[Tensor]) -> Tensor:
+    """Return what a module gives in training, with the draws of a stage, and its autocast unless in float64."""
+    kind = None if any(value.dtype == torch.float64 for value in values) else getattr(stage, "autocast", None)
+    with _dice(stage), torch.autocast(stage.device.type, dtype=kind) if kind else nullcontext():
+        given = module.train()(*(value.to(stage.device) for value in values))
+    if isinstance(given, Mapping):
+        given = tuple(given.values())
+    (found,) = given if isinstance(given, list | tuple) else (given,)
+    if not isinstance(found, Tensor):
+        raise TypeError(type(found).__name__)
+    return found
+
+
+def _gone_back(stage: StageProtocol, values: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return a stage's output, the gradient it went back from, and those of floating inputs and of parameters."""
     (output,) = stage.forward([value.clone() for value in values], _context(values))
     seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(99)).to(output)
     back = stage.backward([seed.clone()], _KEY)
-    found = [(f"input {place}", gradient) for place, gradient in enumerate(back) if gradient is not None]
+    found = [gradient for gradient in back if gradient is not None]
+    return output, seed, found + [torch.zeros_like(p) if p.grad is None else p.grad for p in stage.parameters()]
+
+
+def _own_backward(output: Tensor) -> bool:
+    """Say whether a backward that is not torch's own, in Python or C++, stands in the graph of a tensor."""
+    seen, front = set(), list[Any]([output.grad_fn])
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
+            return True
+        seen.add(node)
+        front += [before for before, _ in node.next_functions]
+    return False
+
+
+def _names(stage: StageProtocol, values: Sequence[Tensor]) -> list[str]:
+    """Return what variables are called: floating inputs, then the parameters that are trained."""
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
-    for parameter in stage.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found.append((f"parameter {names[id(parameter)]}", gradient))
-    return _exact(output), _exact(seed), [(name, _exact(gradient)) for name, gradient in found]
-
-
-def _module_probe(make: Make, values: Sequence[Tensor], shown: Tensor) -> _Probe | None:
-    """Return a probe by the stage's module in float64; None if that does not give what the stage gives."""
-
-    def output(place: int, by: Tensor) -> Tensor:
-        stage = make()
-        module, given = stage.module.double().train(), [value.to(stage.device) for value in _double(values)]
-        _move([v for v in given if v.is_floating_point()] + list(stage.parameters()), place, by)
-        with torch.no_grad(), _dice(stage):
-            return _exact(_single(module(*given)))
-
-    try:
-        plain = output(0, torch.zeros(()))
-    except Exception:  # whatever a module raises in float64: it is not used then
-        return None
-    if plain.shape != shown.shape:
-        return None
-    off, steps = float((plain - shown).norm() / (plain.norm() + 1e-12)), (1e-6, 1e-7)
-    if off > _ROUGH:
-        return None
-    return _Probe(output, steps, half=off > 1e-2 * _ROUGH)
-
-
-def _stage_probe(make: Make, values: Sequence[Tensor]) -> _Probe:
-    """Return a probe by the stage's own forwards. Raises `AssertionError` if their precision tells no slopes."""
-
-    def output(place: int, by: Tensor) -> Tensor:
-        stage, given = make(), [value.clone() for value in values]
-        _move([v for v in given if v.is_floating_point()] + list(stage.parameters()), place, by)
-        (found,) = stage.forward(given, _context(values))
-        return _exact(found)
-
-    stage = make()
-    (raw,) = stage.forward([value.clone() for value in values], _context(values))
-    held = [raw, *stage.parameters(), *(value for value in values if value.is_floating_point())]
-    half = any(one.dtype not in _WIDE for one in held)
-    expect(not half, "a reference=MODULE to compare with: in half precision no slopes can be seen")
-    return _Probe(output, (1e-2, 1e-3), _ROUGH)
-
-
-def _move(variables: Sequence[Tensor], place: int, by: Tensor) -> None:
-    if variables:
-        with torch.no_grad():
-            variables[place].add_(by.to(variables[place]))
-
-
-def _context(values: Sequence[Tensor]) -> Context:
-    wanted = tuple(value.is_floating_point() for value in values)
-    return Context(key=_KEY, batch=len(values[0]), training=True, wanted=wanted)
+    inputs = [f"input {place}" for place, value in enumerate(values) if value.is_floating_point()]
+    return inputs + [f"parameter {names[id(parameter)]}" for parameter in stage.parameters()]
 
 
 @contextmanager
@@ -186,27 +225,25 @@ def _dice(stage: StageProtocol) -> Iterator[None]:
         yield
 
 
+def _context(values: Sequence[Tensor]) -> Context:
+    wanted = tuple(value.is_floating_point() for value in values)
+    return Context(key=_KEY, batch=len(values[0]), training=True, wanted=wanted)
+
+
+def _floating(values: Sequence[Tensor]) -> list[Tensor]:
+    return [value for value in values if value.is_floating_point()]
+
+
 def _double(values: Sequence[Tensor]) -> list[Tensor]:
     """Return copies, floating ones in float64."""
     return [value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True) for value in values]
-
-
-def _single(given: object) -> Tensor:
-    if isinstance(given, Mapping):
-        given = tuple(given.values())
-    (found,) = given if isinstance(given, list | tuple) else (given,)
-    if not isinstance(found, Tensor):
-        raise TypeError(type(found).__name__)
-    return found
 
 
 def _exact(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64)
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
-    half = other.dtype not in _WIDE
+def _near(one: Tensor, other: Tensor, most: float = 0.0, near: float = _NEAR) -> bool:
+    """Say whether two tensors are alike, to `near` of the norm and 1e-6 of the largest norm of all."""
     mine, theirs = _exact(one), _exact(other)
-    return mine.shape == theirs.shape and bool(
-        (mine - theirs).norm() <= (0.02 if half else _NEAR) * theirs.norm() + 1e-6
-    )
+    return mine.shape == theirs.shape and bool((mine - theirs).norm() <= near * theirs.norm() + 1e-6 * most)

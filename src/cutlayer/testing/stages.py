@@ -11,7 +11,7 @@ from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.stage import Context, StageProtocol
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.testing.expect import expect, random_value
-from cutlayer.testing.gradients import check_reference, check_slopes
+from cutlayer.testing.gradients import check_gradients, check_reference
 
 __all__ = ["check_stage"]
 
@@ -26,16 +26,17 @@ def check_stage(
     It has all of `StageProtocol`; gives outputs of `output` without a graph behind them; gives gradients of the shape
     and dtype of each input that wants one, and None for others; adds to the gradients of its parameters; keeps
     microbatches apart in any order; gives the same again from the same state; computes nothing for a backward in
-    evaluation mode. Its gradients are the slopes of its output, by differences: to 1 in 1000 where its module can be
-    computed in float64 (its own backward, or one within the module, has no say), else to 1 in 20.
+    evaluation mode. Its gradients are those of its module by autograd, to 2 in 100. Where it computes otherwise than
+    its module, or the module holds an `autograd.Function`, they are the slopes of its output too, by differences: these
+    tell only gross errors, such as a sign, a factor, or a part that is missing.
 
     Args:
         make: Makes the stage anew; each one equal to the others.
         inputs: Specs of its inputs, such as ["float32[batch, 8]"].
         output: Spec of its one output.
         reference: A module of equal weights in the same order, whose output and gradients by autograd are compared with
-            instead: for gradients that are meant to be others than the slopes (rounding with a straight-through
-            gradient), and for stages in half precision that compute otherwise than their module.
+            instead: for an `autograd.Function` whose gradients are meant to be others than the slopes (rounding with a
+            straight-through gradient), and for stages in half precision that compute otherwise than their module.
 
     Raises:
         AssertionError: it does not keep to this.
@@ -43,13 +44,7 @@ def check_stage(
     stage = make()
     expect(isinstance(stage, StageProtocol), "all attributes and methods of StageProtocol")
     specs, given = [TensorSpec.parse(text) for text in inputs], TensorSpec.parse(output)
-    values = [
-        [
-            random_value(spec.concrete(_BATCH), torch_dtype(spec.dtype), 10 * micro + place)
-            for place, spec in enumerate(specs)
-        ]
-        for micro in range(3)
-    ]
+    values = [[_value(spec, 10 * micro + place) for place, spec in enumerate(specs)] for micro in range(3)]
     wanted = tuple(spec.floating for spec in specs)
     own = {id(parameter) for parameter in stage.module.parameters()}
     expect(all(id(parameter) in own for parameter in stage.parameters()), "all parameters to be those of `module`")
@@ -68,10 +63,16 @@ def check_stage(
     (again,) = stage.forward(values[0], context)
     expect(torch.equal(shown, again), "evaluation to give the same twice")
     if reference is None:
-        check_slopes(make, values)
+        check_gradients(make, values)
     else:
         for each in values:
             check_reference(make, each, reference)
+
+
+def _value(spec: TensorSpec, seed: int) -> Tensor:
+    """Return random numbers; whole ones from 0 on, as an embedding takes them."""
+    value = random_value(spec.concrete(_BATCH), torch_dtype(spec.dtype), seed)
+    return value if spec.floating or value.dtype == torch.bool else value.abs()
 
 
 def _forwards(
