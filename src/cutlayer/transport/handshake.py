@@ -132,7 +132,8 @@ def check_hello(hello: LinkHello, settings: NetworkSettings, names: tuple[str, .
             where=where,
             expected=f"a certificate of {hello.party}",
             got=", ".join(tidy(name) for name in names) or "no name",
-            remedy=f"ask the authority of this run for a certificate in the name {hello.party}",
+            remedy=f"ask the authority of this run for a certificate in the name {hello.party}; "
+            "only a served stage takes others (`identity` in the party file)",
             code="E665",
         )
     if hello.protocol != control.PROTOCOL:
