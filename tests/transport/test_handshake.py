@@ -72,6 +72,21 @@ def test_what_was_expected_and_got_arrives(kind: type[CutlayerError], code: str,
         assert error.lines()[2] == f"  why:   {error.why() or 'see above'}"
 
 
+@pytest.mark.parametrize(("kind", "code"), [(HandshakeError, "E646"), (PeerError, "E701"), (PeerError, "E702")])
+def test_why_a_party_reaches_nobody_stays_at_home(kind: type[CutlayerError], code: str):
+    """It may be text of gRPC, with addresses within the site and the name of its proxy."""
+    got = "unavailable: ipv4:10.1.2.3:3128: proxy.ward.example refused"
+    error = kind("server did not come", where="at 10.1.2.3", expected="all of 2", got=got, remedy="start it", code=code)
+    for via in ("lab", "office"):
+        told = control.decode(control.ABORT, control.encode(abort_of(error, "lab")))
+        assert isinstance(told, Abort)
+        assert "10.1.2.3" not in repr(told)
+        assert "proxy" not in repr(told)
+        error = error_of(told, via)
+        assert (error.what, error.expected, error.got) == ("server did not come", "all of 2", "")
+        assert error.remedy == "start it"
+
+
 def test_a_release_that_sends_each_frame_alone_is_refused(cast: Cast):
     """Protocol 1 would fail in the middle of a run, at the first message of several frames."""
     digest = cast.settings("server").digest

@@ -51,8 +51,10 @@ _AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
     "E70": PeerError,
     **dict.fromkeys(("E612", "E613", "E614", "E615"), LinkError),  # refusals of a service
 }
-_WHY_TOO: Final = frozenset(
-    f"E{number}" for number in (*range(612, 615), *range(641, 649), *range(661, 670), *range(701, 704), 709)
+_EXPECTED_TOO: Final = frozenset(f"E{number}" for number in (646, 701, 702))
+"""Codes of errors made here whose `got` is why this party reaches nobody, which may name an address or a proxy."""
+_WHY_TOO: Final = _EXPECTED_TOO | frozenset(
+    f"E{number}" for number in (*range(612, 615), *range(641, 649), *range(661, 670), 703, 709)
 )
 """Codes of errors made here, of numbers, names, versions, digests and dates: what was expected and got crosses too."""
 _WHY: Final = re.compile(
@@ -177,7 +179,9 @@ def abort_of(error: BaseException, party: str) -> Abort:
     if not isinstance(error, CutlayerError):
         return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
     what = error.what
-    if error.code in _WHY_TOO and error.why():
+    if error.code in _EXPECTED_TOO:
+        what += f": expected {error.expected}" if error.expected else ""
+    elif error.code in _WHY_TOO and error.why():
         what = f"{what}: {error.why()}"
     return Abort(party, error.code, tidy(what), tidy(error.remedy))
 
