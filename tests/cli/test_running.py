@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import safetensors.torch
 from cutlayer.cli import running
 from cutlayer.run.config import load_contract, parse_contract
 from cutlayer.run.launch import read_run
+from cutlayer.transport.pki import create_authority, issue
+from tests.cli.conftest import write_site
 
 Call = Callable[..., Any]
 ALL = ("contract.toml", "hospital.toml", "server.toml")
@@ -169,6 +172,28 @@ def test_expired_or_missing_certificates_exit_with_4(call: Call, demo: Path):
     replace_in(demo / "hospital.toml", "insecure = true", 'credentials = "none"')
     result = call("join", "contract.toml", "hospital.toml")
     assert (result.code, result.err[-4][:4]) == (4, "E666")
+
+
+@pytest.mark.parametrize("code", ["E661", "E664", "E665"])
+@pytest.mark.parametrize(
+    "words", [("join",), ("predict", "--join"), ("predict", "--served"), ("serve",)], ids=lambda words: words[-1]
+)
+def test_a_certificate_that_cannot_do_is_told_before_anybody_is_asked(
+    call: Call, demo: Path, words: tuple[str, ...], code: str
+):
+    ago = datetime.now(UTC) - timedelta(days=9)
+    party = "server" if words == ("serve",) else "hospital"
+    authority = create_authority(demo / "ca", name="study", now=ago)
+    own = issue(authority, "ward" if code == "E665" else party, demo, days=2 if code == "E661" else 30, now=ago)
+    if code == "E664":
+        (own / "ca.pem").write_bytes((create_authority(demo / "other", name="other") / "ca.pem").read_bytes())
+    contract = demo / "contract.toml"
+    contract.write_text(contract.read_text() + '\n[[answer]]\nof = "body"\nto = "head"\n')
+    write_site(demo, party, f'credentials = "{own.name}"')
+    result = call(words[0], "contract.toml", f"{party}.toml", *words[1:])
+    assert (result.code, result.err[-4][:4]) == (4, code)
+    assert "contract digest" not in "\n".join(result.err)
+    assert ("`identity` in [network]" in result.err[-1]) == (code == "E665")
 
 
 def test_finished_run_stays_as_it_is(call: Call, demo: Path):

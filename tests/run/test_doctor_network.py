@@ -111,12 +111,21 @@ def test_somebody_who_never_answers(practice: Practice):
     assert "ask the people of server" in bad.do
 
 
-@pytest.mark.provokes("E641")
+@pytest.mark.provokes("E648")
 def test_a_plaintext_server(practice: Practice):
     with grpc_server(practice.port, None):
-        bad = stopped_at(look(practice), "certificate", "E641")
-    assert "no TLS server of this protocol" in bad.seen
-    assert "does not run in plaintext" in bad.do
+        bad = stopped_at(look(practice), "certificate", "E648")
+    assert bad.seen.startswith("this party speaks TLS and the server plaintext")
+    assert "give all parties certificates" in bad.do
+
+
+@pytest.mark.provokes("E648")
+def test_a_server_with_tls_for_a_party_without(practice: Practice):
+    practice.write("hospital", "insecure = true")
+    with grpc_server(practice.port, practice.credentials("server")):
+        rows = look(practice)
+    assert troubles(rows.values()) == {"server: plaintext": ("problem", "E648")}
+    assert rows["server: plaintext"].seen.startswith("this party speaks plaintext and the server TLS")
 
 
 # --- through a proxy -------------------------------------------------------------------------------------------------
@@ -253,11 +262,12 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours(practice: Practice
         pass
 
 
-def test_a_trial_without_certificates_goes_as_far_as_the_connection(practice: Practice):
+def test_a_trial_without_certificates_asks_for_plaintext_and_no_more(practice: Practice):
     practice.write("hospital", "insecure = true")
-    with socket.create_server(("127.0.0.1", practice.port)):
+    with grpc_server(practice.port, None):
         rows = look(practice)
-    assert [row.status for row in rows.values()] == ["ok", "ok", "skipped"]
+    assert [row.status for row in rows.values()] == ["ok", "ok", "ok", "skipped"]
+    assert "the server speaks plaintext, as this party does" in rows["server: plaintext"].seen
     assert rows["server: certificate"].seen == "this party has no certificates (insecure = true)"
 
 

@@ -19,7 +19,7 @@ import trustme
 
 from cutlayer.errors import CertificateError, DeadlineError, HandshakeError, LinkError
 from cutlayer.transport import contact as contact_module
-from cutlayer.transport.contact import Target, diagnose_handshake
+from cutlayer.transport.contact import Target
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.tls import Credentials, check_credentials, load_credentials
 
@@ -101,7 +101,7 @@ def diagnose(port: int, credentials: Credentials, name: str = "server", timeout:
 
 
 def diagnose_at(host: str, port: int, credentials: Credentials, name: str, timeout: float):
-    return diagnose_handshake(Target(party=name, host=host, port=port), credentials, timeout)
+    return contact_module.diagnose(Target(party=name, host=host, port=port), credentials, "client", timeout)
 
 
 def test_nothing_is_wrong(site: Site, port: int):
@@ -176,16 +176,71 @@ def test_the_server_has_expired(site: Site):
     assert (type(error), error.code, error.got) == (CertificateError, "E667", "certificate has expired")
 
 
-def test_a_plaintext_grpc_server(site: Site):
-    pool = ThreadPoolExecutor(1)
-    server = grpc.server(pool)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    error = diagnose(port, site.client)
-    server.stop(None).wait(10)
-    pool.shutdown()
-    assert (type(error), error.code) == (HandshakeError, "E641")
-    assert "plaintext" in error.remedy
+@pytest.fixture
+def open_port() -> Iterator[int]:
+    """The port of a gRPC server that speaks plaintext."""
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield port
+        server.stop(None).wait(10)
+
+
+@pytest.mark.provokes("E648")
+def test_one_speaks_tls_and_the_other_plaintext(site: Site, port: int, open_port: int):
+    error = diagnose(open_port, site.client)
+    assert (type(error), error.code) == (HandshakeError, "E648")
+    assert error.what == "this party speaks TLS and the server plaintext"
+    assert error.where == f"party client, server server at 127.0.0.1:{open_port}"
+    assert "`credentials`" in error.expected
+    error = diagnose(port, None)
+    assert (type(error), error.code) == (HandshakeError, "E648")
+    assert error.what == "this party speaks plaintext and the server TLS"
+    assert error.where == f"party client, server server at 127.0.0.1:{port}"
+    assert "`insecure = true`" in error.expected
+    assert "cutlayer pki" in error.remedy
+
+
+def test_both_speak_plaintext(open_port: int):
+    assert diagnose(open_port, None) is None
+
+
+@pytest.mark.provokes("E646")
+def test_a_web_server_without_tls_is_not_ours():
+    def serve(server: socket.socket) -> None:
+        for _ in range(2):
+            plain, _ = server.accept()
+            with plain, contextlib.suppress(OSError):
+                plain.recv(1000)
+                plain.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PLENTY)
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        error = diagnose(server.getsockname()[1], None)
+        thread.join(PLENTY)
+    assert (type(error), error.code, error.got) == (HandshakeError, "E646", "neither that nor TLS")
+    assert error.remedy == "correct the address"
+
+
+@pytest.mark.provokes("E603")
+def test_a_server_that_hangs_up_on_plaintext():
+    """As a load balancer does that has no server just now: it passes by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PLENTY)
+        thread = threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(2)])
+        thread.start()
+        error = diagnose(server.getsockname()[1], None)
+        thread.join(PLENTY)
+    assert (type(error), error.code) == (LinkError, "E603")
+    assert error.what == "the server closed the connection without a word"
+
+
+def test_a_server_that_says_nothing_to_plaintext():
+    with listener(None) as port:
+        assert diagnose(port, None, timeout=0.3).code == "E621"
 
 
 def test_what_grpc_itself_says_of_the_same_failure(site: Site, port: int):

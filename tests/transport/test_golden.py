@@ -1,4 +1,4 @@
-"""Golden frames: the bytes of protocol version 1. A change here is a change of the protocol.
+"""Golden frames: the bytes of protocol version 2. A change here is a change of the protocol.
 
 `python -m tests.transport.test_golden` writes files that are missing; it never changes one that is there.
 """
@@ -16,6 +16,7 @@ from cutlayer.transport import control
 from cutlayer.transport.frames import Arrival, Assembler, messages, run_number
 
 FOLDER = Path(__file__).with_name("golden")
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "protocol.md"
 RUN = "golden"
 NUMBER = run_number(RUN)
 DIGEST = "00112233445566778899aabbccddeeff" * 2
@@ -31,8 +32,8 @@ FRAMES: dict[str, tuple[int, Frame]] = {
     ),
 }
 SAID: dict[str, tuple[int, control.Message, bytes]] = {
-    "link-hello": (0, control.LinkHello(1, "0.1.0", "hospital-a", DIGEST, RUN, 81985529216486895, 0, 1), b""),
-    "link-hello-again": (0, control.LinkHello(1, "0.1.0", "hospital-a", DIGEST, RUN, 81985529216486895, 77, 42), b""),
+    "link-hello": (0, control.LinkHello(2, "0.1.0", "hospital-a", DIGEST, RUN, 81985529216486895, 0, 1), b""),
+    "link-hello-again": (0, control.LinkHello(2, "0.1.0", "hospital-a", DIGEST, RUN, 81985529216486895, 77, 42), b""),
     "ack": (0, control.Ack(300), b""),
     "heartbeat": (0, control.Heartbeat(), b""),
     "leave": (0, control.Leave(), b""),
@@ -126,6 +127,9 @@ def test_golden_frames_are_what_the_reference_says():
     ack = read(FOLDER / "ack.hex")[0]
     assert msgspec.msgpack.decode(ack[36:]) == [3, 300]
     assert ack[5] == 3
+    hello = read(FOLDER / "link-hello.hex")[0]
+    assert msgspec.msgpack.decode(hello[36:])[:2] == [2, control.PROTOCOL]
+    assert f"`protocol` is {control.PROTOCOL};" in PAGE.read_text()
     assert HEADER.size == 36
 
 

@@ -72,6 +72,30 @@ def test_what_was_expected_and_got_arrives(kind: type[CutlayerError], code: str,
         assert error.lines()[2] == f"  why:   {error.why() or 'see above'}"
 
 
+@pytest.mark.parametrize(("kind", "code"), [(HandshakeError, "E646"), (PeerError, "E701"), (PeerError, "E702")])
+def test_why_a_party_reaches_nobody_stays_at_home(kind: type[CutlayerError], code: str):
+    """It may be text of gRPC, with addresses within the site and the name of its proxy."""
+    got = "unavailable: ipv4:10.1.2.3:3128: proxy.ward.example refused"
+    error = kind("server did not come", where="at 10.1.2.3", expected="all of 2", got=got, remedy="start it", code=code)
+    for via in ("lab", "office"):
+        told = control.decode(control.ABORT, control.encode(abort_of(error, "lab")))
+        assert isinstance(told, Abort)
+        assert "10.1.2.3" not in repr(told)
+        assert "proxy" not in repr(told)
+        error = error_of(told, via)
+        assert (error.what, error.expected, error.got) == ("server did not come", "all of 2", "")
+        assert error.remedy == "start it"
+
+
+def test_a_release_that_sends_each_frame_alone_is_refused(cast: Cast):
+    """Protocol 1 would fail in the middle of a run, at the first message of several frames."""
+    digest = cast.settings("server").digest
+    older = control.LinkHello(1, "0.1.0", "clinic", digest, "test", 7, 0, 1)
+    with pytest.raises(HandshakeError, match=r"expected protocol 2 .*, got protocol 1 ") as caught:
+        check_hello(older, cast.settings("server"), None)
+    assert (caught.value.code, caught.value.where) == ("E641", "party server, link with clinic")
+
+
 @pytest.mark.parametrize("kind", [LinkError, HandshakeError, CertificateError, PeerError])
 def test_values_in_an_error_of_ones_own_stay_at_home(kind: type[CutlayerError]):
     """Code outside raises the classes too; what it gives no number of ours is not known to hold no data."""

@@ -226,13 +226,16 @@ def test_a_party_that_never_comes_is_named_at_all_that_came(cast: Cast):
         assert results[name].code == "E702"
         assert results[name].what.startswith("lab did not come")
     assert {"parties": ("lab",)} in cast.heard("clinic", "waiting")
+    assert results["server"].where == "party server, waiting for all parties, where lab dials this party"
 
 
 def test_a_coordinator_that_never_comes_is_named(cast: Cast):
     results = cast.play({"clinic": meet}, deadlines=Deadlines(join=1, close=1))
     assert results["clinic"].code == "E702"
     assert results["clinic"].what == "server did not come"
-    assert results["clinic"].got  # why it could not be reached
+    assert results["clinic"].got == "E601 nobody listens at the server's address"
+    where = f"party clinic, waiting for all parties, dialling server at {cast.addresses['server']}"
+    assert results["clinic"].where == where
 
 
 @pytest.mark.provokes("E704")

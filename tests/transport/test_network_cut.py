@@ -158,6 +158,11 @@ def test_a_cable_that_stays_cut_ends_the_run_everywhere(cast: Cast, cable, secur
         assert lost in results[name].what
         assert "resume" in results[name].remedy
         assert {"party": lost} in cast.heard(name, "lost")
+    places = {results[name].where for name in ("server", "clinic")}
+    places = {place.replace("reported by server", "party server, where lab dials this party") for place in places}
+    assert places == {"party server, where lab dials this party"}
+    assert results["lab"].where == f"party lab, dialling server at {line.address}"
+    assert results["lab"].got.startswith("E603 the server closed the connection w")
 
 
 def test_a_direct_link_that_stays_cut_ends_the_run_everywhere(cast: Cast, cable):

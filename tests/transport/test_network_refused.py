@@ -127,6 +127,17 @@ def test_a_certificate_of_a_foreign_authority_is_refused_by_the_server(pair: Cas
     assert server.code == "E702"
 
 
+@pytest.mark.provokes("E648")
+@pytest.mark.parametrize("secure", ["server", "clinic"])
+def test_one_that_speaks_tls_and_one_that_does_not(pair: Cast, secure: str):
+    pair.certify()
+    del pair.credentials[{"server": "clinic", "clinic": "server"}[secure]]
+    server, clinic = outcome(pair, server_={"deadlines": SHORT})
+    assert (type(clinic), clinic.code) == (HandshakeError, "E648")
+    assert clinic.where == f"party clinic, server server at {pair.addresses['server']}"
+    assert (type(server), server.code) == (PeerError, "E702")
+
+
 def test_the_servers_certificate_must_be_in_its_name(pair: Cast):
     pair.certify()
     issue(pair.folder / "ca", "ward", pair.folder)

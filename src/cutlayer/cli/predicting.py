@@ -15,7 +15,7 @@ from cutlayer.core.inference import describe_prediction, prediction_bytes
 from cutlayer.core.serving import served_plan, server_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, load_contract
-from cutlayer.run.launch import network_settings
+from cutlayer.run.launch import checked_network
 from cutlayer.run.partyfile import PartyFile, load_party_file
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _from_here(
     from cutlayer.run.prediction import ask, predict_with_others
     from cutlayer.run.results import EventLog, results_folder
 
-    network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     plan = served_plan(contract.plan) if how.served else contract.plan
     if how.served:
         server_of(contract.plan, file.name)

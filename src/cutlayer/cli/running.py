@@ -21,6 +21,7 @@ from cutlayer.run.launch import (
     LaunchRecord,
     accept,
     begin_run,
+    checked_network,
     leaving,
     network_settings,
     no_checkpoints,
@@ -65,7 +66,7 @@ def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, 
     text = read_text(path)
     contract, file = parse_contract(text, where=str(path)), load_party_file(party_file)
     text = dump_contract(contract)  # with all defaults in it
-    network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     party = file.party()
     _settle(contract, party, file, output, accepted)
     from cutlayer.run.results import results_folder

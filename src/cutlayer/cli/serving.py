@@ -15,7 +15,7 @@ from cutlayer.cli.running import consent
 from cutlayer.core.inference import describe_prediction
 from cutlayer.core.serving import clients_of, served_plan
 from cutlayer.run.config import load_contract
-from cutlayer.run.launch import network_settings
+from cutlayer.run.launch import checked_network
 from cutlayer.run.partyfile import load_party_file
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = ["serve_party"]
 def serve_party(path: Path, party_file: Path, weights: Path | None, output: Output, *, accepted: str) -> None:
     """Serve, say who comes and goes on stderr, and at the end what was done."""
     contract, file = load_contract(path), load_party_file(party_file)
-    network = network_settings(contract, file)  # what is wrong is said before anybody is asked anything
+    network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     clients = clients_of(contract.plan, file.name)
     text = describe_prediction(served_plan(contract.plan), file.name)
     consent(contract, file, output, accepted, f"{text}\nserved to clients in the role of {' or '.join(clients)}")

@@ -30,6 +30,7 @@ _TITLES: Final = {
     "tunnel": "way through the proxy",
     "server": "certificate",
     "certificate": "accepts ours",
+    "plaintext": "plaintext",
 }
 _STEPS: Final = 8  # on the way to one party; the measurement is one
 _ASK: Final = ("E601", "E609", "E621")  # nobody is there, or nobody answers
@@ -127,7 +128,7 @@ def _way(target: Target, credentials: Credentials | None, party: str, each: floa
     name = target.party
     if target.proxy is not None:
         yield Row(f"{name}: dialled through", "ok", f"the proxy {target.proxy} ({target.proxy.origin})")
-    for step in contact(target, credentials, each=each):
+    for step in contact(target, credentials, each=each, party=party):
         title = f"{name}: {_TITLES.get(step.name, step.name)}"
         if step.error is not None:
             yield of_error(title, step.error, _ask(target, party, step.name, step.error.code))

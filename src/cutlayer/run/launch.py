@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from cutlayer.run.config import Contract, parse_contract
 from cutlayer.run.partyfile import PartyFile
 from cutlayer.run.tables import read_text
 from cutlayer.transport.settings import NetworkSettings, check_settings
-from cutlayer.transport.tls import load_credentials
+from cutlayer.transport.tls import check_credentials, load_credentials
 
 __all__ = [
     "NOTES",
@@ -35,6 +36,7 @@ __all__ = [
     "accept",
     "assumed_roster",
     "begin_run",
+    "checked_network",
     "leaving",
     "network_settings",
     "no_checkpoints",
@@ -80,6 +82,18 @@ class Leaving:
         """Return the bytes in one line."""
         of = f"its {self.samples:,} samples" if self.known else f"every {self.samples:,} samples a data holder has"
         return f"{self.nbytes:,} bytes over cuts an epoch (weights of replicas come on top), for {of}"
+
+
+def checked_network(contract: Contract, file: PartyFile) -> NetworkSettings:
+    """Return a party's place in the network, once its own certificate would do now.
+
+    Raises:
+        ConfigError, CertificateError: as `network_settings`; and E661 to E665 or E669, as `check_credentials`.
+    """
+    settings = network_settings(contract, file)
+    if settings.credentials is not None:
+        check_credentials(settings.credentials, now=datetime.now(UTC))
+    return settings
 
 
 def network_settings(contract: Contract, file: PartyFile) -> NetworkSettings:

@@ -94,7 +94,8 @@ def check_chain(
             where=where,
             expected=f"exactly the name {party}",
             got=f"the names {listed(names)}",
-            remedy=f"{_REISSUE} in the name {party}, or correct the party's name.",
+            remedy=f"{_REISSUE} in the name {party}, or correct `party` in the party file; a client of a served stage "
+            "names its own certificate there: `identity` in [network].",
             code="E665",
         )
 

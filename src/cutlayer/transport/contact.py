@@ -6,10 +6,11 @@ a proxy that refuses likewise; so causes are found here, without gRPC.
 | code | error | meaning |
 | --- | --- | --- |
 | E601, E602 | LinkError | nobody listens; the host's name cannot be resolved (`cutlayer.transport.reach`) |
-| E603 | LinkError | the connection closed within the TLS handshake |
+| E603 | LinkError | the connection closed within the TLS handshake, or without a word |
 | E606 to E610 | LinkError | the proxy (`cutlayer.transport.reach`) |
 | E621 | DeadlineError | no answer within the time allowed |
 | E641 | HandshakeError | something answers, but not TLS with HTTP/2 |
+| E646, E648 | HandshakeError | plaintext where TLS is spoken, or the reverse (`cutlayer.transport.dialect`) |
 | E663, E666, E669 | CertificateError | our own files (`cutlayer.transport.tls`) |
 | E667 | CertificateError | the server's certificate or its TLS is refused by us |
 | E668 | CertificateError | the server refuses our certificate |
@@ -25,28 +26,34 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from cryptography import x509
 
-from cutlayer.errors import CertificateError, CutlayerError, HandshakeError, LinkError
+from cutlayer.errors import CertificateError, CutlayerError, DeadlineError, HandshakeError, LinkError
 from cutlayer.transport.addresses import joined
 from cutlayer.transport.certificates import first_line, listed, names_of, parse_chain, title
+from cutlayer.transport.dialect import (
+    FRAME_HEAD,
+    PREFACE,
+    SETTINGS,
+    check_plaintext,
+    not_alike,
+    speaks_plaintext,
+)
 from cutlayer.transport.proxy import Proxy
 from cutlayer.transport.reach import ask_proxy, connect, left, reach_proxy, resolve, silent
 from cutlayer.transport.tls import Credentials, context_of
 
-__all__ = ["Step", "Target", "contact", "diagnose_handshake"]
+__all__ = ["Step", "Target", "contact", "diagnose"]
 
-_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # and empty SETTINGS
-_FRAME_HEAD: Final = 9  # bytes: length (3), type, flags, stream (4)
-_SETTINGS: Final = 4  # the type of the frame that a server must send first
 _Returned = TypeVar("_Returned")
 _Walk = Generator[str, None, _Returned]
 _OF_CERTIFICATES: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")  # alerts about ours
 _DIRECT: Final = ("name", "connection")
 _PROXIED: Final = ("proxy", "tunnel")
 _TLS: Final = ("files", "server", "certificate")
+_PLAIN: Final = "plaintext"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class Step:
 
     Attributes:
         name: "files" (our own); "name" and "connection", or "proxy" and "tunnel"; "server" (TLS, and its certificate)
-            and "certificate" (it accepts ours).
+            and "certificate" (it accepts ours), or "plaintext" (it speaks that too).
         seconds: How long it took.
         seen: What was seen, in words.
         error: Why it failed; None if it did not.
@@ -77,23 +84,35 @@ class Step:
     error: CutlayerError | None = None
 
 
-def contact(target: Target, credentials: Credentials | None, *, each: float, total: float = math.inf) -> Iterator[Step]:
+def contact(
+    target: Target,
+    credentials: Credentials | None,
+    *,
+    each: float,
+    total: float = math.inf,
+    party: str = "",
+) -> Iterator[Step]:
     """Yield one step after the other, up to the first that fails; then close the connection.
 
     A server sends its HTTP/2 SETTINGS only once it has accepted the client's certificate, so they are waited for.
 
     Args:
         target: The server.
-        credentials: What this party shows it; None ends before TLS.
+        credentials: What this party shows it; None: it has none.
         each: Seconds that a step may take.
         total: Seconds that all steps together may take.
+        party: This party, if it has no certificates; without a name too, nothing is said to the server.
     """
     end = time.monotonic() + total
     until = lambda: min(end, time.monotonic() + each)  # noqa: E731
     middle = _DIRECT if target.proxy is None else _PROXIED
-    names = middle if credentials is None else (_TLS[0], *middle, *_TLS[1:])
+    names = (_TLS[0], *middle, *_TLS[1:]) if credentials is not None else (*middle, _PLAIN) if party else middle
     with ExitStack() as opened:
-        walk = _reach(target, until, opened) if credentials is None else _walk(target, credentials, until, opened)
+        walk: _Walk[object]
+        if credentials is not None:
+            walk = _walk(target, credentials, until, opened)
+        else:
+            walk = _walk_plain(target, until, opened, party) if party else _reach(target, until, opened)
         for name in names:
             begin = time.monotonic()
             try:
@@ -104,18 +123,18 @@ def contact(target: Target, credentials: Credentials | None, *, each: float, tot
             yield Step(name=name, seconds=time.monotonic() - begin, seen=seen)
 
 
-def diagnose_handshake(target: Target, credentials: Credentials, timeout: float) -> CutlayerError | None:
-    """Say why a TLS connection to a gRPC server fails; None if it does not.
+def diagnose(target: Target, credentials: Credentials | None, party: str, timeout: float) -> CutlayerError | None:
+    """Say why `party` gets no connection with a gRPC server; None if it gets one.
 
     Returns within about `timeout` seconds; codes are in this module's table. The error is returned, not raised.
     """
-    return next((step.error for step in contact(target, credentials, each=timeout, total=timeout) if step.error), None)
+    steps = contact(target, credentials, each=timeout, total=timeout, party=party)
+    return next((step.error for step in steps if step.error), None)
 
 
 def _reach(target: Target, until: Callable[[], float], opened: ExitStack, party: str = "") -> _Walk[socket.socket]:
     """Connect, and yield what was seen after each of the two steps; return the socket, which `opened` closes."""
-    address = joined(target.host, target.port)
-    where = f"{f'party {party}, ' if party else ''}server {target.party} at {address}"
+    address, where = joined(target.host, target.port), _where(target, party)
     if target.proxy is None:
         addresses = resolve(target.host, target.port, until(), where)
         yield ", ".join(dict.fromkeys(str(entry[4][0]) for entry in addresses))
@@ -129,15 +148,43 @@ def _reach(target: Target, until: Callable[[], float], opened: ExitStack, party:
     return plain
 
 
+def _where(target: Target, party: str) -> str:
+    return f"{f'party {party}, ' if party else ''}server {target.party} at {joined(target.host, target.port)}"
+
+
+def _again(target: Target, until: Callable[[], float], opened: ExitStack, party: str) -> socket.socket:
+    """Connect once more, to ask something else."""
+    steps = _reach(target, until, opened, party)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(socket.socket, end.value)
+
+
+def _walk_plain(target: Target, until: Callable[[], float], opened: ExitStack, party: str) -> _Walk[None]:
+    """Take all steps of a party without certificates, and yield what was seen after each."""
+    where = _where(target, party)
+    plain = yield from _reach(target, until, opened, party)
+    check_plaintext(plain, lambda: _again(target, until, opened, party), until, where)
+    yield "the server speaks plaintext, as this party does"
+
+
 def _walk(target: Target, credentials: Credentials, until: Callable[[], float], opened: ExitStack) -> _Walk[None]:
     """Take all steps, and yield what was seen after each."""
-    where = f"party {credentials.party}, server {target.party} at {joined(target.host, target.port)}"
+    where = _where(target, credentials.party)
     context = context_of(credentials, where)
     yield "certificate and key can be used"
     plain = yield from _reach(target, until, opened, credentials.party)
     stream = context.wrap_socket(plain, server_hostname=target.party, do_handshake_on_connect=False)
     opened.enter_context(stream)
-    _shake_hands(stream, credentials, until(), where)
+    try:
+        _shake_hands(stream, credentials, until(), where)
+    except HandshakeError:
+        with contextlib.suppress(LinkError, DeadlineError):  # then it is not known what it speaks
+            if speaks_plaintext(_again(target, until, opened, credentials.party), until(), where):
+                raise not_alike(where, secure=True) from None
+        raise
     yield _check_server(stream, target.party, where)
     _await_settings(stream, credentials, until(), where)
     yield f"the server accepts the certificate of {credentials.party}"
@@ -183,10 +230,10 @@ def _await_settings(stream: ssl.SSLSocket, credentials: Credentials, deadline: f
     try:
         stream.settimeout(left(deadline, where))
         with contextlib.suppress(ConnectionError, ssl.SSLEOFError):  # refused already: an alert may still be read
-            stream.sendall(_PREFACE)
-        while len(head) < _FRAME_HEAD:
+            stream.sendall(PREFACE)
+        while len(head) < FRAME_HEAD:
             stream.settimeout(left(deadline, where))
-            piece = stream.recv(_FRAME_HEAD - len(head))
+            piece = stream.recv(FRAME_HEAD - len(head))
             if not piece:
                 raise _refused(credentials, where, "the connection closed after our certificate")
             head += piece
@@ -194,7 +241,7 @@ def _await_settings(stream: ssl.SSLSocket, credentials: Credentials, deadline: f
         raise silent(where) from error
     except OSError as error:
         raise _refused(credentials, where, first_line(error)) from error
-    if head[3] != _SETTINGS:
+    if head[3] != SETTINGS:
         raise _no_server(where, "bytes that are no HTTP/2 SETTINGS")
 
 
@@ -228,7 +275,7 @@ def _no_server(where: str, got: str) -> HandshakeError:
         where=where,
         expected="TLS 1.2 or later with HTTP/2",
         got=got,
-        remedy="Check the port; check that the server does not run in plaintext and no proxy ends its TLS.",
+        remedy="Check the port; check that no proxy ends the server's TLS.",
         code="E641",
     )
 

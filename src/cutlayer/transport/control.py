@@ -54,8 +54,11 @@ __all__ = [
     "kind_of",
 ]
 
-PROTOCOL: Final = 1
-"""Version of the conversation: kinds, fields and their order. The frame's own version is `engine.wire.VERSION`."""
+PROTOCOL: Final = 2
+"""Version of the conversation: kinds, fields and their order, and how frames share messages (one each in version 1).
+
+The frame's own version is `engine.wire.VERSION`.
+"""
 LINK_HELLO: Final = 2
 ACK: Final = 3
 HEARTBEAT: Final = 4

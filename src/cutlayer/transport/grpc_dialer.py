@@ -16,7 +16,8 @@ import grpc
 
 from cutlayer.errors import CertificateError, CutlayerError, HandshakeError
 from cutlayer.transport.addresses import host_port
-from cutlayer.transport.contact import Target, diagnose_handshake
+from cutlayer.transport.certificates import printable
+from cutlayer.transport.contact import Target, diagnose
 from cutlayer.transport.control import Abort
 from cutlayer.transport.grpc_common import METHOD, SERVICE, channel_to
 from cutlayer.transport.grpc_server import Desk
@@ -150,11 +151,21 @@ class Dialer:
                 remedy="correct the address",
                 code="E646",
             )
-        if code is grpc.StatusCode.UNAVAILABLE and settings.credentials is not None and not self._stop.is_set():
-            found = diagnose_handshake(self._target, settings.credentials, _PROBE)
-        cause = f"{found.code} {found.what}" if found is not None else f"{code.name.lower()}: {details[:200]}"
+        if code is grpc.StatusCode.UNAVAILABLE and not self._stop.is_set():
+            found = diagnose(self._target, settings.credentials, settings.party, _PROBE)
+        cause = f"{found.code} {found.what}" if found is not None else _in_words(code, details)
         again = found is not None and found.code == self._suspicion
         self._desk.watch.failing(self.name, cause, found)
         self._suspicion = found.code if found is not None else ""
         final = found is not None and (isinstance(found, CertificateError | HandshakeError) or found.code in REFUSALS)
         return found if final and again else None
+
+
+def _in_words(code: grpc.StatusCode, details: str) -> str:
+    """Return why a call of gRPC ended; its own text, of addresses and frames of HTTP/2, where nothing better is known.
+
+    UNAVAILABLE is what it says of a connection that ended or never came about.
+    """
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return "the connection ended"
+    return f"{code.name.lower().replace('_', ' ')}: {printable(details)}"

@@ -51,14 +51,17 @@ _AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
     "E70": PeerError,
     **dict.fromkeys(("E612", "E613", "E614", "E615"), LinkError),  # refusals of a service
 }
-_WHY_TOO: Final = frozenset(
-    f"E{number}" for number in (*range(612, 615), *range(641, 648), *range(661, 670), *range(701, 704), 709)
+_EXPECTED_TOO: Final = frozenset(f"E{number}" for number in (646, 701, 702))
+"""Codes of errors made here whose `got` is why this party reaches nobody, which may name an address or a proxy."""
+_WHY_TOO: Final = _EXPECTED_TOO | frozenset(
+    f"E{number}" for number in (*range(612, 615), *range(641, 649), *range(661, 670), 703, 709)
 )
 """Codes of errors made here, of numbers, names, versions, digests and dates: what was expected and got crosses too."""
 _WHY: Final = re.compile(
     r"(?P<what>.+?): (?=expected |got )(expected (?P<expected>.+?)(, (?=got )|$))?(got (?P<got>.+))?"
 )
 _VERSION_AT: Final = 4  # the frame's version byte
+_FIRST: Final = "first message of a stream"
 
 
 def single(message: Message, run: str, *, sequence: int = 0) -> bytes:
@@ -90,7 +93,7 @@ def read_hello(data: bytes) -> LinkHello | Abort:
         WireError: it is neither.
     """
     if len(data) > _VERSION_AT and data[:_VERSION_AT] == b"CUTL" and data[_VERSION_AT] != FRAME_VERSION:
-        raise _version(f"frames of version {FRAME_VERSION}", f"version {data[_VERSION_AT]}")
+        raise _version(_FIRST, f"frames of version {FRAME_VERSION}", f"version {data[_VERSION_AT]}")
     header = parse_hello_header(data)
     message = control.decode(header.kind, data[HEADER.size :])
     if isinstance(message, Abort):
@@ -98,13 +101,17 @@ def read_hello(data: bytes) -> LinkHello | Abort:
     if not isinstance(message, LinkHello):
         raise WireError(
             "a stream must begin with a hello",
+            where=_FIRST,
             got=type(message).__name__,
             remedy="install the same release of cutlayer at all parties",
             code="E513",
         )
     if header.run != run_number(message.run):
         raise WireError(
-            "a hello's frame is of another run than the hello", remedy="give all parties the same contract", code="E514"
+            "a hello's frame is of another run than the hello",
+            where=_FIRST,
+            remedy="give all parties the same contract",
+            code="E514",
         )
     return message
 
@@ -132,11 +139,13 @@ def check_hello(hello: LinkHello, settings: NetworkSettings, names: tuple[str, .
             where=where,
             expected=f"a certificate of {hello.party}",
             got=", ".join(tidy(name) for name in names) or "no name",
-            remedy=f"ask the authority of this run for a certificate in the name {hello.party}",
+            remedy=f"ask the authority of this run for a certificate in the name {hello.party}; "
+            "only a served stage takes others (`identity` in the party file)",
             code="E665",
         )
     if hello.protocol != control.PROTOCOL:
         raise _version(
+            where,
             f"protocol {control.PROTOCOL} (cutlayer {release()}, {settings.party})",
             f"protocol {hello.protocol} (cutlayer {tidy(hello.package)}, {hello.party})",
         )
@@ -164,12 +173,15 @@ def abort_of(error: BaseException, party: str) -> Abort:
     """Return what others learn of an error at `party`: code, sentence and remedy, never values of data or paths.
 
     Of an error of the network itself, and of a refusal of a service, they also learn what was expected and got:
-    versions, digests, names, dates, numbers. It ends the sentence, since an ABORT has no fields for it.
+    versions, digests, names, dates, numbers. It ends the sentence, since an ABORT has no fields for it. Why this party
+    reaches another stays here: the way out of a site, with its addresses and proxies, is its own affair.
     """
     if not isinstance(error, CutlayerError):
         return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
     what = error.what
-    if error.code in _WHY_TOO and error.why():
+    if error.code in _EXPECTED_TOO:
+        what += f": expected {error.expected}" if error.expected else ""
+    elif error.code in _WHY_TOO and error.why():
         what = f"{what}: {error.why()}"
     return Abort(party, error.code, tidy(what), tidy(error.remedy))
 
@@ -237,6 +249,7 @@ def parse_hello_header(data: bytes) -> Header:
     if header.kind not in (control.LINK_HELLO, control.ABORT) or header.sequence or not sizes:
         raise WireError(
             "a stream must begin with a hello",
+            where=_FIRST,
             got=f"kind {header.kind}",
             remedy="install the same release of cutlayer at all parties",
             code="E513",
@@ -252,9 +265,10 @@ def release() -> str:
         return "not installed"
 
 
-def _version(expected: str, got: str) -> HandshakeError:
+def _version(where: str, expected: str, got: str) -> HandshakeError:
     return HandshakeError(
         "two parties have releases that do not understand each other",
+        where=where,
         expected=expected,
         got=got,
         remedy="install the same release of cutlayer at all parties",

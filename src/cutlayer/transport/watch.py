@@ -13,7 +13,7 @@ it from the coordinator.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cutlayer.errors import CutlayerError, PeerError
@@ -21,7 +21,7 @@ from cutlayer.transport.control import Notice
 from cutlayer.transport.peer import Peer, parcel_of
 from cutlayer.transport.reach import OF_PROXIES
 from cutlayer.transport.remedies import when_absent, when_left, when_lost
-from cutlayer.transport.settings import NetworkSettings
+from cutlayer.transport.settings import NetworkSettings, route
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timer, Timers
 
@@ -141,11 +141,11 @@ class Watch:
             again = steward.member.session > 0
             there = there or (again and busy(self))
         if lost:
-            return _lost(settings, ", ".join(lost), cause)
+            return _lost(settings, lost, cause)
         limit = ("receive" if there else "patience") if again else "join"
         return PeerError(
             f"{names} did not get ready" if there else f"{names} did not come",
-            where=f"party {settings.party}, waiting for all parties",
+            where=f"party {settings.party}, waiting for all parties" + ("" if there else _way(settings, missing)),
             expected=f"all of {', '.join(settings.parties)} within {getattr(settings.deadlines, limit):g} seconds",
             got=cause,
             remedy=when_absent(settings, names, limit),
@@ -220,7 +220,7 @@ class Watch:
             needed = steward.member.session > 0 if central else steward.opened > steward.member.ended
             if view.connected or steward.closing or steward.member.done or not needed:
                 return
-            steward.fail(view.blocked or _lost(settings, name, view.cause))
+            steward.fail(view.blocked or _lost(settings, [name], view.cause))
 
 
 def busy(watch: Watch) -> bool:
@@ -233,9 +233,21 @@ def busy(watch: Watch) -> bool:
         return views[settings.coordinator].connected and not watch._gone.keys() & set(steward.member.missing)
 
 
-def _lost(settings: NetworkSettings, names: str, cause: str) -> PeerError:
+def _way(settings: NetworkSettings, names: Sequence[str]) -> str:
+    """Return how this party reaches those of `names` with which it has a link; empty: with none."""
+    found = ""
+    for name in names:
+        how = route(settings, name) if name != settings.party else "relay"
+        found += f", dialling {name} at {settings.addresses[name]}" if how == "dial" else ""
+        found += f", where {name} dials this party" if how == "await" else ""
+    return found
+
+
+def _lost(settings: NetworkSettings, lost: Sequence[str], cause: str) -> PeerError:
+    names = ", ".join(lost)
     return PeerError(
         f"{names} was lost and did not come back",
+        where=f"party {settings.party}{_way(settings, lost) or f', told by {settings.coordinator}'}",
         expected=f"its return within {settings.deadlines.patience:g} seconds",
         got=cause,
         remedy=when_lost(settings, names),
@@ -246,6 +258,7 @@ def _lost(settings: NetworkSettings, names: str, cause: str) -> PeerError:
 def _left(settings: NetworkSettings, name: str) -> PeerError:
     return PeerError(
         f"{name} left before the end",
+        where=f"party {settings.party}, link with {name}",
         remedy=when_left(settings, name),
         code="E704",
     )
