@@ -1,7 +1,8 @@
 """A client's connection with a server of a stage: many predictions, one after the other, in one session.
 
 ```python
-with cl.connect(plan, party, network=settings, weights=Path("runs/20260101-090000-scans")) as connection:
+site = cl.load_site(Path("contract.toml"), Path("ward.toml"))
+with cl.connect(site.plan, site.party, network=site.network, weights=Path("runs/20260101-090000-scans")) as connection:
     first = connection.predict(cl.TensorTable(x=scans))
     second = connection.predict(cl.TensorTable(x=others))
 ```
