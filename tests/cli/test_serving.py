@@ -134,6 +134,14 @@ def test_a_program_asks_a_server_of_the_command_line(server: Any, trained: Path,
     assert torch.equal(known["outputs"]["tail"], here)
 
 
+def test_a_server_that_is_killed_after_the_last_prediction_does_no_harm(server: Any, trained: Path):
+    site = cl.load_site(Path("contract.toml"), Path("hospital.toml"))
+    with cl.connect(site.plan, site.party, network=site.network, weights=Path("out"), wait=1) as connection:
+        assert connection.predict(cl.TensorTable(x=torch.zeros(3, 4)))["tail"].shape == (3, 2)
+        server.kill()
+        server.wait(10)
+
+
 SLOW = """
 
 class Slow(torch.utils.data.Dataset):

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
 from cutlayer.core.serving import served_plan, served_programs
 from cutlayer.engine.worker import Worker
+from cutlayer.errors import CertificateError, DeadlineError, HandshakeError, LinkError, PeerError
 from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.meeting import own_process
 from cutlayer.run.party import Party, build, counts
@@ -32,12 +34,13 @@ from cutlayer.run.prediction import WAIT, agenda, asking, idle
 from cutlayer.run.session import Task, run_session
 from cutlayer.run.simulate import gathered
 from cutlayer.run.trained import load_trained
-from cutlayer.transport.network import Network
+from cutlayer.transport.network import Network, SessionReset
 from cutlayer.transport.settings import NetworkSettings
 
 __all__ = ["Connection", "connect"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
+_LINK_ERRORS: Final = (CertificateError, DeadlineError, HandshakeError, LinkError, PeerError, SessionReset)
 
 
 def connect(
@@ -100,7 +103,10 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take leave of the server, and close."""
+        """Take leave of the server for at most `deadlines.close` seconds, and close; nothing is owed any more.
+
+        A server that is lost by now does no harm: all outputs are here.
+        """
         with self._turn:
             self._close(finish=error is None)
 
@@ -150,7 +156,8 @@ class Connection:
             return
         try:
             if finish and not link.failed:
-                link.finish()
+                with suppress(*_LINK_ERRORS):  # `notify` was told
+                    link.finish(self._settings.deadlines.close)
         finally:
             link.close()
 
