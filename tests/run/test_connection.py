@@ -130,6 +130,22 @@ def test_a_server_that_is_lost_after_the_last_prediction_does_no_harm(place: Pla
     assert "lost" in told
 
 
+@pytest.mark.provokes("E455")
+def test_a_closed_connection_stays_closed(place: Place):
+    """It would hold one of the server's places, and nobody would give it back."""
+    limits = replace(ALONE, places=1)
+    with place.serving(limits) as told:
+        with connected(place) as connection:
+            asked(connection, rows(3))
+        told.wait("went")
+        with pytest.raises(ProgramError, match=r"E455.*the connection is closed.*make a new one with cl.connect"):
+            asked(connection, rows(3))
+        with pytest.raises(ProgramError, match="E455"), connection:
+            pass
+        assert torch.equal(place.asking("ben", rows(3))(), place.expected(rows(3)))
+        told.wait("came", 2)
+
+
 def test_data_that_fail_end_the_session_and_not_the_connection(place: Place):
     class Broken(torch.utils.data.Dataset):
         def __len__(self) -> int:
