@@ -168,20 +168,26 @@ def _obstacle(graph: Graph, active: set[str], lane: int, server: str) -> tuple[s
     """Return why a lane's predictions cannot be served, or "", who its client is, and what helps besides `--join`."""
     holders = _holders(graph, active, lane)
     members = _runners(graph, active, lane) | holders
+    others = members - {server}
     held = [name for name in graph.outputs if graph.place(name, lane) == server]
     if len(members) > 2:
         return f"{len(members)} parties take part in each: {', '.join(sorted(members))}", set(), ""
+    if not others:
+        return f"{server} makes each alone", set(), "predict there: no other party takes part"
+    if server in holders:
+        (other,) = others
+        if other in holders:
+            return f"{server} would have to give data for each", set(), ""
+        reason = f"{server} gives the data for each: it is a client of the stage at {other}"
+        return reason, set(), f"serve as {other}; {server} asks there: cutlayer predict --served"
     if held:
-        reason = f"the output {held[0]!r} stays at {server}: the client would get nothing"
-        head = next((e.target for e in graph.edges if e.source.field and e.target in active), "")
+        head = next(e.target for e in graph.edges if e.source.field and e.target in active)
         return (
-            reason,
+            f"the output {held[0]!r} stays at {server}: the client would get nothing",
             set(),
             (
                 f'if a client may have it, declare so in the contract: [[answer]] of = "{held[0]}", to = "{head}"; '
                 f"or in the plan: extras=[Answer({held[0]!r}, to={head!r})]; else predict with all parties"
             ),
         )
-    if server in holders:
-        return f"{server} would have to give data for each", set(), ""
-    return "", members - {server}, ""
+    return "", others, ""
