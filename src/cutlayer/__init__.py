@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cutlayer.run.serving import Served, serve
     from cutlayer.run.session import join
     from cutlayer.run.simulate import simulate
+    from cutlayer.run.site import LocalSite, load_site
     from cutlayer.transport.settings import NetworkSettings
     from cutlayer.transport.tls import load_credentials
 
@@ -39,6 +40,7 @@ __all__ = [
     "Connection",
     "Crossing",
     "CutlayerError",
+    "LocalSite",
     "Loss",
     "NetworkSettings",
     "Party",
@@ -61,6 +63,7 @@ __all__ = [
     "hybrid",
     "join",
     "load_credentials",
+    "load_site",
     "multihop",
     "multitask",
     "predict",
@@ -78,6 +81,7 @@ _HOMES = {
     "Connection": "run.connection",
     "Crossing": "core.crossing",
     "CutlayerError": "errors",
+    "LocalSite": "run.site",
     "Loss": "core.parts",
     "NetworkSettings": "transport.settings",
     "Party": "run.party",
@@ -100,6 +104,7 @@ _HOMES = {
     "hybrid": "core.topologies",
     "join": "run.session",
     "load_credentials": "transport.tls",
+    "load_site": "run.site",
     "multihop": "core.topologies",
     "multitask": "core.topologies",
     "predict": "run.prediction",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import cutlayer as cl
 from cutlayer.cli.app import Where
 from cutlayer.cli.console import Output
 from cutlayer.cli.serving import _telling
@@ -115,6 +117,29 @@ def test_clients_ask_a_server_in_another_process(server: Any, trained: Path, cal
     assert any(line.startswith("serving at 127.0.0.1:") for line in lines)
     assert any("clinic-1: session 1, 37 samples, done in" in line for line in lines)
     assert "sends   activations of body to hospital" in err
+
+
+def test_a_program_asks_a_server_of_the_command_line(server: Any, trained: Path, call: Call):
+    """As the page shows it: both compare the contract's digest, which no plan alone gives."""
+    assert call("predict", *ALL, "--weights", "out", "--folder", "here").code == 0
+    here = safetensors.torch.load_file(trained / "here" / "predictions.safetensors")["tail"]
+    (trained / "hospital.toml").rename(trained / "ward.toml")
+    rows = cl.load_site(Path("contract.toml"), Path("ward.toml")).party.prediction.fields["x"]
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve-predictions.md").read_text()
+    once, many = re.findall(r"```python\n(.*?)```", page, re.S)
+    known = {"cl": cl, "Path": Path, "run": Path("out"), "wards": [rows[:1], rows[:2]]}
+    exec(compile(many, "serve-predictions.md", "exec"), known)  # noqa: S102 - our own page
+    torch.testing.assert_close(known["outputs"], here[:2], rtol=1e-6, atol=1e-6)
+    exec(compile(once, "serve-predictions.md", "exec"), known)  # noqa: S102 - our own page
+    assert torch.equal(known["outputs"]["tail"], here)
+
+
+def test_a_server_that_is_killed_after_the_last_prediction_does_no_harm(server: Any, trained: Path):
+    site = cl.load_site(Path("contract.toml"), Path("hospital.toml"))
+    with cl.connect(site.plan, site.party, network=site.network, weights=Path("out"), wait=1) as connection:
+        assert connection.predict(cl.TensorTable(x=torch.zeros(3, 4)))["tail"].shape == (3, 2)
+        server.kill()
+        server.wait(10)
 
 
 SLOW = """

@@ -54,6 +54,24 @@ def test_a_server_with_data_of_its_own_is_refused():
         clients_of(cl.Plan(stages), "server")
 
 
+@pytest.mark.parametrize("plan", [plans.u_shaped().plan, plans.relay().plan, vanilla()])
+def test_a_client_is_told_who_serves(plan: cl.Plan):
+    """An answer would not help: the output may be there already."""
+    with pytest.raises(ProgramError, match="E453") as caught:
+        clients_of(plan, "alpha")
+    assert caught.value.got == "alpha gives the data for each: it is a client of the stage at server"
+    assert caught.value.remedy == "serve as server; alpha asks there: cutlayer predict --served"
+
+
+def test_what_one_party_predicts_alone_is_not_served():
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output="float32[batch, 8]"),
+        cl.Loss("loss", at="beta", inputs=["head", "data.y@beta"]),
+    ]
+    with pytest.raises(ProgramError, match=r"E453.*got alpha makes each alone. predict there"):
+        clients_of(cl.Plan(stages), "alpha")
+
+
 @pytest.mark.provokes("E454")
 def test_who_is_no_server_and_no_client():
     plan = plans.u_shaped().plan

@@ -126,6 +126,36 @@ def test_several_outputs_and_what_was_agreed_on(tmp_path: Path):
         assert torch.equal(found[name], expected[name])
 
 
+def test_a_loss_that_takes_outputs_of_both_ends(tmp_path: Path):
+    """It stays in the plan of a session, for the client's own output; what has an answer is no output twice."""
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output=CUT),
+        cl.Stage("body", at="server", inputs=["head"], output=OUTPUT),
+        cl.Stage("tail", at="alpha", inputs=["body"], output="float32[batch, 1]"),
+        cl.Loss("loss", at="server", inputs=["body", "tail", "data.y@head"]),
+    ]
+    releases = [cl.Release("y", at="head", to="server", spec="int64[batch]")]
+    plan = cl.Plan(stages, training=cl.Training(batch_size=8), releases=releases, extras=[cl.Answer("body", to="head")])
+
+    def build(name: str) -> cl.Party:
+        if name == "server":
+            return plans._party(name, {"body": plans._block(8, 3, 2), "loss": BothLosses()})
+        modules = {"head": plans._block(6, 8, 1), "tail": plans._block(3, 1, 3)}
+        return plans._party(name, modules, plans._table(slice(None)))
+
+    place = Place(tmp_path, plans.Case(plan, build, "server"))
+    party = place.client(cl.TensorTable(x=rows(9)))
+    with place.serving():
+        network = place.settings("anna", "alpha")
+        found = cl.predict(place.plan, party, network=network, weights=place.weights, served=True)
+    parties = [replace(one, data=None, evaluation=None) for one in place.case.parties()]
+    parties = [replace(one, prediction=party.prediction) if one.name == "alpha" else one for one in parties]
+    expected = cl.predict(place.plan, parties, weights=place.weights)
+    assert sorted(found) == sorted(expected) == ["body", "tail"]
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+
+
 def test_other_predictions_send_no_answers():
     """Only what is served does: a training of the same plan has the same programs as without an answer."""
     with_answer = vanilla()
@@ -156,6 +186,82 @@ def test_without_an_answer_the_error_says_how_to_declare_it():
         clients_of(cl.vanilla("alpha", "server", cut=CUT, output=OUTPUT), "server")
     assert '[[answer]] of = "body", to = "head"' in caught.value.remedy
     assert "extras=[Answer('body', to='head')]" in caught.value.remedy
+
+
+def two_ends() -> cl.Plan:
+    """Two stages at the server feed its loss."""
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output=CUT),
+        cl.Stage("body", at="server", inputs=["head"], output=OUTPUT),
+        cl.Stage("aside", at="server", inputs=["head"], output=OUTPUT),
+        cl.Loss("loss", at="server", inputs=["body", "aside", "data.y@head"]),
+    ]
+    return cl.Plan(stages, releases=[cl.Release("y", at="head", to="server", spec="int64[batch]")])
+
+
+def chain() -> cl.Plan:
+    return cl.vanilla(("alpha", "beta"), "server", cut=CUT, output=OUTPUT)
+
+
+def called(name: str, head: str = "head") -> cl.Plan:
+    """A vanilla plan whose stage at the server has this name."""
+    stages = [
+        cl.Stage(head, at="alpha", inputs=["data.x"], output=CUT),
+        cl.Stage(name, at="server", inputs=[head], output=OUTPUT),
+        cl.Loss("loss", at="server", inputs=[name, f"data.y@{head}"]),
+    ]
+    return cl.Plan(stages, releases=[cl.Release("y", at=head, to="server", spec="int64[batch]")])
+
+
+@pytest.mark.provokes("E114")
+@pytest.mark.parametrize(
+    ("plan", "answers", "got"),
+    [
+        (chain(), [cl.Answer("body", to="alpha")], "3 parties take part in each: alpha, beta, server"),
+        (
+            plans.vertical().plan,
+            [cl.Answer("body", to="clinic")],
+            "3 parties take part in each: clinic, laboratory, registry",
+        ),
+        (
+            two_ends(),
+            [cl.Answer("body", to="head")],
+            "the output 'aside' stays at server: the client would get nothing",
+        ),
+        (plans.u_shaped().plan, [cl.Answer("tail", to="server")], "alpha gives the data for each: it is a client"),
+    ],
+)
+def test_answers_that_nobody_could_be_given_are_refused_with_the_plan(
+    plan: cl.Plan, answers: list[cl.Answer], got: str
+):
+    """Not when the trained stage is to be served."""
+    with pytest.raises(PlanError, match=r"E114.*with the answer .* nothing can be served") as caught:
+        plan.with_extras(*answers)
+    assert caught.value.got.startswith(got)
+    assert "let all outputs go to the party that gives the data" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "text"),
+    [
+        (called("b" * 53), "b" * 53, "is too long for one with an answer: expected at most 52 letters"),
+        (called("body", "answer-body"), "body", "the name 'answer-body' is needed for the answer 'body'"),
+        (called("body", "answer-body-end"), "body", "the name 'answer-body-end' is needed for the answer 'body'"),
+    ],
+)
+def test_names_that_answers_need_are_free_in_the_plan(plan: cl.Plan, name: str, text: str):
+    with pytest.raises(PlanError, match="E114") as caught:
+        plan.with_extras(cl.Answer(name, to="alpha"))
+    assert text in str(caught.value)
+
+
+def test_what_is_accepted_can_be_served():
+    for plan, answers in (
+        (chain(), [cl.Answer("body", to="head")]),
+        (two_ends(), [cl.Answer("body", to="head"), cl.Answer("aside", to="alpha")]),
+        (called("b" * 52), [cl.Answer("b" * 52, to="alpha")]),
+    ):
+        assert "alpha" in clients_of(plan.with_extras(*answers), "server")
 
 
 @pytest.mark.provokes("E114")

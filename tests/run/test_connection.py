@@ -16,6 +16,8 @@ from cutlayer.errors import CheckpointError, CutlayerError, LinkError, ProgramEr
 from tests.run import plans
 from tests.run.test_answers import built, vanilla
 from tests.run.test_serving import ALONE, Place, at_once, only, refusal, rows
+from tests.run.trial import DEADLINES
+from tests.transport.parties import Cable
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -103,8 +105,45 @@ def test_a_server_that_was_started_anew_is_asked_again(place: Place):
             thread.join(20)
             assert not thread.is_alive()
             connection._close(finish=True)
-        with place.serving():
+        with place.serving(replace(ALONE, drain=0.3)):  # the connection stays until then
             assert torch.equal(asked(connection, rows(3, 2)), place.expected(rows(3, 2)))
+
+
+@pytest.mark.parametrize("wait", [0.5, 30])
+def test_a_server_that_is_lost_after_the_last_prediction_does_no_harm(place: Place, wait: float):
+    """Whether patience with it is over first, or the time to take leave."""
+    cable = Cable(place.address)
+    network = place.settings(
+        "anna", "alpha", addresses={"server": cable.address}, deadlines=replace(DEADLINES, close=2)
+    )
+    told = list[str]()
+    try:
+        with place.serving(replace(ALONE, patience=0.3)):
+            with connected(place, network=network, wait=wait, notify=lambda event, _: told.append(event)) as connection:
+                found = asked(connection, rows(3))
+                cable.cut()
+                begin = time.monotonic()
+            assert time.monotonic() - begin < 10
+    finally:
+        cable.close()
+    assert torch.equal(found, place.expected(rows(3)))
+    assert "lost" in told
+
+
+@pytest.mark.provokes("E455")
+def test_a_closed_connection_stays_closed(place: Place):
+    """It would hold one of the server's places, and nobody would give it back."""
+    limits = replace(ALONE, places=1)
+    with place.serving(limits) as told:
+        with connected(place) as connection:
+            asked(connection, rows(3))
+        told.wait("went")
+        with pytest.raises(ProgramError, match=r"E455.*the connection is closed.*make a new one with cl.connect"):
+            asked(connection, rows(3))
+        with pytest.raises(ProgramError, match="E455"), connection:
+            pass
+        assert torch.equal(place.asking("ben", rows(3))(), place.expected(rows(3)))
+        told.wait("came", 2)
 
 
 def test_data_that_fail_end_the_session_and_not_the_connection(place: Place):

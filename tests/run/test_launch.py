@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cutlayer as cl
 from cutlayer.core.topologies import u_shaped, vanilla
 from cutlayer.errors import CertificateError, ConfigError
 from cutlayer.run.config import Contract, DeadlineTable, dump_contract
@@ -161,3 +162,39 @@ def test_folder_that_is_no_run_is_refused(tmp_path: Path, damage: str):
         (tmp_path / "contract.toml").write_text(dump_contract(contract("127.0.0.1:1")))
     with pytest.raises(ConfigError, match="E208"):
         read_run(tmp_path)
+
+
+BUILDER = """
+from torch import nn
+from cutlayer import Party
+
+
+def build(name):
+    return Party(name, modules={"head": nn.Linear(4, 8)})
+"""
+
+
+def site(folder: Path, text: str = "") -> tuple[Path, Path]:
+    (folder / "contract.toml").write_text(dump_contract(contract()))
+    (folder / "parties.py").write_text(BUILDER)
+    (folder / "a.toml").write_text(
+        f'party = "a"\n[code]\nbuilder = "parties.py:build"\n[network]\ninsecure = true\n{text}'
+    )
+    return folder / "contract.toml", folder / "a.toml"
+
+
+def test_a_program_gets_what_the_command_line_takes(tmp_path: Path):
+    found = cl.load_site(*site(tmp_path, "[serving]\nplaces = 3\n"))
+    assert found.plan.digest() == contract().plan.digest()
+    assert (found.party.name, list(found.party.modules)) == ("a", ["head"])
+    assert found.network == network_settings(contract(), party_file(tmp_path))
+    assert found.network.digest == contract().digest() != found.plan.digest()
+    assert found.serving == cl.Serving(places=3)
+
+
+def test_a_program_keeps_to_what_its_site_has_accepted(tmp_path: Path):
+    files = site(tmp_path, f'[run]\naccept = "{"0" * 64}"\n')
+    (tmp_path / "parties.py").write_text("raise RuntimeError")  # nothing of it is run
+    with pytest.raises(ConfigError, match=r"E207.*accepted another contract"):
+        cl.load_site(*files)
+    assert cl.load_site(*site(tmp_path, f'[run]\naccept = "{contract().digest()}"\n')).party.name == "a"

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from cutlayer.core.answers import check_answers
 from cutlayer.core.crossing import Crossing, Extra, PlannedExchange, answers_in, check_extras
 from cutlayer.core.describe import describe
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
-from cutlayer.core.validate import check, check_answers, check_assembly, check_shared
+from cutlayer.core.validate import check, check_assembly, check_shared
 from cutlayer.errors import PlanError
 
 __all__ = ["Plan"]

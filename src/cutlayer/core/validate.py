@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import isfinite
 
 from cutlayer.core.graph import Edge, Graph
-from cutlayer.core.parts import Answer, Loss, Shared, Stage, Training, check_name
+from cutlayer.core.parts import Loss, Shared, Stage, Training, check_name
 from cutlayer.errors import PlanError
 
-__all__ = ["check", "check_answers", "check_assembly", "check_shared"]
+__all__ = ["check", "check_assembly", "check_shared"]
 
 SCHEDULES = ("1f1b", "gpipe", "sequential")
 ORDERS = ("parallel", "relay")
@@ -66,34 +66,6 @@ def check_assembly(graph: Graph, parties: Sequence[str]) -> None:
     for party in parties:
         if party not in own or len(set(parties)) != len(parties):
             raise _choice("party in assemble_at", party, tuple(sorted(own)))
-
-
-def check_answers(graph: Graph, answers: Sequence[Answer]) -> None:
-    """Raise `PlanError` E114 for outputs that are none, that are where they should go, or that go to nobody."""
-    holders = {party for stage in graph.stages for party in stage.places} | set(graph.by_name)
-    seen = set[str]()
-    for answer in answers:
-        wrong = ("of", f"one of {', '.join(graph.outputs)}, which feed a loss, each once", answer.of)
-        if answer.of in graph.outputs and answer.of not in seen:
-            wrong = ("to", f"one of {', '.join(sorted(holders))}", answer.to)
-            if answer.to in holders:
-                lanes = range(graph.lanes)
-                here = {(graph.place(answer.of, lane), _party_of(graph, answer.to, lane)) for lane in lanes}
-                if all(source != target for source, target in here):
-                    seen.add(answer.of)
-                    continue
-                wrong = ("to", "a party that does not have the output anyway", answer.to)
-        raise PlanError(
-            f"{wrong[0]!r} of the answer {answer.of!r} is wrong",
-            expected=wrong[1],
-            got=wrong[2],
-            remedy="name a stage that feeds a loss, and the client's party or a stage there",
-            code="E114",
-        )
-
-
-def _party_of(graph: Graph, name: str, lane: int) -> str:
-    return graph.place(name, lane) if name in graph.by_name else name
 
 
 def _check_places(graph: Graph) -> None:

@@ -1,21 +1,27 @@
 """A client's connection with a server of a stage: many predictions, one after the other, in one session.
 
 ```python
-with cl.connect(plan, party, network=settings, weights=Path("runs/20260101-090000-scans")) as connection:
+site = cl.load_site(Path("contract.toml"), Path("ward.toml"))
+with cl.connect(site.plan, site.party, network=site.network, weights=Path("runs/20260101-090000-scans")) as connection:
     first = connection.predict(cl.TensorTable(x=scans))
     second = connection.predict(cl.TensorTable(x=others))
 ```
+
+| code | error | meaning |
+| --- | --- | --- |
+| E455 | ProgramError | the connection is closed |
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +30,7 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
 from cutlayer.core.serving import served_plan, served_programs
 from cutlayer.engine.worker import Worker
+from cutlayer.errors import CertificateError, DeadlineError, HandshakeError, LinkError, PeerError, ProgramError
 from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.meeting import own_process
 from cutlayer.run.party import Party, build, counts
@@ -31,12 +38,13 @@ from cutlayer.run.prediction import WAIT, agenda, asking, idle
 from cutlayer.run.session import Task, run_session
 from cutlayer.run.simulate import gathered
 from cutlayer.run.trained import load_trained
-from cutlayer.transport.network import Network
+from cutlayer.transport.network import Network, SessionReset
 from cutlayer.transport.settings import NetworkSettings
 
 __all__ = ["Connection", "connect"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
+_LINK_ERRORS: Final = (CertificateError, DeadlineError, HandshakeError, LinkError, PeerError, SessionReset)
 
 
 def connect(
@@ -52,7 +60,7 @@ def connect(
 
     The party's modules are built, and its weights read, once. The server is dialled at the first prediction; the
     connection holds one of its places until the `with` ends, or until it was idle for as long as the server allows
-    (`Serving.idle`). After that, and after an error, the next prediction dials anew.
+    (`Serving.idle`). After that, and after an error, the next prediction dials anew; after the `with`, none does.
 
     Args:
         plan: The plan, the same as at the server.
@@ -91,16 +99,22 @@ class Connection:
         self.site = build(self._plan, self._party, Roster({})).site
         self._link: Network | None = None
         self._turn = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Self:
-        """Return the connection."""
+        """Return the connection. Raises `ProgramError` E455 if it was closed."""
+        self._check()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take leave of the server, and close."""
+        """Take leave of the server for at most `deadlines.close` seconds, and close; nothing is owed any more.
+
+        A server that is lost by now does no harm: all outputs are here.
+        """
         with self._turn:
+            self._closed = True
             self._close(finish=error is None)
 
     def predict(self, data: Dataset[Any] | DataLoader[Any]) -> dict[str, Tensor]:
@@ -114,11 +128,13 @@ class Connection:
             this party sees them.
 
         Raises:
+            ProgramError: E455, the `with` has ended.
             LinkError: E612 to E615, the server does not let this identity in now, or not for so much.
             PeerError: E702, the server did not answer in time; E701, it was lost, and for too long.
             CutlayerError: as `cutlayer.predict` raises.
         """
         with self._turn, own_process(self._party):
+            self._check()
             party = replace(self._party, prediction=data)
             programs = partial(served_programs, pair=self._settings.parties)
             task = Task(
@@ -131,6 +147,16 @@ class Connection:
                 self._close(finish=False)
                 raise
             return named(self._whole, gathered({party.name: worker}))
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ProgramError(
+                "the connection is closed",
+                where=f"party {self._party.name}",
+                expected="predictions within its `with`",
+                remedy="make a new one with cl.connect; predict before its `with` ends",
+                code="E455",
+            )
 
     def _build(self, plan: Plan, party: Party, roster: Roster) -> Worker:
         return build(plan, party, roster, self.site)
@@ -149,7 +175,8 @@ class Connection:
             return
         try:
             if finish and not link.failed:
-                link.finish()
+                with suppress(*_LINK_ERRORS):  # `notify` was told
+                    link.finish(self._settings.deadlines.close)
         finally:
             link.close()
 

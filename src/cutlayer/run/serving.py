@@ -1,7 +1,8 @@
 """A trained stage served to many clients over the network, until it is told to stop.
 
 ```python
-cl.serve(plan, party, network=settings, weights=Path("runs/20260101-090000-scans"))
+site = cl.load_site(Path("contract.toml"), Path("cloud.toml"))
+cl.serve(site.plan, site.party, network=site.network, weights=Path("runs/20260101-090000-scans"), serving=site.serving)
 ```
 Each client has a session of its own, which runs the plan's prediction program; the stage itself is run by one batcher
 for all of them. Clients ask with `cutlayer.predict(plan, party, network=..., served=True)`.

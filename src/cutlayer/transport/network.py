@@ -190,14 +190,17 @@ class Network:
         """
         self._steward.fail(error)
 
-    def finish(self) -> None:
+    def finish(self, within: float | None = None) -> None:
         """Wait until all parties have finished and everything has arrived, then close.
 
+        Args:
+            within: Seconds that this may take. None: `deadlines.receive`.
+
         Raises:
-            DeadlineError: E621, not within `deadlines.receive` seconds.
+            DeadlineError: E621, not within that time.
         """
         steward = self._steward
-        deadline = time.monotonic() + self._settings.deadlines.receive
+        deadline = time.monotonic() + (self._settings.deadlines.receive if within is None else within)
         steward.check()
         if not steward.member.taken:
             raise no_session(self._settings.party)
