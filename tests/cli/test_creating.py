@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -127,6 +128,23 @@ def test_new_run_and_the_report_is_there(
     given = call("predict", "--weights", str(page.parent), "--json")
     assert given.code == 0, given.err
     assert [out["shape"][0] > 100 for out in given.json()["outputs"].values()] == [True]
+
+
+def test_what_the_legend_of_images_names_can_be_seen(call: Call, here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each hospital evaluates images of its own, in each round: lines of their own, and none beneath another."""
+    assert call("new", "study", "--template", "images-u").code == 0
+    monkeypatch.chdir(here / "study")
+    page = Path(call("run").out[-1].removeprefix("results: "))
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in csv.DictReader((page.parent / "report" / "curves.csv").read_text().splitlines()):
+        whose = (row["mode"], row["client"], row["metric"])
+        if row["client"] or row["party"] == "hospital-a":  # what is of all is told by both
+            lines.setdefault(whose, []).append(row["value"])
+    assert len(lines) == 2 * 3 * 2  # modes; hospitals and all together; metrics
+    assert {len(values) for values in lines.values()} == {3}
+    assert len({tuple(values) for values in lines.values()}) == len(lines)
+    picture = (page.parent / "report" / "curves.svg").read_text()
+    assert {"thindash-c1", "thindash-c2", "dash-all"} <= set(re.findall(r"[a-z]*dash-\w+", picture))
 
 
 @pytest.mark.timeout(120)

@@ -130,6 +130,17 @@ def test_legend_says_the_last_value(real: Real):
     assert f"train {last:.4f}, all together" in texts(curves(real.record)[0])
 
 
+def test_a_single_value_is_a_point_in_the_legend_too(tmp_path: Path):
+    rows = [("train", 1, 0.5), ("train", 2, 0.4), ("evaluate", 2, 0.3)]
+    history = [
+        {"mode": mode, "round": at, "loss": "loss", "party": "server", "metrics": {"loss": value}}
+        for mode, at, value in rows
+    ]
+    [scene] = drawn(tmp_path, [], history=history)
+    legend = [item for item in every(scene.items) if isinstance(item, Line | Dot) and not item.title]
+    assert [item.kind for item in legend if "-c" in item.kind] == ["line-c1", "fill-c2"]  # no dashes: none are drawn
+
+
 def test_replicas_that_tell_the_same_are_one_line(tmp_path: Path):
     (scene,) = curves(synthetic.record(tmp_path, PLANS["u-shaped-parallel"]))
     assert "train 0.3333, the same at 7 replicas" in texts(scene)
@@ -146,7 +157,7 @@ def test_each_metric_is_one_drawing(tmp_path: Path):
 @pytest.mark.parametrize("rows", [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e9), (2, 3e9)], [(7, 1e-9), (8, 2e-9)]])
 def test_odd_values_are_drawn(tmp_path: Path, rows: list[tuple[int, float]]):
     (scene,) = drawn(tmp_path, rows)
-    dots = [item for item in every(scene.items) if isinstance(item, Dot)]
+    dots = [item for item in every(scene.items) if isinstance(item, Dot) and item.title]
     assert len(dots) == len(rows)
     for dot in dots:
         assert 56 <= dot.x <= 456

@@ -91,7 +91,7 @@ def _panel(lines: Sequence[Series]) -> Scene:
     ]
     items += legend
     rounds = [x for line in lines for x, _ in line.points]
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+    values = [y for line in lines for _, y in _finite(line)]
     x_range = (min(rounds), max(rounds)) if min(rounds) < max(rounds) else (min(rounds) - 0.5, max(rounds) + 0.5)
     y_range = _padded(values)
     items += _axes(frame, x_range, y_range)
@@ -139,7 +139,7 @@ def _who(line: Series) -> str:
 def _about(line: Series, name: str) -> str:
     """Return in words how a line goes."""
     (first, begin), (last, end) = line.points[0], line.points[-1]
-    values = [value for _, value in line.points if math.isfinite(value)] or [math.nan]
+    values = [value for _, value in _finite(line)] or [math.nan]
     path = f"{number(begin)} in round {first}"
     if last > first:
         path += f", {number(end)} in round {last}, between {number(min(values))} and {number(max(values))}"
@@ -147,12 +147,16 @@ def _about(line: Series, name: str) -> str:
 
 
 def _legend_texts(lines: Sequence[Series], names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """Return text and kind of each entry; the replicas that have no colour of their own are one."""
+    """Return text and kind of each entry; the replicas that have no colour of their own are one.
+
+    A line of one point is drawn as that point, and so it is in the legend.
+    """
     alone, found, rest = len({line.who for line in lines}) == 1, list[tuple[str, str]](), dict[str, str]()
-    for line, name, kind in zip(lines, names, kinds, strict=True):
+    for line, name, own in zip(lines, names, kinds, strict=True):
+        kind = own if len(_finite(line)) > 1 else f"dot-{own.rpartition('-')[2]}"
         last = f"{line.mode} {number(line.points[-1][1])}"
-        if kind.startswith("thin") and kind.endswith(f"c{SERIES + 1}"):
-            rest[name] = kind
+        if own.startswith("thin") and own.endswith(f"c{SERIES + 1}"):
+            rest[name] = own
         elif len(line.who) > 1 and name != _ALL:
             found.append((f"{last}, the same at {len(line.who)} replicas", kind))
         else:
@@ -172,11 +176,17 @@ def _legend(names: Sequence[tuple[str, str]], y: float, most: float, left: float
             x, y = left, y + 16.0
         if kind.startswith("fill"):
             items.append(Box(x + 8.0, y + 1.0, 12.0, 11.0, kind, 2.0))
+        elif kind.startswith("dot"):
+            items.append(Dot(x + 10.0, y + 6.5, 2.6, f"fill-{kind.rpartition('-')[2]}"))
         else:
             items.append(Line(((x, y + 6.5), (x + 20.0, y + 6.5)), kind))
         items.append(Label(x + 25.0, y + 10.0, shown, "ink", _TEXT, title=text))
         x += taken
     return items, y + 16.0
+
+
+def _finite(line: Series) -> list[tuple[int, float]]:
+    return [point for point in line.points if math.isfinite(point[1])]
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -223,17 +233,15 @@ def _curve(
             left + wide * (x - x_range[0]) / (x_range[1] - x_range[0]),
             top + high * (1 - (y - y_range[0]) / (y_range[1] - y_range[0])),
         )
-        for x, y in line.points
-        if math.isfinite(y)
+        for x, y in _finite(line)
     ]
     colour = kind.rpartition("-")[2]
     items: list[Shape] = [Line(tuple(points), kind, name)] if len(points) > 1 else []
     thin = kind.startswith("thin")
     if len(points) <= 60 and not (thin and colour == f"c{SERIES + 1}" and len(points) > 1):
-        known = [point for point in line.points if math.isfinite(point[1])]
         items += [
             Dot(x, y, 1.8 if thin else 2.6, f"fill-{colour}", f"{name}\nround {at}: {number(value)}")
-            for (x, y), (at, value) in zip(points, known, strict=True)
+            for (x, y), (at, value) in zip(points, _finite(line), strict=True)
         ]
     return items
 

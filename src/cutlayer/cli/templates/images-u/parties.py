@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import cutlayer as cl
 from cutlayer.data.images import mnist_5k
 
-TEST = 1_000
+TEST = 500
 
 
 def adam(parameters):
@@ -21,14 +21,13 @@ def adam(parameters):
 
 
 def digits(place: int) -> tuple[cl.TensorTable, cl.TensorTable]:
-    """Half of 4,000 real images each for training, and all 1,000 others for evaluation."""
+    """Half of 5,000 real images each: 2,000 for training, and 500 others for evaluation."""
     images, labels = mnist_5k()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    half = (len(labels) - TEST) // 2
-    mine = slice(TEST + place * half, TEST + (place + 1) * half)
-    return cl.TensorTable(image=images[mine], label=labels[mine]), cl.TensorTable(
-        image=images[:TEST], label=labels[:TEST]
+    mine = order[place::2]
+    train, test = mine[TEST:], mine[:TEST]
+    return cl.TensorTable(image=images[train], label=labels[train]), cl.TensorTable(
+        image=images[test], label=labels[test]
     )
 
 
