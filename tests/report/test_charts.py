@@ -139,9 +139,6 @@ def test_a_single_value_is_a_point_in_the_legend_too(tmp_path: Path):
     [scene] = drawn(tmp_path, [], history=history)
     legend = [item for item in every(scene.items) if isinstance(item, Line | Dot) and not item.title]
     assert [item.kind for item in legend if "-c" in item.kind] == ["line-c1", "fill-c2"]  # no dashes: none are drawn
-    [scene] = drawn(tmp_path, [(1, math.nan)])
-    legend = [item for item in every(scene.items) if isinstance(item, Line | Dot)]
-    assert [item.kind for item in legend if "-c" in item.kind] == []
 
 
 def test_replicas_that_tell_the_same_are_one_line(tmp_path: Path):

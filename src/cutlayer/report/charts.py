@@ -149,11 +149,11 @@ def _about(line: Series, name: str) -> str:
 def _legend_texts(lines: Sequence[Series], names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]:
     """Return text and kind of each entry; the replicas that have no colour of their own are one.
 
-    A line of one point is drawn as that point, and so it is in the legend; one without any has no mark.
+    A line of one point is drawn as that point, and so it is in the legend.
     """
     alone, found, rest = len({line.who for line in lines}) == 1, list[tuple[str, str]](), dict[str, str]()
     for line, name, own in zip(lines, names, kinds, strict=True):
-        kind = ("", f"dot-{own.rpartition('-')[2]}", own)[min(2, len(_finite(line)))]
+        kind = own if len(_finite(line)) > 1 else f"dot-{own.rpartition('-')[2]}"
         last = f"{line.mode} {number(line.points[-1][1])}"
         if own.startswith("thin") and own.endswith(f"c{SERIES + 1}"):
             rest[name] = own
@@ -178,7 +178,7 @@ def _legend(names: Sequence[tuple[str, str]], y: float, most: float, left: float
             items.append(Box(x + 8.0, y + 1.0, 12.0, 11.0, kind, 2.0))
         elif kind.startswith("dot"):
             items.append(Dot(x + 10.0, y + 6.5, 2.6, f"fill-{kind.rpartition('-')[2]}"))
-        elif kind:
+        else:
             items.append(Line(((x, y + 6.5), (x + 20.0, y + 6.5)), kind))
         items.append(Label(x + 25.0, y + 10.0, shown, "ink", _TEXT, title=text))
         x += taken
