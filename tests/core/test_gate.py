@@ -76,7 +76,7 @@ def test_what_never_fits_is_said_so():
     gate = Gate(Serving(quota=Quota(samples=10), longest=20), "server")
     for ask, most in (
         (lambda: gate.charge("anna", 1, 11, now=0), "at most 10 samples in 60 s"),
-        (lambda: gate.measure("anna", 21), "at most 20 samples in one session"),
+        (lambda: gate.measure("anna", 21), "at most 20 samples in one prediction"),
     ):
         with pytest.raises(LinkError) as caught:
             ask()

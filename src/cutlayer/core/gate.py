@@ -115,13 +115,13 @@ class Gate:
             del self._inside[identity]
 
     def measure(self, identity: str, samples: int) -> None:
-        """Check the length of a session, before its programs are made. Raises `LinkError` E614."""
+        """Check the length of a prediction, before its programs are made. Raises `LinkError` E614."""
         longest = self._serving.longest
         if samples > longest:
-            raise self._too_much(identity, "samples", samples, longest, "in one session")
+            raise self._too_much(identity, "samples", samples, longest, "in one prediction")
 
     def charge(self, identity: str, requests: int, samples: int, now: float) -> None:
-        """Count what a session asks for, all of it before it begins.
+        """Count what a prediction asks for, all of it before it begins.
 
         Raises:
             LinkError: E614, it is more than the identity may ask for now, or ever.
