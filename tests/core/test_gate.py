@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cutlayer.core.gate import Gate, closing, retry_after
@@ -74,13 +76,41 @@ def test_what_never_fits_is_said_so():
     gate = Gate(Serving(quota=Quota(samples=10), longest=20), "server")
     for ask, most in (
         (lambda: gate.charge("anna", 1, 11, now=0), "at most 10 samples in 60 s"),
-        (lambda: gate.measure("anna", 21), "at most 20 samples in one session"),
+        (lambda: gate.measure("anna", 21), "at most 20 samples in one prediction"),
     ):
         with pytest.raises(LinkError) as caught:
             ask()
         assert (caught.value.code, caught.value.expected) == ("E614", most)
         assert retry_after(caught.value) is None
     gate.charge("anna", 1, 10, now=0)  # the refused ones did not count
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("quota", [Quota(), Quota(requests=10**6), Quota(samples=10**6)])
+def test_a_long_window_costs_no_time_at_each_request(quota: Quota):
+    """All sessions wait for the gate: it must not look at the whole window."""
+    gate = Gate(Serving(quota=quota, window=10**5), "server")
+    for number in range(36_000):
+        gate.charge("anna", 1, 1, now=number)
+    begin = time.perf_counter()
+    for _ in range(1000):
+        gate.charge("anna", 1, 1, now=36_000)
+    assert time.perf_counter() - begin < 0.5
+    assert bool(gate._used) == (quota != Quota())
+
+
+def test_both_limits_hold_and_the_later_one_says_when():
+    gate = Gate(Serving(quota=Quota(requests=3, samples=10), window=60), "server")
+    gate.charge("anna", 1, 1, now=0)
+    gate.charge("anna", 1, 8, now=20)
+    gate.charge("anna", 1, 1, now=30)
+    for asked, wait in (((1, 1), 25), ((1, 2), 45), ((2, 1), 45), ((3, 1), 55), ((1, 10), 55), ((1, 9), 45)):
+        with pytest.raises(LinkError, match="got 3 requests and 10 samples so far") as caught:
+            gate.charge("anna", *asked, now=35)
+        assert retry_after(caught.value) == wait, asked
+    gate.charge("anna", 1, 1, now=60)
+    with pytest.raises(LinkError, match=r"got 3 requests and 10 samples so far\. ask again in 20 s"):
+        gate.charge("anna", 1, 1, now=60)
 
 
 def test_nobody_is_remembered_without_need():

@@ -19,6 +19,7 @@ from tests.run.test_serving import ALONE, Place, at_once, rows
 
 pytestmark = pytest.mark.timeout(60)
 CUT, OUTPUT = "float32[batch, 8]", "float32[batch, 3]"
+NOISE = {"name": "gaussian", "deviation": 0.5}
 
 
 def vanilla(*clients: str, **training: object) -> cl.Plan:
@@ -75,6 +76,31 @@ class Two(nn.Module):
 class BothLosses(nn.Module):
     def forward(self, classes: torch.Tensor, sizes: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(classes, label) + sizes.square().mean()
+
+
+def two_ends() -> cl.Plan:
+    """Two stages at the server feed its loss."""
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output=CUT),
+        cl.Stage("body", at="server", inputs=["head"], output=OUTPUT),
+        cl.Stage("aside", at="server", inputs=["head"], output=OUTPUT),
+        cl.Loss("loss", at="server", inputs=["body", "aside", "data.y@head"]),
+    ]
+    return cl.Plan(stages, releases=[cl.Release("y", at="head", to="server", spec="int64[batch]")])
+
+
+def chain() -> cl.Plan:
+    return cl.vanilla(("alpha", "beta"), "server", cut=CUT, output=OUTPUT)
+
+
+def called(name: str, head: str = "head") -> cl.Plan:
+    """A vanilla plan whose stage at the server has this name."""
+    stages = [
+        cl.Stage(head, at="alpha", inputs=["data.x"], output=CUT),
+        cl.Stage(name, at="server", inputs=[head], output=OUTPUT),
+        cl.Loss("loss", at="server", inputs=[name, f"data.y@{head}"]),
+    ]
+    return cl.Plan(stages, releases=[cl.Release("y", at=head, to="server", spec="int64[batch]")])
 
 
 def test_a_vanilla_plan_is_served_with_the_bits_of_one_process(tmp_path: Path):
@@ -156,6 +182,33 @@ def test_a_loss_that_takes_outputs_of_both_ends(tmp_path: Path):
         assert torch.equal(found[name], expected[name])
 
 
+def test_an_answer_goes_through_its_crossing_as_any_other_value(tmp_path: Path):
+    plan = vanilla().with_extras(cl.Crossing("body", codec="int8"))
+    place = Place(tmp_path, built(plan))
+    with place.serving() as told:
+        found = place.asking("anna", rows(9))()
+        told.wait("went")
+    whole = place.expected(rows(9))  # in one process nothing of it crosses
+    steps = (whole.amax(1) - whole.amin(1)) / 255
+    assert not torch.equal(found, whole)
+    assert ((found - whole).abs().amax(1) <= steps * 0.51).all()
+    sent = told.service.served().identities["anna"].sent
+    (tmp_path / "plain").mkdir()
+    plain = Place(tmp_path / "plain", built(vanilla()))
+    with plain.serving() as told:
+        assert torch.equal(plain.asking("anna", rows(9))(), whole)  # and the training was the same
+        told.wait("went")
+    assert told.service.served().identities["anna"].sent - sent == 9 * (3 * 4 - (8 + 3))
+
+
+def test_an_answer_is_defended_before_it_leaves(tmp_path: Path):
+    place = Place(tmp_path, built(vanilla().with_extras(cl.Crossing("body", defences=[NOISE]))))
+    data = rows(400)
+    with place.serving():
+        noise = place.asking("anna", data)() - place.expected(data)
+    assert 0.4 < noise.std() < 0.6
+
+
 def test_other_predictions_send_no_answers():
     """Only what is served does: a training of the same plan has the same programs as without an answer."""
     with_answer = vanilla()
@@ -173,6 +226,29 @@ def test_the_printed_plan_says_who_gets_the_outputs():
     assert "declared answer" not in str(cl.vanilla("alpha", "server", cut=CUT, output=OUTPUT))
 
 
+def test_the_printed_plan_says_what_is_done_to_the_outputs():
+    text = str(vanilla().with_extras(cl.Crossing("body", codec="int8", defences=[NOISE])))
+    done = "outputs of body (after gaussian(deviation=0.5), as int8)"
+    assert f"  sends   {done} to alpha, only where body is served (declared answer)" in text
+    assert f"  gets    {done} from server, only where body is served (declared answer)" in text
+    ports = str(two_outputs().plan.with_extras(cl.Crossing("body.sizes", codec="float16")))
+    assert "  gets    outputs of body (sizes as float16) from server, only" in ports
+
+
+@pytest.mark.provokes("E130")
+@pytest.mark.parametrize(
+    ("plan", "crossing", "what"),
+    [
+        (vanilla(), cl.Crossing("body", gradient_codec="int8"), "a crossing gives an answer a gradient"),
+        (vanilla(), cl.Crossing("body", gradient_defences=[NOISE]), "a crossing gives an answer a gradient"),
+        (chain(), cl.Crossing("body", codec="int8"), "what a crossing names stays at its party"),
+    ],
+)
+def test_crossings_that_an_answer_cannot_have(plan: cl.Plan, crossing: cl.Crossing, what: str):
+    with pytest.raises(PlanError, match=f"E130.*{what}"):
+        plan.with_extras(crossing)
+
+
 def test_an_answer_survives_a_contract_and_a_record():
     plan = vanilla()
     contract = Contract(plan=plan, coordinator="server", addresses={"server": "127.0.0.1:7443"})
@@ -186,31 +262,6 @@ def test_without_an_answer_the_error_says_how_to_declare_it():
         clients_of(cl.vanilla("alpha", "server", cut=CUT, output=OUTPUT), "server")
     assert '[[answer]] of = "body", to = "head"' in caught.value.remedy
     assert "extras=[Answer('body', to='head')]" in caught.value.remedy
-
-
-def two_ends() -> cl.Plan:
-    """Two stages at the server feed its loss."""
-    stages = [
-        cl.Stage("head", at="alpha", inputs=["data.x"], output=CUT),
-        cl.Stage("body", at="server", inputs=["head"], output=OUTPUT),
-        cl.Stage("aside", at="server", inputs=["head"], output=OUTPUT),
-        cl.Loss("loss", at="server", inputs=["body", "aside", "data.y@head"]),
-    ]
-    return cl.Plan(stages, releases=[cl.Release("y", at="head", to="server", spec="int64[batch]")])
-
-
-def chain() -> cl.Plan:
-    return cl.vanilla(("alpha", "beta"), "server", cut=CUT, output=OUTPUT)
-
-
-def called(name: str, head: str = "head") -> cl.Plan:
-    """A vanilla plan whose stage at the server has this name."""
-    stages = [
-        cl.Stage(head, at="alpha", inputs=["data.x"], output=CUT),
-        cl.Stage(name, at="server", inputs=[head], output=OUTPUT),
-        cl.Loss("loss", at="server", inputs=[name, f"data.y@{head}"]),
-    ]
-    return cl.Plan(stages, releases=[cl.Release("y", at=head, to="server", spec="int64[batch]")])
 
 
 @pytest.mark.provokes("E114")

@@ -67,6 +67,25 @@ def test_bytes_are_those_of_all_predictions(place: Place):
     assert anna.sent > 0
 
 
+def test_a_session_that_ends_badly_counts_all_predictions_that_it_made(place: Place):
+    with place.serving() as told:
+        connection = connected(place)
+        for seed in (1, 2):
+            asked(connection, rows(8, seed))
+        connection.__exit__(KeyError, KeyError(), None)
+        (went,) = told.wait("went")
+        with connected(place, "ben") as connection:
+            asked(connection, rows(8, 1))
+            asked(connection, rows(8, 2))
+        told.wait("went", 2)
+    served = told.service.served()
+    anna, ben = (served.identities[name] for name in ("anna", "ben"))
+    assert went["code"] == "E704"
+    assert (anna.sessions, anna.failed, ben.sessions, ben.failed) == (0, 1, 1, 0)
+    assert (anna.samples, anna.requests, anna.sent, anna.received) == (16, 4, ben.sent, ben.received)
+    assert (ben.samples, ben.requests, served.forwards) == (16, 4, 8)
+
+
 def test_a_quota_counts_each_prediction(place: Place):
     """Or one session could ask again and again for what it was let in with."""
     limits = replace(ALONE, window=300, quota=cl.Quota(samples=20))
@@ -94,7 +113,7 @@ def test_a_connection_that_the_server_ended_is_made_anew(place: Place):
         second = asked(connection, rows(3, 2))
     assert torch.equal(first, place.expected(rows(3, 1)))
     assert torch.equal(second, place.expected(rows(3, 2)))
-    assert told.service.served().identities["anna"].samples == 3  # of the second: nobody knows how the first one ended
+    assert told.service.served().identities["anna"].samples == 6
 
 
 def test_a_server_that_was_started_anew_is_asked_again(place: Place):

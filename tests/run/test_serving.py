@@ -274,7 +274,7 @@ def test_an_identity_has_so_many_samples(place: Place):
         place.asking("anna", rows(5))()
         with pytest.raises(LinkError, match=r"E614.*at most 20 samples in 300 s.*got 21 samples.*fewer samples"):
             place.asking("cleo", rows(21))()
-        with pytest.raises(LinkError, match=r"at most 30 samples in one session"):
+        with pytest.raises(LinkError, match=r"at most 30 samples in one prediction"):
             place.asking("ben", rows(31))()
         place.asking("ben", rows(8))()  # one batch, two microbatches
         with pytest.raises(LinkError, match=r"'ben' has used up its quota"):

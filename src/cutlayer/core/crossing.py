@@ -57,7 +57,7 @@ class Crossing:
     gradient at what the receiver saw.
 
     Args:
-        of: The output that crosses: "STAGE" or "STAGE.PORT".
+        of: The output that crosses, or that an `Answer` lets go to clients: "STAGE" or "STAGE.PORT".
         codec: How the value is written: "bfloat16", "float16" (casts), "int8" (256 levels for each sample), or the name
             of a codec of one's own, which all parties have. Empty: as it is.
         gradient_codec: The same for the gradient.
@@ -184,12 +184,12 @@ def answers_in(extras: Iterable[Extra]) -> tuple[Answer, ...]:
     return tuple(extra for extra in extras if isinstance(extra, Answer))
 
 
-def check_extras(extras: Iterable[Extra], outputs: Mapping[str, bool], names: tuple[set[str], set[str]]) -> None:
+def check_extras(extras: Iterable[Extra], outputs: Mapping[str, str], names: tuple[set[str], set[str]]) -> None:
     """Raise `PlanError` for the first extra that cannot be.
 
     Args:
         extras: Of the plan.
-        outputs: "STAGE" or "STAGE.PORT" -> whether it crosses.
+        outputs: "STAGE" or "STAGE.PORT" -> what it crosses as: "cut", "answer" (only where it is served), or "".
         names: The plan's parties, and its stages and losses.
     """
     seen = set[str]()
@@ -203,6 +203,9 @@ def check_extras(extras: Iterable[Extra], outputs: Mapping[str, bool], names: tu
             raise _unfit(extra.of, "a crossing names no output of its own", f"one of {', '.join(outputs)}", twice)
         if not outputs[extra.of]:
             raise _unfit(extra.of, "what a crossing names stays at its party", "an output that crosses", "none")
+        if outputs[extra.of] == "answer" and (extra.coder("down") or extra.guards("down") or extra.gradient_wire):
+            wanted = "codec, defences and wire only: nothing is trained by what a client gets"
+            raise _unfit(extra.of, "a crossing gives an answer a gradient", wanted, "a key of the gradient")
         seen.add(extra.of)
 
 

@@ -190,17 +190,25 @@ def _answers(plan: Plan, party: str) -> list[str]:
     for of, pairs in _answering(plan).items():
         clients = [client for server, client in pairs if server == party]
         if clients:
-            found.append(f"outputs of {of} to {_joined(clients, 'or')}, only where {of} is served (declared answer)")
+            what = f"outputs of {of}{_encoded(plan, of)}"
+            found.append(f"{what} to {_joined(clients, 'or')}, only where {of} is served (declared answer)")
     return found
 
 
 def _answered(plan: Plan, party: str) -> list[str]:
     return [
-        f"outputs of {of} from {server}, only where {of} is served (declared answer)"
+        f"outputs of {of}{_encoded(plan, of)} from {server}, only where {of} is served (declared answer)"
         for of, pairs in _answering(plan).items()
         for server, client in pairs
         if client == party
     ]
+
+
+def _encoded(plan: Plan, of: str) -> str:
+    """Return what is done to the outputs of a stage before they leave as an answer; empty: nothing."""
+    made = {port: plan.graph.crossings.get(f"{of}.{port}" if port else of) for port in plan.graph.output_ports[of]}
+    words = [f"{port} {one.words('up')}".strip() for port, one in made.items() if one is not None and one.words("up")]
+    return f" ({'; '.join(words)})" if words else ""
 
 
 def _answering(plan: Plan) -> dict[str, list[tuple[str, str]]]:

@@ -26,6 +26,37 @@ _AGAIN: Final = 5  # seconds after which a place may be free
 _AFTER: Final = re.compile(r"ask again in (\d+) s\b")
 
 
+class _Used:
+    """What an identity has asked for within the window: each time, and the sums, which are not added up anew."""
+
+    def __init__(self) -> None:
+        self.entries: deque[tuple[float, tuple[int, int]]] = deque()  # when, (requests, samples)
+        self.sums = (0, 0)
+
+    def note(self, now: float, asked: tuple[int, int]) -> None:
+        self.entries.append((now, asked))
+        self.sums = (self.sums[0] + asked[0], self.sums[1] + asked[1])
+
+    def forget(self, since: float) -> None:
+        """Drop what counts no more."""
+        while self.entries and self.entries[0][0] <= since:
+            _, gone = self.entries.popleft()
+            self.sums = (self.sums[0] - gone[0], self.sums[1] - gone[1])
+
+    def until_free(self, asked: tuple[int, int], most: tuple[int, int], since: float) -> float:
+        """Return the seconds until what is asked fits; with nothing asked for, until anything fits at all."""
+        over = [
+            limit and total + max(amount, 1) - limit
+            for total, amount, limit in zip(self.sums, asked, most, strict=True)
+        ]
+        wait = 0.0
+        for when, gone in self.entries:
+            if max(over) <= 0:
+                break
+            over, wait = [left - number for left, number in zip(over, gone, strict=True)], when - since
+        return wait
+
+
 class Gate:
     """Counts sessions, requests and samples by identity.
 
@@ -38,7 +69,7 @@ class Gate:
         """Begin with nobody inside."""
         self._serving, self._server = serving, server
         self._inside: Counter[str] = Counter()
-        self._used: dict[str, deque[tuple[float, int, int]]] = {}  # identity -> (when, requests, samples)
+        self._used: dict[str, _Used] = {}  # of identities with a limit
 
     @property
     def inside(self) -> int:
@@ -84,13 +115,13 @@ class Gate:
             del self._inside[identity]
 
     def measure(self, identity: str, samples: int) -> None:
-        """Check the length of a session, before its programs are made. Raises `LinkError` E614."""
+        """Check the length of a prediction, before its programs are made. Raises `LinkError` E614."""
         longest = self._serving.longest
         if samples > longest:
-            raise self._too_much(identity, "samples", samples, longest, "in one session")
+            raise self._too_much(identity, "samples", samples, longest, "in one prediction")
 
     def charge(self, identity: str, requests: int, samples: int, now: float) -> None:
-        """Count what a session asks for, all of it before it begins.
+        """Count what a prediction asks for, all of it before it begins.
 
         Raises:
             LinkError: E614, it is more than the identity may ask for now, or ever.
@@ -103,24 +134,23 @@ class Gate:
 
     def _charge(self, identity: str, requests: int, samples: int, now: float) -> None:
         quota, window = self._serving.quota_of(identity), self._serving.window
-        used = self._used.setdefault(identity, deque())
-        while used and used[0][0] <= now - window:
-            used.popleft()
-        wait = max(
-            _until_free([(when, r) for when, r, _ in used], requests, quota.requests, now - window),
-            _until_free([(when, s) for when, _, s in used], samples, quota.samples, now - window),
-        )
+        if not (quota.requests or quota.samples):
+            return
+        used = self._used.setdefault(identity, _Used())
+        used.forget(now - window)
+        asked, most = (requests, samples), (quota.requests, quota.samples)
+        wait = used.until_free(asked, most, now - window)
         if wait > 0:
             raise self._refused(
                 f"{identity!r} has used up its quota",
                 expected=_allowance(quota.requests, quota.samples, window),
-                got=f"{sum(r for _, r, _ in used)} requests and {sum(s for _, _, s in used)} samples so far",
+                got=f"{used.sums[0]} requests and {used.sums[1]} samples so far",
                 remedy=f"ask again in {ceil(wait)} s",
                 code="E614",
             )
         if requests or samples:
-            used.append((now, requests, samples))
-        if not used:
+            used.note(now, asked)
+        if not used.entries:
             del self._used[identity]
 
     def _too_much(self, identity: str, what: str, amount: int, most: int, span: str) -> LinkError:
@@ -151,18 +181,6 @@ def retry_after(error: CutlayerError) -> int | None:
     """Return the seconds after which a refused client may ask again; None: asking again the same way does not help."""
     found = _AFTER.search(error.remedy)
     return int(found[1]) if found is not None and error.code in ("E612", "E613", "E614") else None
-
-
-def _until_free(used: list[tuple[float, int]], amount: int, most: int, since: float) -> float:
-    """Return the seconds until `amount` more fit into `most`; with nothing asked for, until anything fits at all."""
-    left = sum(number for _, number in used) + max(amount, 1) - most
-    if not most or left <= 0:
-        return 0.0
-    for when, number in used:
-        left -= number
-        if left <= 0:
-            return when - since
-    return 0.0
 
 
 def _allowance(requests: int, samples: int, window: float) -> str:

@@ -65,8 +65,9 @@ class Plan:
         check(self.graph, self.training)
         check_shared(self.graph, self.preprocessing)
         check_assembly(self.graph, assemble_at)
-        check_extras(self.extras, _outputs(self.graph), (set(self.parties), set(self.graph.by_name)))
         check_answers(self.graph, answers_in(self.extras))
+        outputs = _outputs(self.graph, answers_in(self.extras))
+        check_extras(self.extras, outputs, (set(self.parties), set(self.graph.by_name)))
         for edge in self.graph.edges if self.crossings else ():
             edge.wire("up")
             edge.wire("down")
@@ -167,13 +168,17 @@ class Plan:
         return describe(self)
 
 
-def _outputs(graph: Graph) -> dict[str, bool]:
-    """Return "STAGE" or "STAGE.PORT" -> whether it crosses to another party somewhere."""
-    found: dict[str, bool] = {}
+def _outputs(graph: Graph, answers: Sequence[Answer]) -> dict[str, str]:
+    """Return "STAGE" or "STAGE.PORT" -> what it crosses to another party as: "cut" or "answer"; empty: it does not."""
+    found: dict[str, str] = {}
     for edge in graph.edges:
         if edge.source.stage:
             crosses = any(graph.is_cut(edge, lane) for lane in range(graph.lanes))
-            found[edge.origin] = found.get(edge.origin, False) or crosses
+            found[edge.origin] = "cut" if crosses else found.get(edge.origin, "")
+    for one in answers:
+        for port in graph.output_ports[one.of]:
+            name = f"{one.of}.{port}" if port else one.of
+            found[name] = found[name] or "answer"
     return found
 
 

@@ -38,7 +38,7 @@ class Quota:
     """What one identity may ask for. An identity is the name of a client's certificate.
 
     Attributes:
-        sessions: Predictions at one time. 0: none at all.
+        sessions: Sessions at one time; a connection is one, whatever it asks for. 0: none at all.
         requests: Forwards of a served stage within `Serving.window` seconds; 0: any number.
         samples: Samples within `Serving.window` seconds; 0: any number.
     """
@@ -63,7 +63,7 @@ class Serving:
         wait: Seconds that a request waits for others to be put together with. It waits for nobody once all sessions
             wait.
         places: Sessions at one time, of all identities.
-        longest: Most samples of one session.
+        longest: Most samples of one prediction.
         deadline: Seconds that a request may wait for the stage.
         idle: Seconds in which a client must send its next request.
         patience: Seconds that a lost client has to come back; then its place is free.

@@ -52,7 +52,7 @@ class Tally:
 
     Attributes:
         sessions, failed, refused: Sessions that ended well, that ended otherwise, and that were refused.
-        requests, samples: Of the predictions that came to their end; a session has one or more.
+        requests, samples: Of the predictions whose outputs were made; a session has one or more, however it ended.
         sent, received: Bytes of all frames of these predictions.
     """
 
@@ -243,7 +243,7 @@ class _Session:
         self._service, self._guest = service, guest
         self._worker: Worker | None = None  # of the prediction that is under way, or was the last
         self._asked = (0, 0)  # its requests and samples
-        self._done = Tally()
+        self._done, self._predictions = Tally(), 0
         self.samples = 0
 
     def run(self) -> str:
@@ -252,7 +252,7 @@ class _Session:
         task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False, anew=True, most=most)
         try:
             with self._guest.network as link:
-                run_session(service.plan, service.party, task, link, _silent)
+                run_session(service.plan, service.party, task, link, self._told)
         except CutlayerError as error:
             return error.code
         except Exception:  # the client was told E390; what a module said of its values stays in this process
@@ -260,10 +260,8 @@ class _Session:
         return ""
 
     def add_to(self, tally: Tally, code: str) -> None:
-        """Count the session, which has ended with this code, and its predictions that came to their end."""
-        good = self._worker is not None and not code
-        if good:
-            self._count()
+        """Count the session, which has ended with this code, and its predictions."""
+        good = self._predictions > 0 and not code
         tally.sessions += good
         tally.refused += not good and code in _REFUSALS
         tally.failed += not good and code not in _REFUSALS
@@ -271,23 +269,21 @@ class _Session:
         tally.sent, tally.received = tally.sent + self._done.sent, tally.received + self._done.received
 
     def _build(self, _plan: Plan, _party: Party, roster: Roster) -> Worker:
-        """Let a prediction begin: the one before has come to its end, or the client would not ask."""
-        self._count()
+        """Let a prediction begin."""
         self._worker, *asked = self._service.worker_for(self._guest, roster)
         self._asked = (asked[0], asked[1])
         self.samples += asked[1]
         return self._worker
 
-    def _count(self) -> None:
-        """Add the last prediction to those that are done."""
+    def _told(self, event: str, _facts: Mapping[str, object]) -> None:
+        """Count a prediction as soon as its program has come to its end, whatever becomes of the session."""
         done, worker = self._done, self._worker
-        if worker is not None:
-            done.requests, done.samples = done.requests + self._asked[0], done.samples + self._asked[1]
-            done.sent, done.received = (
-                done.sent + worker.ledger.total("sent"),
-                done.received + worker.ledger.total("received"),
-            )
-            self._worker = None
+        if event != "round" or worker is None:
+            return
+        self._predictions += 1
+        done.requests, done.samples = done.requests + self._asked[0], done.samples + self._asked[1]
+        done.sent += worker.ledger.total("sent")
+        done.received += worker.ledger.total("received")
 
     def _programs(self, plan: Plan, roster: Roster) -> Mapping[str, Mapping[Mode, Program]]:
         return served_programs(plan, roster, (self._service.party.name, self._guest.role))
