@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_an_answer_is_defended_before_it_leaves(tmp_path: Path):
     with place.serving():
         noise = place.asking("anna", data)() - place.expected(data)
     assert 0.4 < noise.std() < 0.6
+
+
+@pytest.mark.parametrize("of", ["body", "head"])
+def test_noise_is_drawn_anew_for_each_prediction(tmp_path: Path, of: str):
+    """Else two outputs differ by what the stages say, and an answer that is known uncovers all others."""
+    place = Place(tmp_path, built(vanilla().with_extras(cl.Crossing(of, defences=[NOISE]))))
+    data = cl.TensorTable(x=rows(50))
+    found = []
+    with place.serving():
+        for _ in range(2):
+            network = place.settings("anna", "alpha")
+            with cl.connect(place.plan, place.client(None), network=network, weights=place.weights) as connection:
+                found += [connection.predict(data)["body"] for _ in range(2)]
+    assert place.case.build("server").seed is not None
+    assert place.client(None).seed is not None
+    for first, second in itertools.combinations(found, 2):
+        assert (first - second).abs().mean() > 0.01
 
 
 def test_other_predictions_send_no_answers():

@@ -11,6 +11,7 @@ for all of them. Clients ask with `cutlayer.predict(plan, party, network=..., se
 from __future__ import annotations
 
 import copy
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -231,9 +232,10 @@ class Service:
             self._gate.charge(guest.identity, requests, samples, time.monotonic())
         site, seats = copy.copy(self._worker.site), dict[Place, Any](self._batcher.seats())
         site.stages = seats  # the site is shared; its stages are reached through the batcher only
+        parts = replace(self._worker.parts, seed=secrets.randbits(63))  # noise that comes twice could be subtracted
         facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
         self.tell("came", {**facts, "requests": requests})
-        return Worker(self.plan, self._worker.parts, site), requests, samples
+        return Worker(self.plan, parts, site), requests, samples
 
 
 class _Session:
