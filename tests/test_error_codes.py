@@ -70,6 +70,32 @@ def test_a_number_is_left_out_by_code_outside_only():
     assert [code for code, what in told.items() if not what.startswith("Code outside cutlayer")] == []
 
 
+PLACED = {  # what makes them knows no place: who calls it says where, by `within` or by `handshake.typed`
+    "engine/wire.py",
+    "run/meeting.py",
+    "transport/addresses.py",
+    "transport/control.py",
+    "transport/frames.py",
+    "transport/grpc_server.py",
+    "transport/link.py",
+    "transport/reception.py",
+}
+
+
+def test_every_error_says_where():
+    """The text of what nobody foresaw (E000) has a place only in the traceback."""
+    kinds = set(errors.__all__) - {"CutlayerError"}
+    without = {
+        f"{path.relative_to(ROOT / 'src' / 'cutlayer')}:{node.lineno}"
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in kinds
+        if node.args and not {"where", None} & {word.arg for word in node.keywords}
+    }
+    assert {place for place in without if place.rpartition(":")[0] not in PLACED} == set()
+    assert {place.rpartition(":")[0] for place in without} == PLACED
+
+
 def test_no_message_is_said_with_two_codes():
     seen: dict[tuple[str, str], str] = {}
     twice = [one for one in script.messages() if one.what != "..." and seen.setdefault(one[1:3], one.code) != one.code]

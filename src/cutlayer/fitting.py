@@ -285,7 +285,11 @@ def _first(data: Data) -> Any:  # noqa: ANN401 - whatever the data gives
     """Return a batch of the first two samples, or of the only one twice."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     collate = data.collate_fn if isinstance(data, DataLoader) else collated
-    return collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+    try:
+        return collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+    except DataError as error:
+        error.within("the first items of the data")
+        raise
 
 
 def _parts(data: Data, split: Split) -> int:
@@ -326,6 +330,7 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
             hint = "give it in party={...}" if stray[0] in own else "correct its name"
             raise ConfigError(
                 f"{what} has no setting {stray[0]!r}",
+                where=f"fit(..., {stray[0]}=...)" if what == "fit" else f"fit(party={{{stray[0]!r}: ...}})",
                 expected=f"one of {', '.join(sorted(allowed | ({'label'} if what == 'fit' else set())))}",
                 got=", ".join(stray),
                 remedy=hint,
@@ -334,7 +339,14 @@ def _check_names(training: Mapping[str, Any], party: Mapping[str, Any]) -> None:
 
 
 def _odd(expected: str, got: str, remedy: str = "make them alike") -> ConfigError:
-    return ConfigError("these data cannot be used so", expected=expected, got=got, remedy=remedy, code="E236")
+    return ConfigError(
+        "these data cannot be used so",
+        where="fit, its data sets",
+        expected=expected,
+        got=got,
+        remedy=remedy,
+        code="E236",
+    )
 
 
 def _kind(value: object) -> str:

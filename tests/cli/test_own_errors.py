@@ -103,7 +103,7 @@ def test_an_error_without_a_number_has_its_classs(call: Call, demo: Path, code: 
     assert result.code == exit_code(kind(""))
     assert result.err[-4:] == [
         f"{code} the study's rule is broken",
-        f"  where: {place}",
+        f"  where: {'party hospital, train round 1, batch 0: ' if place == 'data set' else ''}{place}",
         "  why:   see above",
         f"  do:    ask the study office (more: cutlayer explain {code})",
     ]

@@ -351,4 +351,5 @@ def test_answers_that_cannot_be(answers: list[cl.Answer], text: str):
     plan = cl.vanilla("alpha", "server", cut=CUT, output=OUTPUT)
     with pytest.raises(PlanError, match="E114") as caught:
         plan.with_extras(*answers)
-    assert text in str(caught.value)
+    assert text in f"{caught.value.what}: {caught.value.why()}"
+    assert caught.value.where == f"answer {answers[-1].of!r}"

@@ -212,7 +212,8 @@ def test_preprocessing_that_cannot_be_is_refused(shared, code, words):
     with pytest.raises(PlanError) as caught:
         plan((shared,))
     assert caught.value.code == code
-    assert words in str(caught.value)
+    assert words in f"{caught.value.what}: {caught.value.why()}"
+    assert caught.value.where == f"preprocessing of {shared.field!r}" + f", at {shared.at}" * (code == "E112")
 
 
 def test_a_field_is_preprocessed_once():

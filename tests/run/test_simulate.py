@@ -125,10 +125,18 @@ def test_one_module_at_two_parties_is_refused():
         (
             {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)},
             "E227",
-            "optimizer .* is no function.*got SGD",
+            "optimizer .* is no function .party alpha, optimizer.*got SGD",
         ),
-        ({"scheduler_every": "epochs"}, "E227", "unknown scheduler_every: expected epoch or step, got epochs"),
-        ({"metrics": {"los": dict}}, "E223", "metrics for los, which is no loss of the plan. name the loss"),
+        (
+            {"scheduler_every": "epochs"},
+            "E227",
+            r"\(party alpha, scheduler_every\): expected epoch or step, got epochs",
+        ),
+        (
+            {"metrics": {"los": dict}},
+            "E223",
+            r"metrics for los, which is no loss of the plan \(party alpha, metrics\)\. name the loss",
+        ),
         (
             {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
             "E221",

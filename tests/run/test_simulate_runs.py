@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MinMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -221,6 +222,7 @@ def test_each_stage_needs_a_module():
     case = single()
     error = raises(ConfigError, "E223", lambda: simulate(case.plan, changed(case, "a", modules={})))
     assert "party 'a' has no module for stage 'head'" in str(error)
+    assert error.where == "party a, stage head"
     extra = {"head": nn.Identity(), "hed": nn.Identity()}
     error = raises(ConfigError, "E223", lambda: simulate(case.plan, changed(case, "a", modules=extra)))
     assert "stages that are not its own: hed" in str(error)
@@ -252,6 +254,18 @@ def test_the_data_must_have_the_fields_of_the_plan():
     error = raises(DataError, "E253", lambda: simulate(case.plan, changed(case, "a", data=table)))
     assert "no usable field 'y'" in str(error)
     assert "train round 1, batch 0" in error.where
+
+
+def test_an_error_of_the_data_names_the_party_and_what_for():
+    case = single()
+    uneven = [{"x": torch.zeros(size), "y": torch.zeros(())} for size in (2, 3)]
+    error = raises(DataError, "E253", lambda: simulate(case.plan, changed(case, "a", data=uneven)))
+    assert error.where == "party a, train round 1, batch 0: a batch of the data set"
+    error = raises(DataError, "E255", lambda: simulate(case.plan, changed(case, "a", data=iter(()))))
+    assert error.where == "party a: the data set"
+    loader = DataLoader(uneven, batch_size=1)
+    error = raises(DataError, "E256", lambda: simulate(case.plan, changed(case, "a", evaluation=loader)))
+    assert error.where == "party a, data to evaluate: the loader"
 
 
 def test_a_label_of_another_dtype_does_not_leave():
@@ -289,11 +303,12 @@ def test_what_is_not_finite_does_not_cross(bad):
 
 def test_a_metric_that_would_send_samples_is_refused():
     case = Case.of(relay(), COUNTS)
-    raises(
+    error = raises(
         ConfigError,
         "E222",
         lambda: simulate(case.plan, changed(case, "a", metrics={"loss": lambda: {"least": MinMetric()}})),
     )
+    assert error.where == "party a: loss loss, metric least"
 
 
 def test_replicas_with_other_modules_are_refused():

@@ -226,9 +226,13 @@ def test_a_party_that_never_comes_is_named_at_all_that_came(cast: Cast):
         assert results[name].code == "E702"
         assert results[name].what.startswith("lab did not come")
     assert {"parties": ("lab",)} in cast.heard("clinic", "waiting")
-    first = [results[name].where for name in came if not results[name].where.startswith("reported by")]
-    assert first  # both may wait until the end, or one is told by the other
-    assert all(where.startswith("party ") and "waiting for all parties" in where for where in first)
+
+
+def test_who_waits_says_who_dials_it(cast: Cast):
+    cast.names = ("server", "lab")
+    error = cast.play({"server": meet}, deadlines=Deadlines(join=1, close=1))["server"]
+    assert (error.code, error.what) == ("E702", "lab did not come")
+    assert error.where == "party server, waiting for all parties, where lab dials this party"
 
 
 def test_a_coordinator_that_never_comes_is_named(cast: Cast):

@@ -218,6 +218,7 @@ def _error(child: _Child) -> CutlayerError:
         then = f"`cutlayer resume {home}`" if (home / RECORD).exists() else "run the prediction again"
         return PeerError(
             f"the process of {child.party!r} ended without a word",
+            where=f"party {child.party}, folder {child.folder}",
             got="interrupted" if code == INTERRUPTED else f"signal {-code}" if code < 0 else f"exit code {code}",
             remedy=f"read {child.folder / 'log.txt'}; then {then}",
             code="E710",

@@ -57,6 +57,7 @@ class Roster:
                 if owners.setdefault(party, lane) != lane:
                     raise PlanError(
                         f"{party!r} would hold the data of several replicas",
+                        where=f"party {party}, mode {mode}",
                         expected="each replica's data at a party of its own",
                         remedy="replicate the stages that take data over different parties",
                         code="E111",
@@ -160,6 +161,7 @@ class _Compiler:
         if any(counts) and not any(turns):
             raise DataError(
                 "no party has enough samples for one batch, and smaller ones are dropped",
+                where="training, the samples of each replica",
                 expected=f"at least {training.batch_size}",
                 got=", ".join(str(count) for count in counts),
                 remedy="lower training.batch_size, or set drop_last to false",

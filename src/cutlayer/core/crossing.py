@@ -234,6 +234,7 @@ def _check_exchange(extra: PlannedExchange, parties: set[str], stages: set[str])
         if not good or (key == "group" and len(set(extra.group)) != len(extra.group)):
             raise PlanError(
                 f"{key} of the exchange {extra.name!r} is {value!r}",
+                where=f"exchange {extra.name!r}",
                 expected=expected[key],
                 remedy="correct it",
                 code="E132",

@@ -63,7 +63,10 @@ class Graph:
         for stage in stages:
             if stage.name in self.by_name:
                 raise PlanError(
-                    f"two stages are named {stage.name!r}", remedy="give each stage its own name", code="E103"
+                    f"two stages are named {stage.name!r}",
+                    where="the stages of the plan",
+                    remedy="give each stage its own name",
+                    code="E103",
                 )
             self.by_name[stage.name] = stage
         self.lanes = max((len(stage.places) for stage in stages), default=1)
@@ -168,12 +171,16 @@ def _check_inputs(graph: Graph) -> None:
     for stage in graph.stages:
         if not stage.inputs:
             raise PlanError(
-                f"stage {stage.name!r} has no inputs", remedy="give it a stage's name or 'data.FIELD'", code="E102"
+                f"stage {stage.name!r} has no inputs",
+                where=f"stage {stage.name}",
+                remedy="give it a stage's name or 'data.FIELD'",
+                code="E102",
             )
         for source in graph.sources[stage.name]:
             if source.stage and source.stage not in graph.by_name:
                 raise PlanError(
                     f"stage {stage.name!r} takes {source.stage!r}, which the plan does not have",
+                    where=f"stage {stage.name}, its inputs",
                     expected=f"one of {', '.join(sorted(graph.by_name))}, or data.{source.stage}",
                     remedy="correct the name, or add the stage",
                     code="E102",
@@ -181,6 +188,7 @@ def _check_inputs(graph: Graph) -> None:
             if source.stage and isinstance(graph.by_name[source.stage], Loss):
                 raise PlanError(
                     f"stage {stage.name!r} takes the loss {source.stage!r} as input",
+                    where=f"stage {stage.name}, its inputs",
                     remedy="take the stage that feeds the loss instead",
                     code="E102",
                 )
@@ -193,6 +201,7 @@ def _no_port(stage: str, source: Source, ports: tuple[str, ...]) -> PlanError:
     return PlanError(
         f"stage {stage!r} takes {source.stage + '.' + source.port if source.port else source.stage!r}, "
         f"which {source.stage!r} does not give",
+        where=f"stage {stage}, its inputs",
         expected=f"one of {', '.join(named)}",
         remedy="name one of the stage's outputs",
         code="E102",
@@ -208,6 +217,7 @@ def _topological(graph: Graph) -> tuple[Stage | Loss, ...]:
             names = ", ".join(s.name for s in waiting)
             raise PlanError(
                 f"the stages {names} wait for each other (a cycle)",
+                where="the inputs of these stages",
                 remedy="remove one of their inputs, or cut the loop into two stages",
                 code="E105",
             )

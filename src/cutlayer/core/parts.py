@@ -42,6 +42,7 @@ class Source:
             return cls(stage=stage, port=port)
         raise PlanError(
             f"cannot read the input {text!r}",
+            where=f"input {text!r}",
             expected="'STAGE', 'STAGE.PORT', 'data.FIELD' or 'data.FIELD@OWNER'",
             remedy="correct it",
             code="E102",
@@ -271,7 +272,11 @@ class Training:
 def _listed(name: str, inputs: Sequence[str], what: str = "inputs") -> tuple[str, ...]:
     if isinstance(inputs, str):
         raise PlanError(
-            f"the {what} of {name!r} are one text", expected="a list", remedy=f"write [{inputs!r}]", code="E102"
+            f"the {what} of {name!r} are one text",
+            where=f"{name}, {what}",
+            expected="a list",
+            remedy=f"write [{inputs!r}]",
+            code="E102",
         )
     return tuple(inputs)
 
@@ -285,6 +290,7 @@ def _ports(name: str, output: Mapping[str, TensorSpec | str]) -> tuple[tuple[str
     if wrong or not output:
         raise PlanError(
             f"the outputs of {name!r} have no usable names",
+            where=f"stage {name}",
             expected="a letter or _, then up to 63 letters, digits or _",
             got=", ".join(repr(port) for port in wrong) or "none",
             remedy="rename the outputs",
@@ -298,6 +304,7 @@ def check_name(name: str, what: str) -> None:
     if not _NAME.fullmatch(name) or name == "data":
         raise PlanError(
             f"{name!r} cannot be the name of a {what}",
+            where=f"name of a {what}",
             expected="1 to 63 of a-z 0-9 - _, starting and ending with a letter or digit, and not 'data'",
             remedy="choose such a name",
             code="E104",

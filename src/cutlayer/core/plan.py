@@ -115,7 +115,11 @@ class Plan:
             if stage.name == name:
                 return stage
         raise PlanError(
-            f"the plan has no stage {name!r}", got=name, remedy="take a name from the printed plan", code="E103"
+            f"the plan has no stage {name!r}",
+            where=f"plan {self.name}",
+            got=name,
+            remedy="take a name from the printed plan",
+            code="E103",
         )
 
     def with_training(self, **changes: object) -> Plan:

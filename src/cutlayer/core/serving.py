@@ -103,6 +103,7 @@ def server_of(plan: Plan, client: str) -> str:
             return server
     raise ProgramError(
         f"{client!r} cannot ask a server of the plan {plan.name!r}",
+        where=f"party {client}",
         expected="the role of a party that gives data for a prediction",
         got=client,
         remedy="predict as the party that holds the data",

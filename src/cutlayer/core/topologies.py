@@ -153,6 +153,7 @@ def _check_missing(clients: Mapping[str, str], optional: Sequence[str], absent: 
         if wrong or isinstance(names, str) or (len(set(names)) == len(clients) and what == "absent"):
             raise PlanError(
                 f"the parties in {what!r} are not those that may miss people",
+                where=f"{what}=...",
                 expected=f"a list of {', '.join(known) or 'none'}" + (", not of all" if what == "absent" else ""),
                 got=repr(names) if isinstance(names, str) else ", ".join(wrong or names),
                 remedy="name them as in `clients`; a party that is absent must be optional, and one must be there",

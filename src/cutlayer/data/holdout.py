@@ -47,6 +47,7 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
     if not len(found.train) or not len(found.test):
         raise DataError(
             "a split leaves one side empty",
+            where=f"holdout with share={share}, seed={seed!r}",
             expected="rows to train with and rows to test with",
             got=f"{len(found.train)} and {len(found.test)}, from {len(held)} groups with share={share}",
             remedy="change share, or take another seed",

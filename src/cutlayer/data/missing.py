@@ -33,6 +33,7 @@ def spread(everyone: Iterable[int | str] | Tensor, own: Iterable[int | str] | Te
     if twice or set(sizes.values()) - {len(rows)}:
         raise DataError(
             "rows cannot be put in their places",
+            where=f"identifiers in {twice[0]!r}" if twice else "the fields",
             expected=f"each identifier once, and {len(rows)} rows in each field",
             got=f"identifiers twice in {twice[0]!r}" if twice else str(sizes),
             remedy="give `own` and the fields one entry a row; put rows of one person together before",

@@ -41,6 +41,7 @@ class TensorTable(Dataset[dict[str, Tensor]]):
         if len(set(sizes.values())) != 1:
             raise DataError(
                 "the fields of a table have different numbers of samples",
+                where="TensorTable",
                 got=str(sizes),
                 code="E254",
                 remedy="give each field one row a sample",
@@ -82,6 +83,7 @@ def sample_count(data: Dataset[Any] | DataLoader[Any]) -> int:
     except TypeError:
         raise DataError(
             "the data set has no length",
+            where="the data set",
             expected="a map-style data set with __len__ and __getitem__",
             got=type(data.dataset if isinstance(data, DataLoader) else data).__name__,
             remedy="load the stream into a map-style data set: all parties must know the number of steps",
@@ -146,6 +148,7 @@ class OrderedBatches:
         if self._loader is not None and sample_count(self._dataset) != order.count:
             raise DataError(
                 "the sampler of a loader picks some of its samples, but here the plan orders the samples",
+                where="the loader and its sampler",
                 expected=f"all {sample_count(self._dataset)} samples of the data set",
                 got=f"{order.count} of them",
                 remedy="wrap the data set in torch.utils.data.Subset, and leave the sampler out",
@@ -218,6 +221,7 @@ class LoaderBatches:
         if loader.batch_size is not None and (loader.batch_size, loader.drop_last) != expected:
             raise DataError(
                 "the loader makes other batches than the plan",
+                where="the loader",
                 expected=f"batch_size={expected[0]}, drop_last={expected[1]}",
                 got=f"batch_size={loader.batch_size}, drop_last={loader.drop_last}",
                 remedy="make the loader with the plan's numbers, or change the plan",
@@ -264,6 +268,7 @@ def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set
     except (RuntimeError, TypeError) as error:
         raise DataError(
             "the samples of a batch cannot be put together",
+            where="a batch of the data set",
             expected="samples whose fields are tensors of one shape, or numbers",
             got=str(error).partition("\n")[0][:200],
             remedy="give a DataLoader with a collate_fn that pads them to one length and gives a mask beside",
@@ -279,6 +284,7 @@ def _named(item: Any, fields: tuple[str, ...] | None) -> Mapping[str, Tensor]:  
     if fields is None or len(fields) != len(values):
         raise DataError(
             "the data set gives tuples and their parts have no names",
+            where="a batch of the data set",
             expected=f"{len(values)} names",
             got=f"{len(fields)}" if fields else "none",
             remedy="name them: Party(..., fields=['image', 'label'])",

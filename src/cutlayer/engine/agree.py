@@ -84,6 +84,7 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
     if len(total.values) > shared.limit:
         raise ContractError(
             f"the field {shared.field!r} has more values than the plan allows",
+            where=f"data.{shared.field}",
             expected=f"at most {shared.limit}",
             got=str(len(total.values)),
             remedy="raise `limit` of its preprocessing in the plan, at all parties",
@@ -105,6 +106,7 @@ def read(shared: Shared, message: Buffer, party: str) -> Agreed:
     if own.kind != shared.kind or len(columns) != 1 or not numbers or not texts:
         raise ContractError(
             f"what {party!r} tells of the field {shared.field!r} cannot be used",
+            where=f"data.{shared.field}, from {party}",
             expected=f"the summary of a field to {shared.kind}",
             remedy="install the same release of cutlayer, and use the same contract, at all parties",
             code="E541",
@@ -225,6 +227,7 @@ def _unfit(shared: Shared, where: str, expected: str, got: str, remedy: str) -> 
 def _differ(shared: Shared, party: str, expected: str, got: str) -> ContractError:
     return ContractError(
         f"the field {shared.field!r} is another one at {party!r}",
+        where=f"data.{shared.field}, from {party}",
         expected=expected,
         got=got,
         remedy="give all parties the same field, in the same form",

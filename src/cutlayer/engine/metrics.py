@@ -257,6 +257,7 @@ def _check_sums(stage: str, name: str, metric: Metric) -> None:
             if not isinstance(value, Tensor) or reduction != "dim_zero_sum":
                 raise ConfigError(
                     f"the metric {name!r} of {stage!r} cannot be added over replicas: its state {key!r} is no sum",
+                    where=f"loss {stage}, metric {name}",
                     expected="a metric whose states are sums, such as MulticlassAccuracy, or AUROC with thresholds=100",
                     remedy="choose another metric: only sums may leave a party",
                     code="E222",

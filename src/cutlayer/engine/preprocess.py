@@ -116,7 +116,11 @@ class Preprocess:
         if train is None:
             return
         for index, size in enumerate(lane_batches(train.count, self._training.batch_size, self._training.drop_last)):
-            batch = train.load(lane=self._lane, epoch=0, index=index, size=size)
+            try:
+                batch = train.load(lane=self._lane, epoch=0, index=index, size=size)
+            except DataError as error:
+                error.within(f"party {self._party}, preprocessing of {field!r}, batch {index}")
+                raise
             if field not in batch:
                 raise DataError(
                     f"the training data has no field {field!r}",

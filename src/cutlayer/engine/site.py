@@ -176,6 +176,7 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, StageProtocol]:
         if part.name not in parts.modules:
             raise ConfigError(
                 f"party {parts.party!r} has no module for stage {part.name!r}",
+                where=f"party {parts.party}, stage {part.name}",
                 expected=f"modules for {', '.join(s.name for s in graph.stages if parts.party in s.places)}",
                 got=", ".join(parts.modules) or "none",
                 remedy=f"add it: Party({parts.party!r}, modules={{{part.name!r}: ...}})",
@@ -210,7 +211,11 @@ def _books(graph: Graph, parts: Parts, places: Iterable[Place]) -> dict[Place, M
         part = graph.by_name[name]
         if isinstance(part, Loss):
             lanes = [lane] if part.replicated else range(graph.lanes)
-            found[name, lane] = MetricBook(name, parts.metrics.get(name), shared=part.replicated, lanes=lanes)
+            try:
+                found[name, lane] = MetricBook(name, parts.metrics.get(name), shared=part.replicated, lanes=lanes)
+            except ConfigError as error:
+                error.within(f"party {parts.party}")
+                raise
     return found
 
 

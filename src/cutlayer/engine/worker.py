@@ -95,6 +95,9 @@ class Worker:
         epoch = self.round if self.mode == "train" else 0
         try:
             batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+        except DataError as error:
+            error.within(where)
+            raise
         except CutlayerError:
             raise
         except Exception as error:

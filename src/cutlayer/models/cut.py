@@ -114,7 +114,11 @@ def cut_unchecked(
     """Cut without comparing; return the pieces, what forward is called with, and the method."""
     if method not in METHODS:
         raise StageError(
-            f"unknown method {method!r}", expected=f"one of {', '.join(METHODS)}", remedy="leave it out", code="E327"
+            f"unknown method {method!r}",
+            where=f"method={method!r}",
+            expected=f"one of {', '.join(METHODS)}",
+            remedy="leave it out",
+            code="E327",
         )
     refuse_compiled(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -128,7 +132,9 @@ def cut_unchecked(
     arguments = arguments_of(model, example)
     names = [resolve(model, point) for point in ([at] if isinstance(at, str | int) else at)]
     if not names:
-        raise StageError("no cut point", expected="at least one submodule", remedy="name one in at=", code="E327")
+        raise StageError(
+            "no cut point", where="at=()", expected="at least one submodule", remedy="name one in at=", code="E327"
+        )
     can_slice = sliceable(model, names) and output is None
     if method == "sequential" and not can_slice:
         raise StageError(

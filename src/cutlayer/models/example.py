@@ -107,6 +107,7 @@ def _batched(value: Tensor, batch: int) -> bool:
 def _misfit(got: str) -> StageError:
     return StageError(
         "the example does not fit the model's forward",
+        where="example",
         expected="one tensor, a tuple of positional arguments, or a dict of arguments by name, tensors with the batch "
         "first",
         got=got,

@@ -41,6 +41,7 @@ class Present(nn.Module):
         if not values or present.dtype != torch.bool or present.shape != values[0].shape[:1]:
             raise StageError(
                 "the last input does not say which rows are present",
+                where=f"Present({type(self.module).__name__})",
                 expected=f"bool[{values[0].shape[0]}]" if values else "an input, then which of its rows are present",
                 got=f"{str(present.dtype).removeprefix('torch.')}{list(present.shape)}",
                 remedy='give the data a field "present": True where the row is there',
@@ -97,6 +98,7 @@ def fill(rows: Tensor, present: Tensor) -> Tensor:
     if int(present.sum()) != rows.shape[0]:
         raise StageError(
             "there are not as many rows as are said to be present",
+            where="fill(rows, present)",
             expected=f"{int(present.sum())} rows",
             got=f"{rows.shape[0]}",
             remedy="let one stage give both, as cutlayer.models.rows.Present does",

@@ -98,6 +98,7 @@ class _Lengths:
         if len(sizes) > 1 or len(set(longest.values())) > 1 or not 1 < min(sizes) <= min(longest.values()):
             raise StageError(
                 "the inputs named in `longest` have no common length",
+                where=f"longest={dict(longest)!r}",
                 expected="inputs of shape (batch, length, ...), of one length of 2 or more, and one bound for it",
                 got=f"lengths {sorted(sizes)} in the example, bounds {sorted(set(longest.values()))}",
                 remedy="name the inputs that are padded together, as in longest={'words': 512, 'padding': 512}",

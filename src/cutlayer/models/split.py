@@ -179,11 +179,7 @@ def split(
         PlanError: E330 to E332, the pieces cannot be placed so.
     """
     output, autocast, longest = _read(**options)
-    if labels not in (CLIENT, SERVER):
-        raise ConfigError(
-            "unknown place of the labels", expected=f"{CLIENT} or {SERVER}", got=str(labels), remedy="choose one of "
-            "the two", code="E235"
-        )  # fmt: skip
+    _check_labels(labels)
     refuse_compiled(model)
     points: list[Point] = [at] if isinstance(at, str | int) else list(at)
     second = _second(model, points[0]) if labels == CLIENT and len(points) == 1 else ""
@@ -191,6 +187,7 @@ def split(
     if len(points) % 2 == (labels == CLIENT):
         raise PlanError(
             f"{len(points)} cut points with the labels at the {labels}",
+            where=f"at={tuple(points)!r}",
             expected="an even number with labels='client' (the last piece is there), an odd one with labels='server'",
             remedy="add or leave out a cut point",
             code="E330",
@@ -295,11 +292,24 @@ def tail_point(model: nn.Module) -> str:
     return str(own[-2][0])
 
 
+def _check_labels(labels: str) -> None:
+    if labels not in (CLIENT, SERVER):
+        raise ConfigError(
+            "unknown place of the labels",
+            where="labels=...",
+            expected=f"{CLIENT} or {SERVER}",
+            got=str(labels),
+            remedy="choose one of the two",
+            code="E235",
+        )
+
+
 def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> None:
     stray = [name for name in release if name not in made.inputs]
     if stray:
         raise PlanError(
             f"the model has no input {stray[0]!r} to release",
+            where=f"release={list(release)!r}",
             expected=f"one of {', '.join(made.inputs)}",
             remedy="name an argument of its forward",
             code="E331",
@@ -310,6 +320,7 @@ def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> N
         if places[index] == SERVER and needed:
             raise PlanError(
                 f"the piece after {made.points[index - 1]!r} runs at the server and needs the raw input {needed[0]!r}",
+                where=f"piece {index} ({places[index]})",
                 expected="pieces at the server that need only what other pieces give",
                 remedy=f"cut after its last use, or allow it to leave: release=[{needed[0]!r}]",
                 code="E331",

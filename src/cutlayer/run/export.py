@@ -60,6 +60,7 @@ def assemble(source: Result | Ended | str | Path) -> dict[str, Tensor]:
     if not isinstance(result, Result):
         raise ConfigError(
             "the whole model cannot be put together from this",
+            where="assemble",
             expected="what fit or simulate gave, or the folder of a run",
             got=type(source).__name__,
             remedy="give cl.assemble(session.result()), once its rounds are over"

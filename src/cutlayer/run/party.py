@@ -26,7 +26,7 @@ from cutlayer.engine.metrics import MetricFactory
 from cutlayer.engine.site import Site
 from cutlayer.engine.stage import StageProtocol
 from cutlayer.engine.worker import Batches, Parts, Worker
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.plugins import plugs_of
 
 __all__ = ["Party"]
@@ -93,6 +93,7 @@ class Party:
             if value is not None and (not callable(value) or isinstance(value, Optimizer | LRScheduler)):
                 raise ConfigError(
                     f"the {name} of party {self.name!r} is no function",
+                    where=f"party {self.name}, {name}",
                     expected="a function that makes it, such as lambda params: torch.optim.Adam(params, lr=1e-3)",
                     got=type(value).__name__,
                     remedy="give the function itself: it is called once the parameters exist",
@@ -102,6 +103,7 @@ class Party:
         if made:
             raise ConfigError(
                 f"the metrics of {made[0]!r} at party {self.name!r} are no function",
+                where=f"party {self.name}, metrics",
                 expected="a function that makes them, such as lambda: {'accuracy': MulticlassAccuracy(3)}",
                 got=type(self.metrics[made[0]]).__name__,
                 remedy="give the function itself: each replica of the loss makes its own metrics",
@@ -110,6 +112,7 @@ class Party:
         if self.scheduler_every not in ("epoch", "step"):
             raise ConfigError(
                 "unknown scheduler_every",
+                where=f"party {self.name}, scheduler_every",
                 expected="epoch or step",
                 got=self.scheduler_every,
                 remedy="choose one of the two",
@@ -118,6 +121,7 @@ class Party:
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ConfigError(
                 "unknown autocast",
+                where=f"party {self.name}, autocast",
                 expected="bfloat16, float16 or nothing",
                 got=self.autocast,
                 remedy="choose one of these",
@@ -128,7 +132,11 @@ class Party:
 def counts(party: Party) -> dict[str, int]:
     """Return the party's number of samples by mode: the only thing about its data that others are told."""
     held = {"train": party.data, "evaluate": party.evaluation, "predict": party.prediction}
-    return {mode: sample_count(data) for mode, data in held.items() if data is not None}
+    try:
+        return {mode: sample_count(data) for mode, data in held.items() if data is not None}
+    except DataError as error:
+        error.within(f"party {party.name}")
+        raise
 
 
 def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) -> Worker:
@@ -142,6 +150,7 @@ def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) ->
     if unknown:
         raise ConfigError(
             f"party {party.name!r} has modules for stages that are not its own: {', '.join(sorted(unknown))}",
+            where=f"party {party.name}, modules",
             expected=", ".join(sorted(mine)),
             remedy="check the stage's name and its `at` in the plan",
             code="E223",
@@ -150,6 +159,7 @@ def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) ->
     if stray:
         raise ConfigError(
             f"party {party.name!r} has metrics for {', '.join(sorted(stray))}, which is no loss of the plan",
+            where=f"party {party.name}, metrics",
             remedy="name the loss: metrics={'LOSS': lambda: {...}}",
             code="E223",
         )
@@ -188,7 +198,11 @@ def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed
         drop_last=plan.training.drop_last and train,
         fields=tuple(party.fields) if party.fields is not None else None,
     )
-    return batches(data, order, alone=all(len(graph.data_fields(lane)) == 1 for lane in lanes))
+    try:
+        return batches(data, order, alone=all(len(graph.data_fields(lane)) == 1 for lane in lanes))
+    except DataError as error:
+        error.within(f"party {party.name}, data to {mode}")
+        raise
 
 
 class _Call(nn.Module):

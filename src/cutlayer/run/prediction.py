@@ -103,6 +103,7 @@ def predict(
     if network is None or len(alone) != 1:
         raise ConfigError(
             "over the network a process predicts as one party",
+            where=f"prediction of the plan {plan.name}",
             expected="one Party, and its network",
             got=f"{len(alone)}, and {'no network' if network is None else 'a network'}",
             remedy="give this process's party; the others run where they are",

@@ -92,6 +92,7 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     if party.name not in plan.parties:
         raise ConfigError(
             f"{party.name!r} is no party of the plan",
+            where=f"party {party.name}, plan {plan.name}",
             expected=f"one of {', '.join(plan.parties)}",
             remedy="correct `party` in the party file, or take the contract of this run",
             code="E205",

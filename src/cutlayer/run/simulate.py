@@ -127,6 +127,7 @@ def gathered(workers: Mapping[str, Worker]) -> dict[str, Tensor]:
         if len(shapes) > 1:
             raise DataError(
                 f"the output {stage!r} has another shape in each batch",
+                where=f"prediction, output {stage}",
                 expected="outputs of one shape a sample, so that all of them are one tensor",
                 got=", ".join(str(list(shape)) for shape in shapes[:4]),
                 remedy="pad the data to one length, or predict the samples of each length by a call of their own",
@@ -141,6 +142,7 @@ def check_parties(plan: Plan, parties: Sequence[Party]) -> None:
     if sorted(names) != sorted(plan.parties):
         raise ConfigError(
             "the parties given are not those of the plan",
+            where=f"plan {plan.name}",
             expected=", ".join(plan.parties),
             got=", ".join(names),
             remedy="give exactly one Party for each; a party without a stage has no place in a plan",
@@ -154,6 +156,7 @@ def check_parties(plan: Plan, parties: Sequence[Party]) -> None:
                 if owner != party.name:
                     raise ConfigError(
                         f"{owner!r} and {party.name!r} share one module object at stage {stage!r}",
+                        where=f"stage {stage}, at {owner} and {party.name}",
                         expected="a module of its own for each party, as in separate processes",
                         remedy="call the function that makes the module once for each party, or copy.deepcopy it",
                         code="E226",

@@ -63,6 +63,7 @@ def create_authority(folder: Path, *, name: str, days: int = 3650, now: datetime
     if not (0 < len(name) <= _NAME_LIMIT and name.isprintable() and name == name.strip()):
         raise ConfigError(
             "the authority's name is not allowed",
+            where=f"authority {folder}",
             expected=f"1 to {_NAME_LIMIT} printable characters",
             got=repr(name[: _NAME_LIMIT + 1]),
             remedy="Choose a short name, such as the study's.",
@@ -98,6 +99,7 @@ def issue(authority: Path, party: str, out: Path, *, days: int = 397, now: datet
     if not _PARTY.fullmatch(party):
         raise ConfigError(
             "the party's name is not allowed",
+            where=f"party to certify, by the authority {authority}",
             expected="1 to 63 of a-z, 0-9 and -, not - at either end",
             got=repr(party[:80]),
             remedy="Choose a name such as hospital-a.",
@@ -149,7 +151,7 @@ def describe(cert: Path) -> CertificateInfo:
 def _validity(days: int, now: datetime | None) -> tuple[datetime, datetime]:
     now = datetime.now(UTC) if now is None else now
     if now.tzinfo is None:
-        raise ConfigError("the time to issue at has no time zone", remedy="Pass UTC.", code="E233")
+        raise ConfigError("the time to issue at has no time zone", where="now=...", remedy="Pass UTC.", code="E233")
     try:
         if days < 1:
             raise OverflowError
@@ -157,6 +159,7 @@ def _validity(days: int, now: datetime | None) -> tuple[datetime, datetime]:
     except OverflowError:
         raise ConfigError(
             "a certificate cannot be valid for so long",
+            where="--days",
             expected="1 day or more, ending before the year 10000",
             got=f"{days} days",
             remedy="Give another number of days.",

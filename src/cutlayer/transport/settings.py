@@ -159,7 +159,11 @@ def check_settings(settings: NetworkSettings) -> None:
             code="E212",
         )
     for address in (*settings.addresses.values(), *([settings.listen] if settings.listen else [])):
-        host, _ = host_port(address)
+        try:
+            host, _ = host_port(address)
+        except ConfigError as error:
+            error.within(where)
+            raise
         if settings.credentials is None and not is_loopback(host):
             raise ConfigError(
                 "without certificates, parties talk on one machine only",
