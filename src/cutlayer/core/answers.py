@@ -65,6 +65,7 @@ def check_answers(graph: Graph, answers: Sequence[Answer]) -> None:
             if reason:
                 raise PlanError(
                     f"with the answer {answer.of!r} to {answer.to!r} nothing can be served",
+                    where=f"answer {answer.of!r}",
                     expected="predictions of the server and one client, who gives the data and gets the outputs",
                     got=reason,
                     remedy="let all outputs go to the party that gives the data: name a stage there; or have none",
@@ -76,6 +77,7 @@ def _check_names(answer: Answer, names: set[str]) -> None:
     if len(answer.of) > _LONGEST:
         raise PlanError(
             f"the name of the stage {answer.of!r} is too long for one with an answer",
+            where=f"answer {answer.of!r}",
             expected=f"at most {_LONGEST} letters: a stage {answer_stage('NAME')!r} takes it at the client",
             got=f"{len(answer.of)}",
             remedy="choose a shorter name for the stage",
@@ -85,6 +87,7 @@ def _check_names(answer: Answer, names: set[str]) -> None:
     if taken:
         raise PlanError(
             f"the name {min(taken)!r} is needed for the answer {answer.of!r}",
+            where=f"answer {answer.of!r}",
             expected=f"no other stage or party called {min(taken)}: what takes the answer at the client has that name",
             remedy="rename the other one",
             code="E114",
@@ -94,6 +97,7 @@ def _check_names(answer: Answer, names: set[str]) -> None:
 def _wrong(answer: Answer, key: str, expected: str, got: str) -> PlanError:
     return PlanError(
         f"{key!r} of the answer {answer.of!r} is wrong",
+        where=f"answer {answer.of!r}",
         expected=expected,
         got=got,
         remedy="name a stage that feeds a loss, and the client's party or a stage there",
