@@ -221,6 +221,8 @@ def test_noise_is_drawn_anew_for_each_prediction(tmp_path: Path, of: str):
             network = place.settings("anna", "alpha")
             with cl.connect(place.plan, place.client(None), network=network, weights=place.weights) as connection:
                 found += [connection.predict(data)["body"] for _ in range(2)]
+            once = cl.predict(place.plan, place.client(data), network=network, weights=place.weights, served=True)
+            found.append(once["body"])
     assert place.case.build("server").seed is not None
     assert place.client(None).seed is not None
     for first, second in itertools.combinations(found, 2):

@@ -173,7 +173,8 @@ def ask(
         PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
-    party, settings = idle(serving_party(plan, party)), asking(plan, party.name, network, wait)
+    settings = asking(plan, party.name, network, wait)
+    party = replace(idle(serving_party(plan, party)), seed=None)  # noise that comes twice could be subtracted
     programs: Programs = partial(served_programs, pair=settings.parties)
     prepare = _prepare(weights, left_out(plan))
     task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
