@@ -102,6 +102,8 @@ def test_resnet18_has_all_its_boundaries():
         *(("channels-last", at, labels) for at, labels in (("two", "server"), (("one", "two"), "client"))),
         *(("last", at, labels) for at, labels in (("lstm", "server"), (("gru", "lstm"), "client"))),
         ("transformer", "both.decoder.layers.0", "server"),
+        ("transformer", "both.encoder.layers.1", "server"),
+        ("encoder", "encoder.layers.2", "server"),
         ("transformer", ("both.encoder", "both.decoder.layers.1"), "client"),
         ("writer", "first", "client"),
         *(("writer", at, "server") for at in ("first", "second")),

@@ -141,12 +141,26 @@ def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int])
 
 def _encoder_part(stack: nn.Module, layout: Layout, span: tuple[int, int], first: bool, last: bool) -> nn.Module:
     del layout, first
+    if span[0] == span[1]:  # a cut after the last layer: `forward` looks at the first one
+        return _Rest(stack._modules.get("norm"))
     part = copy.copy(stack)
     blocks = list(stack._modules["layers"]._modules.items())[slice(*span)]  # type: ignore[union-attr]
     part._modules = {**stack._modules, "layers": _Some(dict(blocks))}
     if not last and "norm" in part._modules:
         part._modules["norm"] = None
     return part
+
+
+class _Rest(nn.Module):
+    """What an `nn.TransformerEncoder` does after its last layer."""
+
+    def __init__(self, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, src: Tensor, *_: object, **__: object) -> Tensor:
+        """Map (batch, length, width) to the same shape."""
+        return src if self.norm is None else self.norm(src)
 
 
 class _Some(nn.ModuleList):
