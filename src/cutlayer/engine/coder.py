@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,14 @@ from cutlayer.errors import ConfigError, ContractError
 if TYPE_CHECKING:
     from cutlayer.engine.exchange import ExchangeFunction
 
-__all__ = ["Coder", "Plugs"]
+__all__ = ["Coder", "Plugs", "generator_of"]
 
 _T = TypeVar("_T")
 _Directions: tuple[Direction, Direction] = ("up", "down")
+_STATE, _WORDS = (
+    24,
+    624,
+)  # where a CPU generator's state keeps the words of its Mersenne Twister, 64 bits each; how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +89,7 @@ class Coder:
         """
         for number, defence in enumerate(self._defences.get((edge.origin, direction), ())):
             text = f"{self._seed}:{edge.origin if direction == 'up' else edge.label}:{direction}:{place}:{number}"
-            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-            dice = torch.Generator().manual_seed(seed)
-            given: object = _ours(partial(defence, value, dice), edge, self._party)
+            given: object = _ours(partial(defence, value, generator_of(text)), edge, self._party)
             if not isinstance(given, Tensor) or given.shape != value.shape or given.dtype != value.dtype:
                 raise _unfit(
                     "a defence gives something else than it got",
@@ -127,6 +130,19 @@ class Coder:
         if wrong:
             raise _unfit("a codec gives something else than the plan says", where, str(edge.spec), wrong)
         return value
+
+
+def generator_of(text: str) -> torch.Generator:
+    """Return a generator whose whole state, 19,937 bits of a Mersenne Twister, is drawn from a text by SHAKE-256.
+
+    `manual_seed` takes only 32 bits of a seed, which can be tried one after the other, and which come twice in a run.
+    """
+    dice = torch.Generator().manual_seed(0)
+    state = dice.get_state()
+    words = np.frombuffer(hashlib.shake_256(text.encode()).digest(4 * _WORDS), "<u4").astype(np.uint64)
+    state[_STATE : _STATE + 8 * _WORDS] = torch.from_numpy(words.view(np.uint8))
+    dice.set_state(state)
+    return dice
 
 
 def _made(kind: str, wanted: Transform, known: Mapping[str, Callable[..., _T]], party: str) -> _T:

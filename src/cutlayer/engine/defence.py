@@ -8,7 +8,7 @@ the first, and all receivers of one value get the same version.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
+from math import isfinite, prod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,7 +33,8 @@ class Gaussian:
 
     x <- x * min(1, clip / ||x||), then x + N(0, deviation^2), per sample. With `clip` this is the Gaussian mechanism of
     local differential privacy for each sample and release (Dwork and Roth 2014, section 3.5.3 and appendix A):
-    sensitivity 2 clip. Nothing here adds up what many releases cost.
+    sensitivity 2 clip. Nothing here adds up what many releases cost, and the generator is a Mersenne Twister, which is
+    none of cryptography: who learns much of the noise exactly could work out the rest of the same message.
 
     Args:
         deviation: Standard deviation of the noise, at least 0.
@@ -48,12 +49,13 @@ class Gaussian:
 
     def __call__(self, value: Tensor, generator: torch.Generator) -> Tensor:
         """Return the value with noise."""
+        noised = value.to(torch.promote_types(value.dtype, torch.float32))  # rounding comes after the noise
         if self.clip:
-            norms = value.reshape(value.shape[0], -1).to(torch.float32).norm(dim=1)
-            factors = (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0).to(value.dtype)
-            value = value * factors.reshape(-1, *[1] * (value.ndim - 1))
+            norms = noised.reshape(len(noised), prod(noised.shape[1:])).norm(dim=1)
+            factors = (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0)
+            noised = noised * factors.reshape(-1, *[1] * (value.ndim - 1))
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
-        return value + (noise * self.deviation).to(device=value.device, dtype=value.dtype)
+        return (noised + (noise * self.deviation).to(device=value.device, dtype=noised.dtype)).to(value.dtype)
 
 
 DEFENCES: Mapping[str, DefenceFactory] = {"gaussian": Gaussian}

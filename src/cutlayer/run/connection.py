@@ -14,6 +14,7 @@ with cl.connect(site.plan, site.party, network=site.network, weights=Path("runs/
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -135,7 +136,7 @@ class Connection:
         """
         with self._turn, own_process(self._party):
             self._check()
-            party = replace(self._party, prediction=data, seed=None)  # noise that comes twice could be subtracted
+            party = replace(self._party, prediction=data, seed=secrets.randbits(63))  # or two predictions had one noise
             programs = partial(served_programs, pair=self._settings.parties)
             task = Task(
                 agenda, counts(party), build=self._build, programs=programs, trains=False, anew=True, ends=False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,6 +147,8 @@ def predict_with_others(
 ) -> Result:
     """Predict as one party; see `predict`. The others are told how many samples it predicts for, and nothing else."""
     party = idle(party)
+    if party.seed is None:  # drawn once: after a restart the same value leaves with the same noise
+        party = replace(party, seed=secrets.randbits(63))
     task = Task(agenda, counts(party), prepare=_prepare(weights))
     deadlines = replace(network.deadlines, patience=wait)
     settings = replace(network, run=network.run + _TASK, task="prediction", deadlines=deadlines)
@@ -174,7 +177,7 @@ def ask(
         CutlayerError: as `join` raises.
     """
     settings = asking(plan, party.name, network, wait)
-    party = replace(idle(serving_party(plan, party)), seed=None)  # noise that comes twice could be subtracted
+    party = replace(idle(serving_party(plan, party)), seed=secrets.randbits(63))  # or two predictions had one noise
     programs: Programs = partial(served_programs, pair=settings.parties)
     prepare = _prepare(weights, left_out(plan))
     task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
