@@ -33,7 +33,7 @@ def wheelhouse(folder: Path, *words: str, wheels: str, ends: int = 0) -> list[st
     python.chmod(0o700)
     there = [f"BIN={python.parent}", f"WHEELHOUSE={folder / 'wheelhouse'}", "-o", ".venv/.ready"]
     done = subprocess.run(
-        ["make", "wheelhouse", *there, *words], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+        ["make", "--no-print-directory", "wheelhouse", *there, *words], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
         env={**os.environ, "WHEELS": wheels, "ENDS": str(ends)},
     )  # fmt: skip
     assert (done.returncode == 0) == (ends == 0), done.stderr
@@ -90,7 +90,7 @@ def test_a_wheelhouse_is_all_that_a_machine_without_a_network_needs(tmp_path: Pa
     if subprocess.run(pip, **running).returncode and os.environ.get("CI") != "true":  # type: ignore[call-overload]
         pytest.skip("no package index can be reached")
     words = [f"BIN={here}", f"WHEELHOUSE={tmp_path / 'wheelhouse'}", "-o", ".venv/.ready", "EXTRAS=[plot]"]
-    built = subprocess.run(["make", "wheelhouse", *words], cwd=ROOT, **running)  # type: ignore[call-overload]
+    built = subprocess.run(["make", "--no-print-directory", "wheelhouse", *words], cwd=ROOT, **running)  # type: ignore[call-overload]
     assert built.returncode == 0, built.stderr[-2000:]
     install, project = (line.partition(": ")[2] for line in built.stdout.splitlines()[-2:])
 
