@@ -32,8 +32,9 @@ def wheelhouse(folder: Path, *words: str, wheels: str, ends: int = 0) -> list[st
     python.write_text(PIP)
     python.chmod(0o700)
     there = [f"BIN={python.parent}", f"WHEELHOUSE={folder / 'wheelhouse'}", "-o", ".venv/.ready"]
+    command = ["make", "--no-print-directory", "wheelhouse", *there, *words]
     done = subprocess.run(
-        ["make", "--no-print-directory", "wheelhouse", *there, *words], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
         env={**os.environ, "WHEELS": wheels, "ENDS": str(ends)},
     )  # fmt: skip
     assert (done.returncode == 0) == (ends == 0), done.stderr

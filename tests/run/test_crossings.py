@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,8 +124,12 @@ def noise(party: str, what: str, deviation: float) -> Way:
     """The documented rule for the generator of a defence."""
 
     def add(value: Tensor, place: str) -> Tensor:
-        digest = hashlib.sha256(f"{SEED[party]}:{what}:{place}:0".encode()).digest()
-        dice = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        stream = hashlib.shake_256(f"{SEED[party]}:{what}:{place}:0".encode()).digest(4 * 624)
+        words = [int.from_bytes(stream[start : start + 4], "little") for start in range(0, len(stream), 4)]
+        dice = torch.Generator().manual_seed(0)
+        state = bytearray(dice.get_state().numpy().tobytes())
+        state[24 : 24 + 8 * 624] = struct.pack("<624Q", *words)
+        dice.set_state(torch.frombuffer(state, dtype=torch.uint8).clone())
         return value + torch.randn(value.shape, generator=dice) * deviation
 
     return add
