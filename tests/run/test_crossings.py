@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
