@@ -1,0 +1,72 @@
+"""What other tests show in one process holds between parties over gRPC with mutual TLS: the same bits and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cutlayer as cl
+from tests.run import test_loop, test_preprocessing
+from tests.run.trial import Trial
+
+
+def joined(plan: cl.Plan, parties: Sequence[cl.Party], folder: Path) -> Mapping[str, cl.Result]:
+    trial = Trial(plan, folder, coordinator="server")
+    found = trial.play(
+        {
+            one.name: lambda one=one: cl.join(
+                plan, one, network=trial.settings(one.name), folder=folder / f"of-{one.name}"
+            )
+            for one in parties
+        }
+    )
+    assert all(isinstance(result, cl.Result) for result in found.values()), found
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_halves_under_autocast_are_those_of_fit(kind: str, tmp_path: Path):
+    def made() -> cl.Split:
+        return cl.split(test_loop.Net(), ("stem", "deep"), example=torch.zeros(2, 6), autocast=kind)
+
+    own = {"scheduler": test_loop.cosine, "autocast": kind, "seed": 1}
+    loss, settings = nn.CrossEntropyLoss(), test_loop.SETTINGS
+    fitted = cl.fit(made(), test_loop.rows(), loss=loss, optimizer=test_loop.sgd, party=own, **settings).state_dict()
+    parts = made()
+    plan = parts.plan("client", "server", training=cl.Training(**settings))
+    assert kind in {edge.spec.dtype for edge in plan.graph.edges if edge.spec is not None}
+    client = cl.Party(
+        "client",
+        modules={**parts.modules("client"), "loss": loss},
+        data=test_loop.rows(),
+        fields=["x", "label"],
+        optimizer=test_loop.sgd,
+        **own,
+    )
+    server = cl.Party("server", modules=parts.modules("server"), optimizer=test_loop.sgd, **own)
+    joined(plan, [client, server], tmp_path)
+    stages = {**parts.modules("client"), **parts.modules("server")}
+    found = {name: value for module in stages.values() for name, value in module.state_dict().items()}
+    assert found.keys() == fitted.keys()
+    assert all(torch.equal(found[name], value) for name, value in fitted.items())
+
+
+def test_shared_preprocessing_is_agreed_alike(tmp_path: Path):
+    plan = test_preprocessing.plan()
+    here = cl.simulate(plan, test_preprocessing.parties())
+    there = joined(plan, test_preprocessing.parties(), tmp_path)
+    for name, result in there.items():
+        mine = here.workers[name].site
+        assert result.agreed.get(name) == here.agreed.get(name)
+        for place, stage in result.workers[name].site.stages.items():
+            wanted = mine.stages[place].module.state_dict()
+            assert all(torch.equal(value, wanted[key]) for key, value in stage.module.state_dict().items())
+        flows = (
+            {key: (row.payload, row.messages) for key, row in one.ledgers[name].flows.items()} for one in (here, result)
+        )
+        assert len({str(sorted(one.items())) for one in flows}) == 1
+    assert set(test_preprocessing.NAMES) <= set(here.agreed)
