@@ -135,6 +135,7 @@ server
   sends   activations of body to hospital: float32[batch, 32], 2,048 bytes a batch
   gets    activations of head from hospital: float32[batch, 64], 4,096 bytes a batch
   gets    gradient at body->tail from hospital: float32[batch, 32], 2,048 bytes a batch
+  gets    the number of samples of each party that has data, once
   keeps   its weights"""
 
 VANILLA = """\
@@ -153,6 +154,7 @@ server
   sends   gradient at head->body to hospital: float16[batch, 64], 4,096 bytes a batch
   gets    activations of head from hospital: float16[batch, 64], 4,096 bytes a batch
   gets    RAW data.y (declared release) from hospital: int64[batch], 256 bytes a batch
+  gets    the number of samples of each party that has data, once
   keeps   its weights"""
 
 RELAY = """\
@@ -170,6 +172,9 @@ a
   gets    gradient at head->body from server: float32[batch, 64], 8,192 bytes a batch
   gets    activations of body from server: float32[batch, 32], 4,096 bytes a batch
   gets    sums behind the metrics of loss from each of a, b, c, to add up
+  gets    all state of head from another of a, b, c
+  gets    all state of tail from another of a, b, c
+  gets    the number of samples of each party that has data, once
   keeps   data.x, data.y
 b, c (each)
   runs    head, tail, loss
@@ -182,6 +187,10 @@ b, c (each)
   sends   its number of samples, once, to all parties
   gets    gradient at head->body from server: float32[batch, 64], 8,192 bytes a batch
   gets    activations of body from server: float32[batch, 32], 4,096 bytes a batch
+  gets    all state of head from another of a, b, c
+  gets    all state of tail from another of a, b, c
+  gets    sums over all samples behind the metrics of loss from a
+  gets    the number of samples of each party that has data, once
   keeps   data.x, data.y
 server
   runs    body
@@ -189,6 +198,7 @@ server
   sends   activations of body to a, b or c: float32[batch, 32], 4,096 bytes a batch
   gets    activations of head from a, b or c: float32[batch, 64], 8,192 bytes a batch
   gets    gradient at body->tail from a, b or c: float32[batch, 32], 4,096 bytes a batch
+  gets    the number of samples of each party that has data, once
   keeps   its weights"""
 
 PARALLEL = """\
@@ -203,6 +213,8 @@ a
   sends   its number of samples, once, to all parties
   gets    weight gradients of head from each of a, b, to add up
   gets    sums behind the metrics of loss from each of a, b, to add up
+  gets    one number a step, the squared norm of gradients, from each party
+  gets    the number of samples of each party that has data, once
   keeps   data.x, data.y
 b
   runs    head, loss
@@ -211,4 +223,8 @@ b
   sends   sums over its samples behind the metrics of loss, by way of a
   sends   one number a step, the squared norm of its gradients, by way of a (declared release)
   sends   its number of samples, once, to all parties
+  gets    the sum of all weight gradients of head, and once its state, from a
+  gets    sums over all samples behind the metrics of loss from a
+  gets    one number a step, the squared norm of gradients, from a, of all together
+  gets    the number of samples of each party that has data, once
   keeps   data.x, data.y"""

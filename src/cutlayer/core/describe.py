@@ -93,7 +93,36 @@ def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
         for shared in plan.preprocessing
         if plan.hub == party and plan.graph.holders(shared.at) != (party,)
     ]
-    return [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed + _answered(plan, party)
+    lines = [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed
+    return lines + _results(plan, party) + _answered(plan, party)
+
+
+def _results(plan: Plan, party: str) -> list[str]:
+    """Return what a party gets of exchanges: what others hand on, and what was put together elsewhere."""
+    texts, training = list[str](), plan.training
+    for stage in plan.stages:
+        others, hub = [name for name in dict.fromkeys(stage.places) if name != party], plan.hub_of(stage.name)
+        if party not in stage.places or not others:
+            continue
+        if isinstance(stage, Loss):
+            texts += [f"sums over all samples behind the metrics of {stage.name} from {hub}"] if hub != party else []
+        elif training.order == "relay":
+            texts.append(f"all state of {stage.name} from another of {', '.join(dict.fromkeys(stage.places))}")
+        elif hub != party:
+            texts.append(f"the sum of all weight gradients of {stage.name}, and once its state, from {hub}")
+    for shared in plan.preprocessing:
+        holders = plan.graph.holders(shared.at)
+        if party in holders and party != plan.hub:
+            texts.append(f"{_told(shared)}, of {_joined(list(holders), 'and')} together, once, from {plan.hub}")
+    if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
+        whose = f"from {plan.hub}, of all together" if party != plan.hub else "from each party"
+        texts.append(f"one number a step, the squared norm of gradients, {whose}")
+    for stage in plan.stages if party in plan.assemble_at else ():
+        if not isinstance(stage, Loss) and party not in stage.places:
+            texts.append(f"the weights of {stage.name} from {stage.places[0]}, at the end")
+    lanes = [plan.graph.data_fields(lane) for lane in range(plan.lanes)]
+    counted = {name for fields in lanes for name in fields} - {party}
+    return [*texts, "the number of samples of each party that has data, once"] if counted else texts
 
 
 def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
