@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import cutlayer as cl
-from tests.run import test_loop, test_preprocessing
+from cutlayer.errors import ConfigError
+from tests.run import test_export, test_loop, test_preprocessing
 from tests.run.trial import Trial
 
 
@@ -70,3 +71,21 @@ def test_shared_preprocessing_is_agreed_alike(tmp_path: Path):
         )
         assert len({str(sorted(one.items())) for one in flows}) == 1
     assert set(test_preprocessing.NAMES) <= set(here.agreed)
+
+
+def test_the_party_that_the_contract_allows_has_the_whole_model_and_no_other(tmp_path: Path):
+    plan, whole = test_export.plan(assemble_at=["server"]), test_export.uncut()
+    ends = {"head": test_export.Named(first=whole.first), "tail": test_export.Named(last=whole.last)}
+    dice = torch.Generator().manual_seed(1)
+    data = cl.TensorTable(x=torch.randn(16, 4, generator=dice), y=torch.randint(0, 2, (16,), generator=dice))
+    sgd = test_export.sgd
+    a = cl.Party("a", modules={**ends, "loss": nn.CrossEntropyLoss()}, data=data, optimizer=sgd)
+    server = cl.Party("server", modules={"body": test_export.Named(norm=whole.norm)}, optimizer=sgd)
+    for name, result in joined(plan, [a, server], tmp_path).items():
+        (tmp_path / f"run-{name}").mkdir()
+        test_export.keep(tmp_path / f"run-{name}", plan, result)
+    found = cl.assemble(tmp_path / "run-server")
+    test_export.uncut().load_state_dict(found, strict=True)
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+    with pytest.raises(ConfigError, match="E229"):
+        cl.assemble(tmp_path / "run-a")
