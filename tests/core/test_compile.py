@@ -246,6 +246,10 @@ def test_a_prediction_sends_what_a_loss_alone_would_have_sent_first():
     plan = Plan(stages)
     roster = roster_for(plan, (40,))
     DryRun(plan, roster, [("predict", 0)]).run(first)
+    predict = unrolled(compile_plan(plan, roster), "predict")
+    sent = [(plan.graph.edges[job.edge].origin, job.size) for _, job in predict["a"] if isinstance(job, Send)]
+    assert sent == [("head", 32), ("head", 8)]
+    assert [job.size for _, job in predict["s"] if isinstance(job, Forward) and job.stage == "body"] == [32, 8]
 
 
 def test_prediction_and_evaluation_use_every_sample():

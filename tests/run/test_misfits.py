@@ -118,8 +118,10 @@ def test_a_loss_may_pair_samples_when_it_means_to():
         later = time[:, None] <= time[None, :]
         return -(risk[:, 0] - (risk[:, 0].exp() * later).sum(1).log()).mean()
 
-    tried(torch.rand(4, 1), torch.rand(4), cox)
-    tried(torch.rand(4, 3), torch.rand(4, 1), STRETCHED["by hand"])  # one label for all columns, written so
+    by_hand = STRETCHED["by hand"]  # one label for all columns, written so
+    for x, y, loss in ((torch.rand(4, 1), torch.rand(4), cox), (torch.rand(4, 3), torch.rand(4, 1), by_hand)):
+        (row,) = tried(x, y, loss).history
+        assert row["metrics"]["loss"] == pytest.approx(float(loss(x, y)), rel=1e-6)  # `Scale` begins with 1
 
 
 METRICS = {

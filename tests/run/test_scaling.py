@@ -194,14 +194,19 @@ def test_a_factor_of_the_loops_own_reaches_all_parties(factor: float, labels: st
 
 
 def test_a_factor_beside_the_sessions_scaler_is_no_missing_scale():
-    _, plan, mine, other = halves("client", "client")
-    scaler = GradScaler("cpu", init_scale=2.0**16)
-    with cl.session(plan, mine, others=[other]) as session:
-        session.scaler = scaler
-        for round in session.rounds():
-            for part in round:
-                scaler.scale(output(session, mine, part, "client") * part.scale / 512).backward()
-                if part.last:
-                    scaler.step(session.optimizer)
-                    scaler.update()
-                    session.optimizer.zero_grad()
+    """The scaler's 2^16 and the factor of 1/512 are powers of two: the bits are those of the factor alone."""
+    found = []
+    for scaler in (GradScaler("cpu", enabled=False), GradScaler("cpu", init_scale=2.0**16)):
+        split, plan, mine, other = halves("client", "client", clip_norm=None)
+        with cl.session(plan, mine, others=[other]) as session:
+            session.scaler = scaler
+            for round in session.rounds():
+                for part in round:
+                    scaler.scale(output(session, mine, part, "client") * part.scale / 512).backward()
+                    if part.last:
+                        scaler.step(session.optimizer)
+                        scaler.update()
+                        session.optimizer.zero_grad()
+        found.append(split.model.state_dict())
+    assert same(*found)
+    assert not same(found[0], made().model.state_dict())

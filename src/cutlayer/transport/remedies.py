@@ -14,22 +14,14 @@ def when_lost(settings: NetworkSettings, names: str) -> str:
     """Return what to do when `names` were lost and did not come back."""
     if settings.task == "training":
         return f"restart {names}, then all others, with resume; if it needs longer, raise deadlines.patience"
-    if _serves(settings):
-        return f"let {names} run the prediction again"
-    if settings.task == "served":
-        return f"ask the operator of {names} whether it is served; then run the prediction again, --wait for longer"
-    return f"look at {names}'s terminal; then run the prediction again at all parties, --wait for longer"
+    return _again(settings, names, ", --wait for longer")
 
 
 def when_left(settings: NetworkSettings, name: str) -> str:
     """Return what to do when `name` left before the end."""
     if settings.task == "training":
         return f"look at {name}'s terminal; then start all parties with resume"
-    if _serves(settings):
-        return f"let {name} run the prediction again"
-    if settings.task == "served":
-        return f"ask the operator of {name} whether it is served; then run the prediction again"
-    return f"look at {name}'s terminal; then run the prediction again at all parties"
+    return _again(settings, name, "")
 
 
 def when_absent(settings: NetworkSettings, names: str, limit: str) -> str:
@@ -39,5 +31,10 @@ def when_absent(settings: NetworkSettings, names: str, limit: str) -> str:
     return f"start {names} with the same contract; if that takes long, raise deadlines.{limit}"
 
 
-def _serves(settings: NetworkSettings) -> bool:
-    return settings.task == "served" and settings.coordinates
+def _again(settings: NetworkSettings, names: str, longer: str) -> str:
+    """Say how a prediction is run again; `longer`: how to wait longer, if that may help."""
+    if settings.task != "served":
+        return f"look at {names}'s terminal; then run the prediction again at all parties{longer}"
+    if settings.coordinates:
+        return f"let {names} run the prediction again"
+    return f"ask the operator of {names} whether it is served; then run the prediction again{longer}"
