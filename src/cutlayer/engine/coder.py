@@ -28,10 +28,7 @@ __all__ = ["Coder", "Plugs", "generator_of"]
 
 _T = TypeVar("_T")
 _Directions: tuple[Direction, Direction] = ("up", "down")
-_STATE, _WORDS = (
-    24,
-    624,
-)  # where a CPU generator's state keeps the words of its Mersenne Twister, 64 bits each; how many
+_STATE, _WORDS = 24, 624  # the words of a Mersenne Twister in a CPU generator's state: where they begin, how many
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,9 +95,8 @@ class Bundle:
 
 def _needs_closure(optimizer: Optimizer) -> bool:
     """Whether `step` cannot be called without its closure, as that of LBFGS, whatever that argument is called."""
-    given = list(inspect.signature(type(optimizer).step).parameters.values())[
-        1:
-    ]  # the class's: a scheduler wraps its own
+    step = inspect.signature(type(optimizer).step)  # the class's: a scheduler wraps its own
+    _, *given = step.parameters.values()
     return any(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in given)
 
 
