@@ -77,7 +77,7 @@ def test_logging_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         for name in re.findall(r"`(\S*/\S+)`", row)
     }
     patterns.add(r"step/[\w-]+/received_bytes/[\w-]+")
-    assert len(patterns) == 4
+    assert len(patterns) == 5
     assert [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
 
 

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
+import cutlayer as cl
 from cutlayer.errors import ConfigError
 from cutlayer.report import loggers
 from cutlayer.report.loggers import Notify, fan_out, guarded, tensorboard
+from cutlayer.report.record import read_record
+from cutlayer.report.tally import series
+from cutlayer.run.results import write_results
 from tests.report.conftest import EPOCHS, SAMPLES, Real
+from tests.run.test_own_metrics import at_the_server
 
 Values = dict[str, list[tuple[int, float]]]  # name -> step, value
 
@@ -37,16 +42,19 @@ def scalars(folder: Path) -> Values:
 
 
 def expected(real: Real, party: str) -> Values:
-    """The metrics of a party's history by the loggers' names."""
+    """The metrics of a party's history by the loggers' names: of all samples, and of its own."""
     values: Values = {}
     for row in real.result.history:
         if row["party"] == party:
-            for name, value in row["metrics"].items():
-                parts = (
-                    {f"{name}[{n}]": part for n, part in enumerate(value)} if isinstance(value, list) else {name: value}
-                )
-                for part, number in parts.items():
-                    values.setdefault(f"{row['mode']}/{row['loss']}/{part}/{party}", []).append((row["round"], number))
+            (own,) = row["own"]
+            assert row["metrics"] != own["metrics"]
+            for who, metrics in ((party, row["metrics"]), (f"own/{party}", own["metrics"])):
+                for name, value in metrics.items():
+                    listed = isinstance(value, list)
+                    parts = {f"{name}[{n}]": part for n, part in enumerate(value)} if listed else {name: value}
+                    for part, number in parts.items():
+                        key = f"{row['mode']}/{row['loss']}/{part}/{who}"
+                        values.setdefault(key, []).append((row["round"], number))
     return values
 
 
@@ -107,6 +115,34 @@ def test_replicas_at_one_party_have_their_lanes(tmp_path: Path):
     with tensorboard(tmp_path) as notify:
         notify("round", {"mode": "train", "round": 1, "history": rows})
     assert scalars(tmp_path) == {"train/loss/loss/server.0": [(1, 0.0)], "train/loss/loss/server.1": [(1, 0.5)]}
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_server_that_has_the_labels_logs_each_client_as_the_report_names_it(
+    tmp_path: Path, tracker: str, request: pytest.FixtureRequest
+):
+    case = at_the_server("parallel", epochs=1)
+    logger: AbstractContextManager[Notify] = tensorboard(tmp_path, party="server")
+    if tracker == "mlflow":
+        store = request.getfixturevalue("store")
+        logger = loggers.mlflow(store, folder=tmp_path, experiment="demo", party="server")
+    with logger as notify:
+        result = cl.simulate(case.plan, case.parties(), notify=notify)
+    if tracker == "mlflow":
+        found = mlflow_runs(store, "demo")[0].data.metrics
+    else:
+        found = {name: values[-1][1] for name, values in scalars(tmp_path).items()}
+    clients, wanted = ["alpha", "beta", "gamma"], dict[str, float]()
+    for row in result.history:
+        assert [own["client"] for own in row["own"]] == clients
+        wanted[f"{row['mode']}/loss/loss/server"] = row["metrics"]["loss"]
+        for own in row["own"]:
+            wanted[f"{row['mode']}/loss/loss/own/{own['client']}"] = own["metrics"]["loss"]
+    assert len(set(wanted.values())) == len(wanted) == 8
+    assert {n: v for n, v in found.items() if not n.startswith("step/")} == pytest.approx(wanted, rel=1e-6)
+    write_results(tmp_path, result)
+    assert list(dict.fromkeys(line.who[0] for line in series(read_record(tmp_path)) if line.own)) == clients
 
 
 def test_steps_of_a_run_that_was_gone_on_with_count_on(tmp_path: Path):

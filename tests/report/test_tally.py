@@ -11,7 +11,7 @@ import pytest
 
 import cutlayer as cl
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, costs, exchanged, flat, lane_names, moved, series, totals
+from cutlayer.report.tally import KINDS, costs, exchanged, flat, moved, series, totals
 from tests.report import synthetic
 from tests.report.conftest import BATCH, EPOCHS, HELD_OUT, SAMPLES, Real
 
@@ -169,7 +169,7 @@ def test_own_series_have_the_names_of_those_who_hold_the_samples(tmp_path: Path)
         training=cl.Training(order="parallel"),
         releases=[cl.Release("y", at="left", to="server", spec="int64[batch]")],
     )
-    assert lane_names(plan) == ["a, b", "c, d"]
+    assert plan.graph.lane_names == ("a, b", "c, d")
     document = synthetic.summary(plan)
     for row in document["history"]:
         row["own"] = [{"lane": lane, "samples": 4, "metrics": {"loss": float(lane)}} for lane in range(2)]
@@ -185,7 +185,7 @@ def test_a_holder_of_several_lanes_has_their_numbers():
         back="float32[batch, 2]",
         output="float32[batch, 2]",
     )
-    assert lane_names(plan) == ["a 0", "a 1", "b"]
+    assert plan.graph.lane_names == ("a 0", "a 1", "b")
 
 
 def test_replicas_that_differ_are_series_of_their_own(tmp_path: Path):

@@ -125,6 +125,12 @@ class Graph:
         return tuple(dict.fromkeys(party for lane in range(self.lanes) for party in self.data_fields(lane)))
 
     @cached_property
+    def lane_names(self) -> tuple[str, ...]:
+        """Whose samples each lane's are: the parties that load them, and the lane's number where they have more."""
+        names = [", ".join(self.data_fields(lane)) for lane in range(self.lanes)]
+        return tuple(name if names.count(name) == 1 else f"{name} {lane}" for lane, name in enumerate(names))
+
+    @cached_property
     def heights(self) -> tuple[dict[str, int], ...]:
         """Per lane: the largest number of cuts on a way from each stage to an end of the plan."""
         return tuple(_heights(self, lane) for lane in range(self.lanes))

@@ -210,6 +210,7 @@ class Worker:
             if values:
                 row = {"mode": self.mode, "round": self.round, "loss": stage, "lane": lane, "metrics": values}
                 own = book.own() if self.graph.lanes > 1 else []  # of one lane alone both are the same
+                own = [{"client": self.graph.lane_names[one["lane"]], **one} for one in own]
                 self.history.append({**row, "own": own} if own else row)
 
     def clear(self) -> None:

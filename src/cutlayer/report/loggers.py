@@ -195,6 +195,9 @@ class _Scalars:
                 who = f"{row['party']}.{row['lane']}" if several else row["party"]
                 prefix = f"{row['mode']}/{row['loss']}"
                 found += [(f"{prefix}/{name}/{who}", value, row["round"]) for name, value in flat(row["metrics"])]
+                for own in row.get("own", ()):
+                    whose = f"own/{own['client']}"
+                    found += [(f"{prefix}/{name}/{whose}", value, row["round"]) for name, value in flat(own["metrics"])]
         return found
 
     def _step(self, details: Mapping[str, Any]) -> list[Scalar]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cutlayer.report.charts import named, panels, title_of
 from cutlayer.report.palette import SERIES
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, Series, costs, lane_names
+from cutlayer.report.tally import KINDS, Series, costs
 from cutlayer.report.words import duration, number
 
 __all__ = ["Table", "metric_tables", "missing", "time_table"]
@@ -42,7 +42,7 @@ def time_table(record: Record) -> Table:
 
 def missing(record: Record) -> list[str]:
     """Return metrics that were no finite number, such as "accuracy of loss (train) in rounds 2, 3"."""
-    clients, found = lane_names(record.plan), dict[tuple[str, str, str], dict[int, None]]()
+    clients, found = record.plan.graph.lane_names, dict[tuple[str, str, str], dict[int, None]]()
     for row in record.summary.history:
         for metrics, mode in [
             (row.metrics, row.mode),

@@ -75,11 +75,12 @@ class LedgerPart(msgspec.Struct, frozen=True):
 
 
 class OwnPart(msgspec.Struct, frozen=True):
-    """Metrics over the samples of one lane alone, and their number."""
+    """Metrics over the samples of one lane alone, and their number. `client` is "" in older summaries."""
 
     lane: int
     samples: int
     metrics: dict[str, Any]
+    client: str = ""
 
 
 class HistoryRow(msgspec.Struct, frozen=True):

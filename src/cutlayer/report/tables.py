@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, costs, flat, lane_names, moved
+from cutlayer.report.tally import KINDS, costs, flat, moved
 
 __all__ = ["costs_csv", "curves_csv", "cuts_csv"]
 
@@ -22,7 +22,7 @@ def curves_csv(record: Record) -> str:
 
     `client` and `samples` say of whose samples alone the number is, and how many they are; empty: it is of all.
     """
-    clients, rows = lane_names(record.plan), list[list[_Cell]]()
+    clients, rows = record.plan.graph.lane_names, list[list[_Cell]]()
     for row in record.summary.history:
         place: list[_Cell] = [row.round, row.mode, row.loss, row.party]
         rows += [[*place, row.lane, metric, value, None, None] for metric, value in flat(row.metrics)]

@@ -9,12 +9,11 @@ from typing import Any
 from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
 from cutlayer.core.graph import Edge
-from cutlayer.core.plan import Plan
 from cutlayer.errors import CutlayerError
 from cutlayer.report.record import FlowRow, HistoryRow, Record
 
 __all__ = [
-    "KINDS", "Cost", "Moved", "Series", "costs", "exchanged", "flat", "lane_names", "moved", "series", "totals",
+    "KINDS", "Cost", "Moved", "Series", "costs", "exchanged", "flat", "moved", "series", "totals",
 ]  # fmt: skip
 
 # What the report calls the kinds of seconds in a ledger; all else is "other".
@@ -172,7 +171,7 @@ def series(record: Record) -> list[Series]:
         found += [Series(loss, metric, mode, tuple(who), line, metric in listed) for line, who in same.items()]
     found += _own_series(record)
     metrics = {name: place for place, name in enumerate(dict.fromkeys(["loss", *(line.metric for line in found)]))}
-    clients = lane_names(record.plan) if any(line.own for line in found) else []
+    clients = record.plan.graph.lane_names
 
     def key(line: Series) -> tuple[int, int, int, bool]:
         return (
@@ -185,14 +184,8 @@ def series(record: Record) -> list[Series]:
     return sorted(found, key=key)
 
 
-def lane_names(plan: Plan) -> list[str]:
-    """Return whose samples each lane's are: the parties that load them, and the lane's number where they have more."""
-    names = [", ".join(plan.graph.data_fields(lane)) for lane in range(plan.lanes)]
-    return [name if names.count(name) == 1 else f"{name} {lane}" for lane, name in enumerate(names)]
-
-
 def _own_series(record: Record) -> list[Series]:
-    names, points = lane_names(record.plan), dict[tuple[str, str, str, str, bool], dict[int, float]]()
+    names, points = record.plan.graph.lane_names, dict[tuple[str, str, str, str, bool], dict[int, float]]()
     for row in record.summary.history:
         for own in row.own:
             for metric, value in flat(own.metrics):

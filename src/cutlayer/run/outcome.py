@@ -23,7 +23,8 @@ class Result:
 
     Attributes:
         plan: The plan that was run.
-        history: A row per round, mode and loss, with its metrics; "own": those of each lane counted there, if several.
+        history: A row per round, mode and loss, with its metrics; "own": those of each lane
+            counted there, by its "client", if there are several lanes.
         ledgers: Party -> what it sent, received and computed.
         workers: Party -> its worker, with the trained stages (in one process only).
         predictions: Stage -> tensor of shape (samples, ...), after a prediction.
