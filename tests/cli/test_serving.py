@@ -261,6 +261,6 @@ def test_who_comes_and_goes_is_said(verbose: bool, capsys: pytest.CaptureFixture
     assert lines[-3:] == [
         "anna: session 3, 2,000 samples, E701 after 1.23 s",
         "ben: refused, E612 all places at server are taken",
-        "closing: sessions have 30 s to end",
+        "closing: predictions under way have 30 s to end",
     ]
     assert lines[:-3] == (["anna: session 3 for 2,000 samples"] if verbose else [])

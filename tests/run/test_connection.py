@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import cutlayer as cl
 from cutlayer.errors import CheckpointError, CutlayerError, LinkError, ProgramError
 from tests.run import plans
 from tests.run.test_answers import built, vanilla
-from tests.run.test_serving import ALONE, Place, at_once, only, refusal, rows
+from tests.run.test_serving import ALONE, Place, ThreadOf, Told, at_once, only, refusal, rows
 from tests.run.trial import DEADLINES
 from tests.transport.parties import Cable
 
@@ -114,6 +115,51 @@ def test_a_connection_that_the_server_ended_is_made_anew(place: Place):
     assert torch.equal(first, place.expected(rows(3, 1)))
     assert torch.equal(second, place.expected(rows(3, 2)))
     assert told.service.served().identities["anna"].samples == 6
+
+
+def test_a_server_that_closes_ends_who_rests_and_answers_what_is_under_way(place: Place):
+    """One connection asks for nothing; predictions of another, and of a client without one, are under way."""
+    there, go = threading.Semaphore(0), threading.Event()
+
+    def slow(_module: object, _inputs: object) -> None:
+        there.release()
+        assert go.wait(20)
+
+    def look(told: Told) -> Callable[[], CutlayerError]:
+        def run() -> CutlayerError:
+            try:
+                assert [facts["identity"] for facts in told.wait("went")] == ["anna"]
+                return refusal(lambda: asked(idle, rows(3, 2)))
+            finally:
+                go.set()
+
+        return run
+
+    with connected(place) as idle, connected(place, "ben", wait=3) as busy:
+        with place.serving(replace(ALONE, drain=40)) as told:
+            assert torch.equal(asked(idle, rows(3)), place.expected(rows(3)))
+            told.service._worker.site.stages["body", 0].module.register_forward_pre_hook(slow)
+            jobs = {"ben": lambda: asked(busy, rows(3, 3)), "cleo": place.asking("cleo", rows(3, 4))}
+            clients = ThreadOf(lambda: at_once(jobs))
+            clients.thread.start()
+            assert there.acquire(timeout=15)
+            begin, watcher = time.monotonic(), ThreadOf(look(told))
+            watcher.thread.start()
+        took = time.monotonic() - begin
+        found = clients.result()
+        again = refusal(lambda: asked(busy, rows(3, 5)))
+    error = watcher.error()
+    assert (error.code, error.what) == ("E615", "server closes its service")
+    assert torch.equal(found["ben"], place.expected(rows(3, 3)))
+    assert torch.equal(found["cleo"], place.expected(rows(3, 4)))
+    assert took < 15, "ended with its last answer"
+    assert again.code in ("E615", "E702")
+    tallies = told.service.served().identities
+    assert {name: (t.sessions, t.failed, t.refused) for name, t in tallies.items()} == {
+        "anna": (1, 0, 1),
+        "ben": (1, 0, 0),
+        "cleo": (1, 0, 0),
+    }
 
 
 def test_a_server_that_was_started_anew_is_asked_again(place: Place):

@@ -36,7 +36,9 @@ MESSAGES: dict[int, st.SearchStrategy[Message]] = {
     ),
     control.RESET: st.builds(control.Reset, COUNTS, NAMES),
     control.NOTICE: st.builds(
-        control.Notice, st.sampled_from(["lost", "returned", "waiting"]), st.lists(NAMES, max_size=4).map(tuple)
+        control.Notice,
+        st.sampled_from(["lost", "returned", "waiting", "resting"]),
+        st.lists(NAMES, max_size=4).map(tuple),
     ),
     control.ABORT: st.builds(control.Abort, NAMES, st.from_regex(r"\AE[0-9]{3}\Z"), TEXTS, TEXTS),
     control.BYE: st.builds(control.Bye, COUNTS),

@@ -45,6 +45,7 @@ SAID: dict[str, tuple[int, control.Message, bytes]] = {
     "reset": (3, control.Reset(2, "hospital-a"), b""),
     "notice-lost": (4, control.Notice("lost", ("hospital-a",)), b""),
     "notice-waiting": (5, control.Notice("waiting", ("hospital-a", "hospital-b")), b""),
+    "notice-resting": (11, control.Notice("resting", ("hospital-a",)), b""),
     "abort": (6, control.Abort("hospital-a", "E351", "a tensor holds a NaN", "lower the learning rate"), b""),
     "abort-refusal": (0, control.Abort("server", "E642", "two parties have different plans", "compare them"), b""),
     "bye": (10, control.Bye(2), b""),

@@ -90,6 +90,22 @@ def test_all_are_told_when_all_have_finished():
     assert state.meet("a", 99) == []  # nothing is begun after the end
 
 
+def test_who_rests_does_so_until_it_is_ready_again_or_restarts():
+    state = conductor()
+    state.on_resting("a")  # before any session there is nothing to rest from
+    assert state.resting == set()
+    start(state)
+    state.on_resting("a")
+    state.on_resting("b")
+    assert state.resting == {"a", "b"}
+    state.on_ready("b", ready(0))  # late: of before the start
+    assert state.resting == {"a", "b"}
+    state.on_ready("b", ready(1))
+    assert state.resting == {"a"}
+    state.meet("a", 9)
+    assert state.resting == set()
+
+
 def test_a_party_that_restarts_after_its_bye_takes_it_back():
     state = conductor()
     start(state)

@@ -68,7 +68,7 @@ def _telling(output: Output) -> Callable[[str, Mapping[str, Any]], None]:
         if event == "serving":
             output.note(f"serving at {facts['address']} to {', '.join(facts['roles'])}; Ctrl-C ends it")
         elif event == "closing":
-            output.note(f"closing: sessions have {facts['seconds']:g} s to end")
+            output.note(f"closing: predictions under way have {facts['seconds']:g} s to end")
         elif event == "refused":
             output.note(f"{facts['identity']}: refused, {facts['code']} {facts['what']}")
         elif event == "came" and output.verbose:

@@ -67,7 +67,8 @@ class Serving:
         deadline: Seconds that a request may wait for the stage.
         idle: Seconds in which a client must send its next request.
         patience: Seconds that a lost client has to come back; then its place is free.
-        drain: Seconds that sessions have to end when the server closes.
+        drain: Seconds that predictions under way have to end when the server closes. A connection that asks for
+            nothing is ended at once.
         window: Seconds over which quotas count.
         quota: Of each identity that is not in `quotas`.
         quotas: Identity -> its own quota.

@@ -163,6 +163,8 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
             _work(run, worker, session)
             if run.task.ends:
                 run.link.finish()
+            else:
+                run.link.rest()
         except SessionReset as reset:
             run.tell("rollback", {"party": run.party.name, "reason": str(reset)})
             if worker is not None:

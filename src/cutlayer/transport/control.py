@@ -167,9 +167,12 @@ class Reset(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=NOTICE):
-    """The coordinator has lost or got back parties, or still waits for them."""
+    """The coordinator has lost or got back parties, or still waits for them; to it: the sender rests.
 
-    event: Literal["lost", "returned", "waiting"]
+    Who rests has all that it wanted of the session. Its next READY, if there is one, asks for another.
+    """
+
+    event: Literal["lost", "returned", "waiting", "resting"]
     parties: Parties
 
 

@@ -28,6 +28,7 @@ from cutlayer.transport.network import Network
 from cutlayer.transport.notifier import Notify
 from cutlayer.transport.peer import Stream
 from cutlayer.transport.settings import NetworkSettings
+from cutlayer.transport.steward import resting
 from cutlayer.transport.timers import Timers
 
 __all__ = ["Guest", "Hall"]
@@ -50,6 +51,11 @@ class Guest:
     identity: str
     role: str
     network: Network
+
+    @property
+    def resting(self) -> bool:
+        """Whether the client has got all that it asked for, and asks for nothing more."""
+        return resting(self.network.desk.steward)
 
 
 class Hall:
@@ -136,10 +142,18 @@ class Hall:
             self.timers.after(self.settings.deadlines.close, lambda: _cancel(stream))
 
     def close(self, seconds: float) -> None:
-        """Let nobody in any more, give the guests so long to end, then end their sessions, and listen no more."""
+        """Let nobody in any more, end the sessions of guests, and listen no more.
+
+        A session ends as soon as its guest rests: at once if it asks for nothing now, else with its answer, or after
+        `seconds` at the latest.
+        """
         deadline = time.monotonic() + seconds
         with self._changed:
             self._closing = True
+            guests = list(self._guests.values())
+        for guest in guests:
+            _dismiss(guest, closing(self.settings.party))
+        with self._changed:
             while self._guests and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
             late = list(self._guests.values())
@@ -177,6 +191,14 @@ class Hall:
         self._guests[identity, hello.party, hello.incarnation] = guest
         self._receive(guest)
         return guest
+
+
+def _dismiss(guest: Guest, error: CutlayerError) -> None:
+    """Have a guest's session end with this error as soon as the guest rests."""
+    steward = guest.network.desk.steward
+    with steward.changed:
+        steward.farewell = error
+        steward.changed.notify_all()
 
 
 def _cancel(stream: Stream) -> None:

@@ -31,7 +31,7 @@ from cutlayer.core.admission import Admission
 from cutlayer.core.program import Tag
 from cutlayer.engine.wire import KIND_DATA, Frame
 from cutlayer.errors import CutlayerError, ProgramError
-from cutlayer.transport.control import Bye
+from cutlayer.transport.control import Bye, Notice
 from cutlayer.transport.grpc_server import Desk
 from cutlayer.transport.handshake import abort_of, typed
 from cutlayer.transport.link import Parcel
@@ -42,7 +42,7 @@ from cutlayer.transport.reception import Reception
 from cutlayer.transport.relay import Relays
 from cutlayer.transport.session import Ready, SessionReset, Start
 from cutlayer.transport.settings import Deadlines, NetworkSettings, check_settings, route
-from cutlayer.transport.steward import Steward, no_session
+from cutlayer.transport.steward import Steward, no_session, resting
 from cutlayer.transport.timers import Timers
 from cutlayer.transport.tls import check_credentials
 from cutlayer.transport.watch import Watch, busy
@@ -208,12 +208,18 @@ class Network:
         steward.say(Bye(steward.member.taken))
         with steward.changed:
             while not steward.member.done:
+                if steward.farewell is not None and resting(steward):
+                    steward.fail(steward.farewell)
                 steward.check()
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise unfinished(self.desk)
                 steward.changed.wait(left)
         self.close()
+
+    def rest(self) -> None:
+        """Say that this party has all that it wanted of the session; it may `rendezvous` for another, or `finish`."""
+        self._steward.say(Notice("resting", (self._settings.party,)))
 
     def close(self) -> None:
         """Say what must still be said, for at most `deadlines.close` seconds, and end all streams and threads."""

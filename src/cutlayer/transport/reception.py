@@ -109,7 +109,7 @@ class Reception:
             self._relayed(peer, message, arrival)
         elif isinstance(message, control.Abort) and not arrival.header.sequence:
             self._steward.fail(error_of(message, peer.name), tell=message, besides=peer.name)
-        elif isinstance(message, control.Notice) and message.event != "waiting":
+        elif isinstance(message, control.Notice) and message.event in ("lost", "returned"):
             if peer.name == self._settings.coordinator:
                 self._watch.noticed(message)
         elif not isinstance(message, control.Heartbeat):

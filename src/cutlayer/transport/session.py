@@ -65,6 +65,7 @@ class Conductor:
     present: dict[str, int] = field(default_factory=dict)
     ready: dict[str, control.Ready] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
+    resting: set[str] = field(default_factory=set)
     _floor: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -79,13 +80,26 @@ class Conductor:
         self.present[party] = incarnation
         self._floor[party] = 0
         self.ready.pop(party, None)
+        self.resting.discard(party)
         return self._end(party) if self.active else []
+
+    def hear(self, party: str, message: control.Message) -> list[Order] | None:
+        """Act upon a message of a party; None: it is none that parties send their coordinator."""
+        if isinstance(message, control.Ready):
+            return self.on_ready(party, message)
+        if isinstance(message, control.Bye):
+            return self.on_bye(party, message)
+        if isinstance(message, control.Notice) and message.event == "resting":
+            self.on_resting(party)
+            return []
+        return None
 
     def on_ready(self, party: str, message: control.Ready) -> list[Order]:
         """A party waits for a session; in the middle of one, this ends it. What was sent before a START is stale."""
         if self.done or message.session < self._floor.get(party, 0):
             return []
         orders = self._end(party) if self.active else []
+        self.resting.discard(party)
         self.ready[party] = message
         return orders + ([] if self.missing else [self._begin()])
 
@@ -96,6 +110,11 @@ class Conductor:
         self.finished.add(party)
         self.done = self.finished >= set(self.parties)
         return [Order(EVERYBODY, control.Bye(self.session))] if self.done else []
+
+    def on_resting(self, party: str) -> None:
+        """A party has what it wanted of the session that runs; it may ask for another."""
+        if self.active:
+            self.resting.add(party)
 
     def _begin(self) -> Order:
         """Start the next session. The caller has seen that nobody is missing."""
@@ -111,6 +130,7 @@ class Conductor:
         self._floor = dict.fromkeys(self.parties, self.session)
         self.ready.clear()
         self.finished.clear()
+        self.resting.clear()
         return Order(EVERYBODY, control.Start(self.session, counts, max(common, default=-1), incarnations))
 
     def _end(self, party: str) -> list[Order]:

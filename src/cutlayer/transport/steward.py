@@ -29,7 +29,7 @@ from cutlayer.transport.peer import Peer, Stream, parcel_of
 from cutlayer.transport.session import EVERYBODY, Conductor, Member, Order, SessionReset
 from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["Steward", "no_session"]
+__all__ = ["Steward", "no_session", "resting"]
 
 Event = Callable[[str, Mapping[str, object]], None]
 Label = tuple[Tag, str, tuple[int, ...]]
@@ -57,6 +57,7 @@ class Steward:
         self.expected: Mapping[str, int] = {}
         self.failure: CutlayerError | None = None
         self.closing = False
+        self.farewell: CutlayerError | None = None  # what ends this party's next wait for others who rest
         self.opened = 0
         self._stopped, self._reset = 0, "the session is over"
         self._mailbox = Mailbox(settings.party, {})
@@ -91,7 +92,7 @@ class Steward:
             self._stop(error)
         self.event("aborted", {"party": abort.party, "code": abort.code, "what": abort.what})
 
-    def say(self, message: control.Ready | control.Bye) -> None:
+    def say(self, message: control.Ready | control.Bye | control.Notice) -> None:
         """Tell the coordinator."""
         with self.changed:
             if self.conductor is not None:
@@ -108,10 +109,8 @@ class Steward:
         with self.changed:
             if isinstance(message, control.Abort) and self.settings.coordinator in (source, self.settings.party):
                 self.fail(error_of(message, source), tell=message, besides=source)
-            elif self.conductor is not None and isinstance(message, control.Ready):
-                self.obey(self.conductor.on_ready(source, message))
-            elif self.conductor is not None and isinstance(message, control.Bye):
-                self.obey(self.conductor.on_bye(source, message))
+            elif self.conductor is not None and (orders := self.conductor.hear(source, message)) is not None:
+                self.obey(orders)
             elif source == self.settings.coordinator:
                 self._follow(message)
             else:
@@ -235,6 +234,12 @@ class Steward:
         for peer in self.peers.values():
             peer.drop_unsent()
         self.changed.notify_all()
+
+
+def resting(steward: Steward) -> bool:
+    """Return whether all others have what they wanted of this coordinator's session, and ask for no other."""
+    conductor = steward.conductor
+    return conductor is not None and conductor.resting >= set(steward.settings.others)
 
 
 def no_session(party: str) -> ProgramError:
