@@ -176,6 +176,64 @@ def test_an_example_that_does_not_fit(example: Any):
         cut(Net(), "one", example=example)
 
 
+def halved(_module: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (given[0] / 2,)
+
+
+def halved_by_name(
+    _module: nn.Module, given: tuple[()], named: dict[str, Tensor]
+) -> tuple[tuple[()], dict[str, Tensor]]:
+    return given, {name: value / 2 for name, value in named.items()}
+
+
+def doubled(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+    return output * 2
+
+
+@pytest.mark.provokes("E325")
+def test_a_hook_on_the_model_that_takes_no_arguments_by_name():
+    model = Net()
+    model.register_forward_pre_hook(halved)
+    with pytest.raises(StageError, match=r"a hook on the model itself does not take the example") as caught:
+        cut(model, "one", example=X)
+    assert (caught.value.code, caught.value.got) == ("E325", "IndexError: tuple index out of range")
+    assert caught.value.where == "hook of Net, called with the arguments of forward by name"
+    assert caught.value.remedy == "remove the hook before the cut; do in forward what it does to values"
+    assert model._forward_pre_hooks
+    with pytest.raises(StageError, match=r"E325.*the example does not fit the model's forward"):  # not the hook alone
+        cut(model, "one", example=X[:, :3])
+
+
+@pytest.mark.provokes("E321")
+@pytest.mark.parametrize("kind", ["forward", "pre", "container"])
+def test_a_hook_that_the_pieces_do_not_call(kind: str):
+    model: nn.Module = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
+    if kind == "forward":
+        model.register_forward_hook(doubled)
+    elif kind == "pre":
+        model.register_forward_pre_hook(halved_by_name, with_kwargs=True)
+    else:
+        model[1].register_forward_hook(doubled)
+    model[0].register_forward_hook(lambda *_: None)  # a piece calls it: it is not to blame
+    with pytest.raises(StageError, match=r"E321.*do not call a hook that changes what the model gives") as caught:
+        cut(model, "1.0", example=X)
+    owner = "1" if kind == "container" else "the model itself"
+    assert caught.value.where == f"Sequential, forward hook or pre-hook of {owner}"
+    assert caught.value.got.startswith("outputs that differ by up to ")
+    assert caught.value.remedy == "remove the hook before the cut, and do in forward what it does to values"
+    assert model._forward_hooks or model._forward_pre_hooks or model[1]._forward_hooks
+
+
+def test_a_hook_that_changes_nothing_is_not_blamed():
+    model = Net(lying)
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(StageError, match=r"E321.*the pieces do not give what the model gives"):
+        cut(model, "one", example=X)
+    plain = Net()
+    plain.register_forward_hook(lambda *_: None)
+    assert cut(plain, "one", example=X).checked
+
+
 @pytest.mark.provokes("E327")
 def test_a_call_that_does_not_say_how():
     with pytest.raises(StageError, match=r"E327.*no cut point.*name one in at="):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,15 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
     try:
         return model(**{**arguments.constants, **_copies(inputs)})
     except Exception as error:
+        if _hooked([model]) and _runs_unhooked(model, arguments, inputs):
+            raise StageError(
+                "a hook on the model itself does not take the example, which forward takes",
+                where=f"hook of {type(model).__name__}, called with the arguments of forward by name",
+                expected="a model without hooks of its own: the pieces do not call them",
+                got=f"{type(error).__name__}: {error}",
+                remedy="remove the hook before the cut; do in forward what it does to values",
+                code="E325",
+            ) from error
         raise StageError(
             "the example does not fit the model's forward",
             where=f"forward of {type(model).__name__}",
@@ -64,15 +75,61 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
                 module.train(mode)
             got = run_pieces(pieces, _copies(inputs))[-1][0]
         if not _same(whole, got):
+            hooked = _hooked(_left_out(model, modules))
+            with undisturbed(model, *modules), torch.no_grad(), _unhooked(hooked):
+                model.train(mode)
+                blamed = hooked and _same(pick(run_whole(model, arguments, inputs)), got)
+            if blamed:
+                names = [name or "the model itself" for name, one in model.named_modules() if one in hooked]
+                raise StageError(
+                    "the pieces do not call a hook that changes what the model gives",
+                    where=f"{type(model).__name__}, forward hook or pre-hook of {', '.join(names)}",
+                    expected="the same output for the example with and without it",
+                    got=_difference(whole, got),
+                    remedy="remove the hook before the cut, and do in forward what it does to values",
+                    code="E321",
+                )
             raise StageError(
                 "the pieces do not give what the model gives",
                 where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
                 expected="the same output for the example",
                 got=_difference(whole, got),
-                remedy="the model's forward does something that tracing does not see (global state, hooks, isinstance "
+                remedy="the model's forward does something that tracing does not see (global state, isinstance "
                 "checks of tensors); cut elsewhere, or hand in the stages by hand",
                 code="E321",
             )
+
+
+def _left_out(model: nn.Module, pieces: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules that no piece has as they are: the model itself, and containers whose parts are cut apart."""
+    kept = {module for piece in pieces for module in piece.modules()}
+    return [module for module in model.modules() if module not in kept]
+
+
+def _hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
+
+
+def _runs_unhooked(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> bool:
+    try:
+        with _unhooked([model]):
+            model(**{**arguments.constants, **_copies(inputs)})
+    except Exception:
+        return False
+    return True
+
+
+@contextmanager
+def _unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take the forward hooks of modules away, until the end."""
+    before = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
+    for module in modules:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, after, first in before:
+            module._forward_hooks, module._forward_pre_hooks = after, first
 
 
 def _copies(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
