@@ -68,6 +68,46 @@ def test_a_tensor_does_not_change_bytes_that_were_sent():
     assert payload == bytes(8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda data: memoryview(bytearray(data))])
+def test_a_payload_of_any_kind_becomes_a_tensor(dtype, shape, kind, recwarn):
+    """Its bytes are the tensor's memory where they may be written to; else they are copied. Nothing warns."""
+    expected = (torch.arange(math.prod(shape)).reshape(shape) % 2).to(torch_dtype(dtype))
+    payload = kind(bytes(to_payload(expected)))
+    value = from_payload(payload, dtype, shape, CPU)
+    assert (value.dtype, value.shape, value.device) == (torch_dtype(dtype), shape, CPU)
+    assert value.is_contiguous()
+    assert not value.requires_grad
+    assert torch.equal(value, expected)
+    before = bytes(payload)
+    value.logical_not_()
+    assert (bytes(payload) == before) is (memoryview(payload).readonly or not value.numel())
+    assert torch.equal(value, expected.logical_not_())
+    assert not recwarn.list
+
+
+def test_a_tensor_keeps_its_payload_alive_and_may_be_trained_on():
+    value = from_payload(bytearray(struct.pack("<4f", 1, 2, 3, 4)), "float32", (2, 2), CPU)
+    (value.requires_grad_() * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    assert value.grad.tolist() == [[1, 2], [3, 4]]
+    assert value.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("offset", [1, 4, 52])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16"])
+def test_a_payload_may_lie_within_other_bytes(dtype, offset):
+    """As after the head of a frame: not on a whole number of elements."""
+    expected = torch.tensor([1, 2, 3]).to(torch_dtype(dtype))
+    own = to_payload(expected)
+    memory = bytearray(offset) + own
+    value = from_payload(memoryview(memory)[offset:], dtype, (3,), CPU)
+    assert torch.equal(value, expected)
+    value.add_(1)
+    assert memory[offset:] == to_payload(expected + 1)
+    assert memory[:offset] == bytes(offset)
+
+
 def test_named_tensors_round_trip():
     tensors = {
         "a.weight": torch.randn(3, 2, requires_grad=True),

@@ -21,12 +21,6 @@ class Row:
     framing: int = 0
     messages: int = 0
 
-    def add(self, payload: int, framing: int) -> None:
-        """Count one frame of these sizes."""
-        self.payload += payload
-        self.framing += framing
-        self.messages += 1
-
 
 @dataclass
 class Ledger:
@@ -73,6 +67,8 @@ class Ledger:
         for part, names, amount in self.step:
             name, sums = _label(names), row[part]
             sums[name] = sums.get(name, 0) + amount
+            if part == "bytes":
+                row["messages"][name] = row["messages"].get(name, 0) + 1
         self.step.clear()
         return row
 
@@ -119,10 +115,11 @@ class Ledger:
         row = self.flows.get(key)
         if row is None:
             row = self.flows[key] = Row()
-        size, name = frame.nbytes, (way, tag.direction, tag.edge)
-        row.add(size, frame.framing)
-        self.step.append(("bytes", name, size))
-        self.step.append(("messages", name, 1))
+        size = frame.nbytes
+        row.payload += size
+        row.framing += frame.framing
+        row.messages += 1
+        self.step.append(("bytes", (way, tag.direction, tag.edge), size))
 
 
 @lru_cache(maxsize=4096)  # a run has few names, and notes about forty amounts a step

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.flops import FlopCounter
@@ -24,6 +23,7 @@ __all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
 Key = tuple[int, int]  # lane, micro
 Gradients = Sequence[Tensor | None] | float  # one per port; a number for the scalar of a loss
 _Shapes = tuple[tuple[int, ...], ...]
+_Hooks = OrderedDict[int, Callable[[Tensor], None]]
 _T = TypeVar("_T")
 
 
@@ -81,6 +81,8 @@ class StageProtocol(Protocol):
         """Drop what forwards have kept, for a roll-back in mid-step."""
 
 
+_engine: Any = torch.autograd.Variable._execution_engine
+_HOOK = -1  # PyTorch numbers its own hooks from 0
 _alias = torch.ops.aten._unsafe_view.default  # the same memory, and for autograd no view of it
 
 
@@ -89,22 +91,34 @@ def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
 
     They take 15 us a call: a fifth of the time of a small stage.
     """
-    _engine_run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    _engine.run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _enter(leaf: Tensor, sink: list[Tensor | None], place: int) -> Tensor:
-    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves.
+def _enter(leaf: Tensor, hooks: _Hooks, plain: bool) -> Tensor:
+    """Let a value into a stage's graph: as it is if `plain`, else so that it may be changed in place.
 
-    The gradient is put into `sink[place]` as it comes: what the leaf keeps has its strides, and what goes on with
-    other strides has other last bits.
+    Autograd forbids that for leaves. A hook takes the gradient as it comes: what the leaf keeps has its strides, and
+    what goes on with other strides has other last bits. The hooks are put where `register_hook` puts them, which takes
+    10 us for its handle.
     """
-    entered: Tensor = _alias(leaf, leaf.shape)
-    entered.register_hook(partial(sink.__setitem__, place))  # type: ignore[no-untyped-call]
-    return entered
+    entered: Any = leaf if plain else _alias(leaf, leaf.shape)
+    entered._backward_hooks = hooks
+    if not plain:
+        entered.grad_fn._register_hook_dict(entered)
+    return cast("Tensor", entered)
 
 
-@dataclass
-class _Kept:
+def _ordinary(module: nn.Module) -> bool:
+    """Whether a module has layers of PyTorch alone, and no hooks: what they do to an input, they do at each forward."""
+    return all(
+        type(part).__module__.startswith("torch.nn.")
+        and "forward" not in vars(part)
+        and not (part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks)
+        for part in module.modules()
+    )
+
+
+class _Kept(msgspec.Struct):
     """What a forward leaves for its backward."""
 
     outputs: tuple[Tensor, ...]
@@ -152,6 +166,9 @@ class ModuleStage:
         self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
+        self._plain: frozenset[_Shapes] = frozenset()  # inputs of which no forward changes any in place
+        self._steady = True
+        self._fitting: set[tuple[torch.dtype, torch.Size, int]] = set()  # what the one output was found to be, rightly
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters, in the module's order."""
@@ -162,20 +179,43 @@ class ModuleStage:
 
         They are seen by the stage's own party, and by the parties of the cuts that the plan derives from it.
         """
-        if self.module.training != context.training:
-            self.module.train(context.training)
-        inputs = [value if value.device == self.device else value.to(self.device) for value in inputs]
+        training = context.training
+        if self.module.training != training:
+            self.module.train(training)
+        if torch.is_grad_enabled() == training:
+            return self._run(inputs, context)
+        with torch.set_grad_enabled(training):
+            return self._run(inputs, context)
+
+    def _run(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
+        """Run the module in the mode that is set; keep what a backward needs."""
+        training, sink = context.training, list[Tensor | None]([None] * len(inputs))
+        leaves, entered, catching = list[Tensor](), list[Tensor](), list[_Hooks]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
-        leaves, sink = [value.detach() for value in inputs], list[Tensor | None]([None] * len(inputs))
-        with torch.set_grad_enabled(context.training):
-            entered = [
-                _enter(leaf.requires_grad_(), sink, place) if wanted and context.training else leaf
-                for place, (leaf, wanted) in enumerate(zip(leaves, context.wanted, strict=True))
-            ]
-            mode = "forward" if context.training else "evaluate"
-            given = self._guarded(mode, shapes, entered, self._with_generator, entered, context.training)
+        plain = shapes in self._plain
+        for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True)):
+            leaf = (value if value.device == self.device else value.to(self.device)).detach()
+            leaves.append(leaf)
+            if wanted and training:
+                catching.append(OrderedDict(((_HOOK, partial(sink.__setitem__, place)),)))
+                leaf = _enter(leaf.requires_grad_(), catching[-1], plain)
+            entered.append(leaf)
+        mode = "forward" if training else "evaluate"
+        try:
+            given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
+        except StageError as error:
+            if not plain or "leaf Variable" not in str(error.__cause__):
+                raise
+            self._plain, self._steady = frozenset(), False  # this time it does change an input in place
+            return self._run(inputs, context)
+        if training and self._steady and not plain and not any(value._version for value in entered):
+            self._steady = _ordinary(self.module)
+            self._plain |= {shapes} if self._steady else set()
+        for hooks in catching:
+            if len(hooks) > 1:  # those that the module has put on its input may change the gradient: ours is the last
+                hooks[_HOOK] = hooks.pop(_HOOK)
         outputs = self._named(given, context.batch, shapes)
-        if context.training:
+        if training:
             self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes)
         return tuple([output.detach() for output in outputs])
 
@@ -195,10 +235,10 @@ class ModuleStage:
         roots, seeds = self._roots(kept, gradients)
         if roots:
             self._guarded("backward", kept.shapes, kept.leaves, _go_back, tuple(roots), tuple(seeds))
-        return [
-            torch.zeros_like(leaf) if wanted and gradient is None else gradient  # an input that the module did not use
-            for leaf, wanted, gradient in zip(kept.leaves, kept.wanted, kept.sink, strict=True)
-        ]
+        for place, gradient in enumerate(kept.sink):
+            if gradient is None and kept.wanted[place]:
+                kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use
+        return kept.sink
 
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
@@ -226,26 +266,6 @@ class ModuleStage:
             alike = gradient.dtype == output.dtype and gradient.device == self.device
             seeds.append(gradient if alike else gradient.to(device=self.device, dtype=output.dtype))
         return roots, seeds
-
-    def _with_generator(self, inputs: list[Tensor], advance: bool) -> object:
-        """Run the module with this stage's generator in place of torch's; evaluation does not advance it."""
-        dice = torch.default_generator
-        outer = dice.get_state()
-        outer_cuda = torch.cuda.get_rng_state(self.device) if self.cuda_generator is not None else None
-        dice.set_state(self.generator)
-        if self.cuda_generator is not None:
-            torch.cuda.set_rng_state(self.cuda_generator, self.device)
-        try:
-            output = _called(self, inputs)
-            if advance:
-                self.generator = dice.get_state()
-                if self.cuda_generator is not None:
-                    self.cuda_generator = torch.cuda.get_rng_state(self.device)
-        finally:
-            dice.set_state(outer)
-            if outer_cuda is not None:
-                torch.cuda.set_rng_state(outer_cuda, self.device)
-        return output
 
     def _guarded(
         self,
@@ -286,6 +306,8 @@ class ModuleStage:
         """Return what the module gave in the order of the ports, checked against their specs."""
         ports = self._ports
         if isinstance(given, Tensor):
+            if (given.dtype, given.shape, batch) in self._fitting:
+                return (given,)
             values: tuple[object, ...] = (given,)
         elif isinstance(given, Mapping):
             values = tuple(given.get(port) for port in ports) if set(given) == set(ports) else ()
@@ -295,22 +317,25 @@ class ModuleStage:
         if len(outputs) != len(ports):
             raise _other_values(self.name, ports, given)
         for port, output in zip(ports, outputs, strict=True):
-            self._check(port, output, batch, shapes)
+            _check_output(self, port, output, batch, shapes)
+        if len(outputs) == 1:
+            self._fitting.add((outputs[0].dtype, outputs[0].shape, batch))
         return outputs
-
-    def _check(self, port: str, output: Tensor, batch: int, shapes: _Shapes) -> None:
-        spec = self.ports[port] if self.ports is not None else None
-        if spec is not None:
-            wrong = check_spec(output, spec, batch)
-        else:
-            wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
-        if wrong:
-            where = f"stage {self.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}"
-            raise _other_tensor(self.name, where, f"{spec or 'a scalar'} for {batch} samples", wrong)
 
 
 def _lists(shapes: _Shapes) -> list[list[int]]:
     return [list(shape) for shape in shapes]
+
+
+def _check_output(stage: ModuleStage, port: str, output: Tensor, batch: int, shapes: _Shapes) -> None:
+    spec = stage.ports[port] if stage.ports is not None else None
+    if spec is not None:
+        wrong = check_spec(output, spec, batch)
+    else:
+        wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
+    if wrong:
+        where = f"stage {stage.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}"
+        raise _other_tensor(stage.name, where, f"{spec or 'a scalar'} for {batch} samples", wrong)
 
 
 def _other_tensor(name: str, where: str, expected: str, got: str) -> StageError:
@@ -335,6 +360,27 @@ def _other_values(name: str, ports: tuple[str, ...], given: object) -> StageErro
         remedy="let its module return the tensors that the plan names; cut it differently otherwise",
         code="E302",
     )
+
+
+def _with_generator(stage: ModuleStage, inputs: list[Tensor], advance: bool) -> object:
+    """Run the module with the stage's own generator in place of torch's; evaluation does not advance it."""
+    dice = torch.default_generator
+    outer = dice.get_state()
+    outer_cuda = torch.cuda.get_rng_state(stage.device) if stage.cuda_generator is not None else None
+    dice.set_state(stage.generator)
+    if stage.cuda_generator is not None:
+        torch.cuda.set_rng_state(stage.cuda_generator, stage.device)
+    try:
+        output = _called(stage, inputs)
+        if advance:
+            stage.generator = dice.get_state()
+            if stage.cuda_generator is not None:
+                stage.cuda_generator = torch.cuda.get_rng_state(stage.device)
+    finally:
+        dice.set_state(outer)
+        if outer_cuda is not None:
+            torch.cuda.set_rng_state(outer_cuda, stage.device)
+    return output
 
 
 def _called(stage: ModuleStage, inputs: list[Tensor]) -> object:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from math import isfinite
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from cutlayer.core.spec import TensorSpec
+from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, NonFiniteError
 
@@ -19,6 +20,7 @@ __all__ = ["dtype_name", "from_payload", "pack", "to_payload", "torch_dtype", "u
 
 
 _NOT_IN_NUMPY = frozenset({torch.bfloat16})
+_OF_NUMPY = {name: np.dtype(name) for name in DTYPES if name != "bfloat16"}
 
 
 @cache
@@ -38,7 +40,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def to_payload(value: Tensor) -> memoryview:
     """Return a tensor's bytes in C order. Shares memory with the tensor where it is contiguous and on the CPU."""
-    value = value.detach()
+    if value.requires_grad:
+        value = value.detach()
     if value.device.type != "cpu":
         value = value.cpu()
     if not value.is_contiguous():
@@ -57,7 +60,11 @@ def from_payload(payload: Buffer, dtype: str, shape: tuple[int, ...], device: to
         return torch.empty(shape, dtype=kind, device=device)
     if view.readonly:
         view = memoryview(bytearray(view))
-    return torch.frombuffer(view, dtype=kind).reshape(shape).to(device)
+    if dtype in _OF_NUMPY and shape:
+        value = torch.from_numpy(np.ndarray(shape, _OF_NUMPY[dtype], view))  # one call of torch instead of two
+    else:
+        value = torch.frombuffer(view, dtype=kind).reshape(shape)
+    return value if device.type == "cpu" else value.to(device)
 
 
 def check_finite(value: Tensor, where: Callable[[], str]) -> None:

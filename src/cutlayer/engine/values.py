@@ -82,7 +82,9 @@ class Values:
         for edges in self._trained[stage]:
             total: Tensor | None = None
             for edge in edges:
-                value = self._gradients.pop((edge, lane, micro)).to(device)
+                value = self._gradients.pop((edge, lane, micro))
+                if value.device != device:
+                    value = value.to(device)
                 total = value if total is None else total + value
             sums.append(total)
         return sums
