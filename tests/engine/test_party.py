@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from cutlayer.core import topologies
 from cutlayer.core.compile import compile_plan
 from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
-from cutlayer.core.program import Backward, Checkpoint, Forward, Load, Recv, Step
+from cutlayer.core.program import Backward, Block, Checkpoint, Forward, Load, Mode, Program, Recv, Send, Step
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.party import Cursor, Do, EndStep, Post, Take, interpret
 from cutlayer.engine.tensors import pack
@@ -35,9 +36,12 @@ def plan(order: str = "relay", **training: object) -> Plan:
     return Plan(stages, training=Training(**numbers), releases=[Release("y", at="head", to="s", spec="int64[batch]")])
 
 
-def effects(made: Plan, party: str, cursor: Cursor, counts: tuple[int, int] = (7, 4)) -> list:
+def effects(made: Plan, party: str, cursor: Cursor, counts: tuple[int, int] = (7, 4), *, mode: Mode = "train") -> list:
     """All that a party does in a round, everything it waits for being there."""
-    program = compile_plan(made, roster_for(made, counts))[party]["train"]
+    return played(compile_plan(made, roster_for(made, counts, evaluation=counts))[party][mode], cursor)
+
+
+def played(program: Program, cursor: Cursor) -> list:
     talk, found, answer = interpret(program, cursor, Desk()), [], None
     while True:
         try:
@@ -118,3 +122,65 @@ def test_nothing_is_in_flight_at_a_checkpoint(choose):
     run.run(choose, watch)
     assert len(saved) == 3 * 5
     assert not any(saved.values())
+
+
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def returning(order: str, every: int) -> Plan:
+    """Clients that wait for the server in each step: in training for gradients too."""
+    return topologies.u_shaped(
+        ["a", "b"], "s", cut=C, back=C, output=C, batch_size=2, order=order, checkpoint_every=every, microbatches=2
+    )
+
+
+def repetitions(made: Plan, party: str, mode: Mode, counts: tuple[int, int]) -> list[tuple[int, list]]:
+    """Of each step: how many repetitions of its block are left, and its effects."""
+    program = compile_plan(made, roster_for(made, counts, evaluation=counts))[party][mode]
+    found, rest = [], effects(made, party, Cursor(round=1), counts, mode=mode)
+    for block in program.blocks:
+        for left in reversed(range(block.repeat)):
+            end = next(place for place, effect in enumerate(rest) if isinstance(effect, EndStep))
+            found.append((left, rest[:end]))
+            rest = rest[end + 1 :]
+    assert not rest
+    return found
+
+
+@pytest.mark.parametrize("order", ["relay", "parallel"])
+@pytest.mark.parametrize("every", [0, 1, 3])
+@pytest.mark.parametrize("mode", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("party", ["a", "s"])
+def test_the_next_batches_are_read_at_the_first_wait_after_the_loads(order, every, mode, party):
+    """Not in the last repetition of a block: so not across a checkpoint either."""
+    read: list[tuple[int, int]] = []
+    repeated = repetitions(returning(order, every), party, mode, (16, 11))
+    for place, (left, found) in enumerate(repeated):
+        ahead = [effect for effect in found if is_job(effect, Load) and effect.ahead]
+        loads = [effect for effect in found if is_job(effect, Load) and not effect.ahead]
+        assert not {(e.instruction.lane, e.index) for e in ahead} & set(read), "read twice"
+        read += [(e.instruction.lane, e.index) for e in ahead]
+        if not left or not loads:
+            assert not ahead
+            continue
+        following = [e for e in repeated[place + 1][1] if is_job(e, Load) and not e.ahead]
+        assert [(e.instruction, e.index) for e in ahead] == [(e.instruction, e.index) for e in following]
+        begin = found.index(ahead[0])
+        assert found[begin : begin + len(ahead)] == ahead
+        waits = [n for n, e in enumerate(found) if isinstance(e, Take) and e.tag.direction in ("up", "down")]
+        assert begin + len(ahead) == min(n for n in waits if n > found.index(loads[-1]))
+    assert bool(read) == (party == "a" and (mode != "train" or every != 1))
+
+
+def test_who_waits_for_nothing_reads_nothing_ahead():
+    found = effects(plan(), "a", Cursor(round=1), (16, 4))
+    assert not any(is_job(effect, Recv) for effect in found)
+    assert [effect.index for effect in found if is_job(effect, Load)] == list(range(8))
+    assert not any(effect.ahead for effect in found if is_job(effect, Load))
+
+
+def test_a_wait_before_the_loads_is_none_after_them():
+    recv, load, send = Recv(0, 0, 0, 1, "up", "s", C), Load(0, (1,), ("x",)), Send(0, 0, 0, 1, "up", "s")
+    program = Program("a", "train", (Block("late", (recv, load, send), 3),))
+    found = played(program, Cursor())
+    assert [(effect.index, effect.ahead) for effect in found if is_job(effect, Load)] == [(n, False) for n in range(3)]

@@ -40,11 +40,15 @@ __all__ = ["Cursor", "Do", "Effect", "Post", "Take", "fulfil", "interpret"]
 
 
 class Do(msgspec.Struct, frozen=True):
-    """Let the worker fulfil an instruction. `index`: batch of a `Load`, step of a `Send`; `parcel` is what came in."""
+    """Let the worker fulfil an instruction. `index`: batch of a `Load`, step of a `Send`; `parcel` is what came in.
+
+    `ahead`: the turn of this `Load` is in the next step; the batch is read now, for the party has to wait.
+    """
 
     instruction: Instruction
     index: int = 0
     parcel: Parcel | None = None
+    ahead: bool = False
 
 
 class Post(msgspec.Struct, frozen=True):
@@ -87,8 +91,12 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
     """Run one round of a program, from the cursor on."""
     party = Interpreter(program, cursor, worker)
     for block in party.rest():
-        for _ in range(block.repeat):
-            for job in block.instructions:
+        loads, spot = _ahead(block)
+        for left in reversed(range(block.repeat)):
+            for place, job in enumerate(block.instructions):
+                if place == spot and left:
+                    for load in loads:
+                        yield Do(load, party.batches.get(load.lane, 0), ahead=True)
                 if isinstance(job, _OWN):
                     yield Do(job)
                 elif isinstance(job, Send):
@@ -108,14 +116,15 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
 class Interpreter:
     """What a party remembers while it runs a program.
 
-    `step` counts through the round; `owed`: by peer, the steps since the last checkpoint not yet credited.
+    `step` counts through the round, `batches` those that were read of each lane; `owed`: by peer, the steps since the
+    last checkpoint not yet credited.
     """
 
     def __init__(self, program: Program, cursor: Cursor, worker: Worker) -> None:
         self.program, self.cursor, self.worker, self.ledger = program, cursor, worker, worker.ledger
         self.step = 0
         self.owed: dict[str, list[int]] = {}
-        self._loads: dict[int, int] = {}
+        self.batches: dict[int, int] = {}
 
     def rest(self) -> Iterator[Block]:
         """Give the blocks after the cursor's checkpoint, and count the steps and batches of those before."""
@@ -127,14 +136,14 @@ class Interpreter:
             self.step += block.repeat
             for job in block.instructions:
                 if isinstance(job, Load):
-                    self._loads[job.lane] = self._loads.get(job.lane, 0) + block.repeat
+                    self.batches[job.lane] = self.batches.get(job.lane, 0) + block.repeat
                 if isinstance(job, Checkpoint) and job.number == self.cursor.checkpoint:
                     skipping = False
 
     def batch(self, lane: int) -> int:
         """Number the batches of a lane."""
-        index = self._loads.get(lane, 0)
-        self._loads[lane] = index + 1
+        index = self.batches.get(lane, 0)
+        self.batches[lane] = index + 1
         return index
 
     def talk(self, job: Credit | Exchange | Checkpoint) -> Talk:
@@ -149,7 +158,8 @@ class Interpreter:
 
     def tag(self, job: Send | Recv) -> Tag:
         """Address a value or gradient."""
-        return self._at(self.step, job.edge, job.lane, job.micro, job.direction)
+        cursor, mode = self.cursor, self.program.mode
+        return Tag(cursor.session, mode, cursor.round, self.step, job.edge, job.lane, job.micro, job.direction)
 
     def post(self, to: str, tag: Tag, parcel: Parcel) -> Post:
         """Make a frame, and count it."""
@@ -220,8 +230,28 @@ def _check_budget(job: Exchange, me: str, number: int, size: int) -> None:
         )
 
 
+def _ahead(block: Block) -> tuple[list[Load], int]:
+    """Return what a step of a block loads, and where its first wait after that is; -1 if there is none.
+
+    What must be waited for takes long: meanwhile the next step's batches can be read.
+    """
+    places = [place for place, job in enumerate(block.instructions) if isinstance(job, Load)]
+    loads = [job for job in block.instructions if isinstance(job, Load)]
+    waits = [
+        place
+        for place, job in enumerate(block.instructions)
+        if isinstance(job, Recv) and place > max(places, default=place)
+    ]
+    if not waits or len({load.lane for load in loads}) < len(loads):
+        return [], -1
+    return loads, waits[0]
+
+
 def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | None:
-    """Let the worker fulfil one instruction, and note the seconds it took. `clock` gives seconds."""
+    """Let the worker fulfil one instruction, and note the seconds it took. `clock` gives seconds.
+
+    A batch is noted once: a `Load` whose batch was read ahead is not.
+    """
     job, begin = effect.instruction, clock()
     result: Parcel | None = None
     if isinstance(job, Forward):
@@ -235,7 +265,8 @@ def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | N
     elif isinstance(job, Step):
         worker.step(job)
     elif isinstance(job, Load):
-        worker.load(job, effect.index)
+        if worker.load(job, effect.index, ahead=effect.ahead):
+            return None
     elif isinstance(job, Checkpoint) and job.last:
         worker.end_round()
     worker.ledger.spend(_KINDS[type(job)], getattr(job, "stage", ""), clock() - begin)

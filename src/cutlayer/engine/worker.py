@@ -72,6 +72,7 @@ class Worker:
         self.mode: Mode = "start"
         self.round = 0
         self.values = Values(self.graph, self.party)  # of the step that is under way
+        self._read: dict[tuple[int, int], dict[str, Tensor]] = {}  # batches of the step that comes next
         self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
@@ -81,33 +82,21 @@ class Worker:
             book.reset()
         self.clear()
 
-    def load(self, job: Load, index: int) -> None:
-        """LOAD: read the lane's `index`-th batch of this round and cut it into microbatches."""
-        source = self.parts.batches.get(self.mode)
-        where = f"party {self.party}, {self.mode} round {self.round}, batch {index}"
-        if source is None:
-            raise DataError(
-                f"party {self.party!r} has no data for {self.mode}",
-                where=where,
-                remedy=f"give Party({self.party!r}, ...) a data set for it: data, evaluation or prediction",
-                code="E252",
-            )
-        epoch = self.round if self.mode == "train" else 0
-        try:
-            batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
-        except DataError as error:
-            error.within(where)
-            raise
-        except CutlayerError:
-            raise
-        except Exception as error:
-            raise _unread(error, where) from error
-        batch = self.site.preprocess.prepare(batch, where)
-        for name in job.fields:
-            value = _field(batch, name, sum(job.sizes), where)
+    def load(self, job: Load, index: int, *, ahead: bool = False) -> bool:
+        """LOAD: read the lane's `index`-th batch of this round and cut it into microbatches.
+
+        With `ahead`, only keep it for its LOAD, which comes in the next step and is answered with True.
+        """
+        read = self._read.pop((job.lane, index), None)
+        fields = _fields(self, job, index) if read is None else read
+        if ahead:
+            self._read[job.lane, index] = fields
+            return False
+        for name, value in fields.items():
             parts = torch.split(value, list(job.sizes)) if len(job.sizes) > 1 else (value,)
             for micro, part in enumerate(parts):
                 self.values.put_field(name, job.lane, micro, part)
+        return read is not None
 
     def forward(self, job: Forward) -> None:
         """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
@@ -216,6 +205,7 @@ class Worker:
     def clear(self) -> None:
         """Forget everything of an unfinished step, for a roll-back."""
         self.values.clear()
+        self._read.clear()
         self.site.clear()
 
     def _role(self, stage: str, lane: int) -> _Role:
@@ -277,6 +267,30 @@ def _unread(error: Exception, where: str) -> DataError:
         remedy="read this batch's samples alone, as data[index]; check that its files are there and can be read",
         code="E268",
     )
+
+
+def _fields(worker: Worker, job: Load, index: int) -> dict[str, Tensor]:
+    source = worker.parts.batches.get(worker.mode)
+    where = f"party {worker.party}, {worker.mode} round {worker.round}, batch {index}"
+    if source is None:
+        raise DataError(
+            f"party {worker.party!r} has no data for {worker.mode}",
+            where=where,
+            remedy=f"give Party({worker.party!r}, ...) a data set for it: data, evaluation or prediction",
+            code="E252",
+        )
+    epoch = worker.round if worker.mode == "train" else 0
+    try:
+        batch = source.load(lane=job.lane, epoch=epoch, index=index, size=sum(job.sizes))
+    except DataError as error:
+        error.within(where)
+        raise
+    except CutlayerError:
+        raise
+    except Exception as error:
+        raise _unread(error, where) from error
+    batch = worker.site.preprocess.prepare(batch, where)
+    return {name: _field(batch, name, sum(job.sizes), where) for name in job.fields}
 
 
 def _field(batch: Mapping[str, Tensor], name: str, size: int, where: str) -> Tensor:

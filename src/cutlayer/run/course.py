@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
-from cutlayer.core.program import Backward, Exchange, Forward, Instruction, Program, Recv, Send, Step
+from cutlayer.core.program import Backward, Exchange, Forward, Instruction, Load, Program, Recv, Send, Step
 from cutlayer.engine.party import EndStep
 
 __all__ = ["PARTS", "Course", "Item", "Key"]
@@ -45,6 +45,17 @@ class Course:
                 self._seen.append(following)
                 yield following
             place += 1
+
+    def next_loads(self) -> list[Load]:
+        """Return what the next step loads, if it begins with that."""
+        found, ends = list[Load](), 0
+        for item in self.coming():
+            ends += isinstance(item, EndStep)
+            if ends and isinstance(item, Load):
+                found.append(item)
+            elif ends == 2 or (ends and not isinstance(item, EndStep)):
+                break
+        return found
 
     def ahead(self, key: Key) -> Iterator[Item]:
         """Give the instructions from here to the end of a microbatch, without going there."""

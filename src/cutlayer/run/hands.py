@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Hands:
     ) -> None:
         """Begin at the first step."""
         self._party, self.worker, self.link, self._told = Interpreter(program, cursor, worker), worker, link, told
+        self._read = -1  # the step in which the next one's batches were last read
 
     @property
     def step(self) -> int:
@@ -50,6 +51,14 @@ class Hands:
             self._fulfil(Do(job, self._party.batch(job.lane)))
         elif isinstance(job, Exchange | Credit | Checkpoint):
             drive(self._party.talk(job), self.link, self.worker.ledger, self._fulfil)
+
+    def read_ahead(self, coming: Callable[[], Sequence[Load]]) -> None:
+        """Read the next step's batches, which `coming` gives, once in a step."""
+        if self._read == self._party.step:
+            return
+        self._read = self._party.step
+        for load in coming():
+            self._fulfil(Do(load, self._party.batches.get(load.lane, 0), ahead=True))
 
     def post(self, job: Send, value: Tensor) -> None:
         """Send a value or gradient that the loop has computed; the loop may write to it afterwards."""

@@ -113,6 +113,7 @@ class Walk:
                 break
             edge = self.course.graph.edges[job.edge]
             if isinstance(job, Recv):
+                self.hands.read_ahead(self.course.next_loads)
                 found.append(self.hands.take(job))
                 leg.got.append(edge)
             elif edge.origin in values:
@@ -142,6 +143,7 @@ class Walk:
                 self.hands.post(job, gradient if gradient is not None else self.hands.zeros(job))
         for job in due:
             if isinstance(job, Recv):
+                self.hands.read_ahead(self.course.next_loads)
                 heard[job.edge] = self.hands.take(job)
             self._done.add((job.edge, job.lane, job.micro, "down"))
         sums: dict[str, Tensor] = {}
