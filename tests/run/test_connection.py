@@ -143,6 +143,7 @@ def test_a_server_that_closes_ends_who_rests_and_answers_what_is_under_way(place
             clients = ThreadOf(lambda: at_once(jobs))
             clients.thread.start()
             assert there.acquire(timeout=15)
+            told.wait("came", 3)  # who dials later is refused
             begin, watcher = time.monotonic(), ThreadOf(look(told))
             watcher.thread.start()
         took = time.monotonic() - begin

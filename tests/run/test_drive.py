@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from cutlayer.core.program import Send, Step, Tag
+from cutlayer.core.program import Load, Send, Step, Tag
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.party import Do, Effect, EndStep, Post, Take
 from cutlayer.engine.wire import Frame
@@ -22,6 +22,9 @@ class Noted:
 
     def send(self, to: str, frame: Frame) -> None:
         self.seen.append(f"{to} gets {frame.tag.edge}")
+
+    def flush(self) -> None:
+        self.seen.append("flush")
 
     def recv(self, source: str, tag: Tag) -> Frame:
         self.seen.append(f"{source} is waited for")
@@ -47,6 +50,8 @@ def noted(talk: Generator[Effect, Any, None]) -> list[str]:
 
 
 def test_small_frames_wait_for_the_next_send_and_for_nothing_else():
+    """They leave before the party computes on; a wait lets them leave by itself."""
+
     def talk() -> Generator[Effect, Any, None]:
         yield from sending(0)
         yield from sending(1)
@@ -57,10 +62,19 @@ def test_small_frames_wait_for_the_next_send_and_for_nothing_else():
         yield EndStep(0, "lane 0")
 
     assert noted(talk()) == [
-        *("Send", "Send", "server gets 0", "server gets 1", "Step"),
+        *("Send", "Send", "server gets 0", "server gets 1", "flush", "Step"),
         *("Send", "server gets 2", "server is waited for"),
-        *("Send", "server gets 4", "EndStep"),
+        *("Send", "server gets 4", "flush", "EndStep"),
     ]
+
+
+def test_a_frame_leaves_before_the_next_batch_is_read():
+    def talk() -> Generator[Effect, Any, None]:
+        yield from sending(0)
+        yield Do(Load(0, (1,), ("x",)), 1, ahead=True)
+        yield Take("server", frame(1).tag)
+
+    assert noted(talk()) == ["Send", "server gets 0", "flush", "Load", "server is waited for"]
 
 
 def test_a_large_frame_leaves_before_the_next_is_made():
@@ -94,7 +108,7 @@ def test_what_an_exchange_says_leaves_at_once():
     link = Noted()
     seen = link.seen
     drive(talk(), link, Ledger("clinic"), link.handle)
-    assert seen == ["Send", "server gets 0", "Step", "server gets 1", "works", "server gets 2"]
+    assert seen == ["Send", "server gets 0", "flush", "Step", "server gets 1", "works", "server gets 2"]
 
 
 def test_what_a_program_sends_last_is_sent():

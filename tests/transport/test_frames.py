@@ -77,6 +77,19 @@ def test_frames_in_one_message_come_out_one_after_the_other():
     ]
 
 
+def test_a_frame_that_is_put_off_is_left_with_all_that_follows():
+    answers: list[bool | None] = [True, None]
+    assembler = Assembler(RUN, lambda head: answers.pop(0), piece=SMALL)
+    messages = [packed(Frame(replace(TAG, step=step), "uint8", (3,), b"abc"), step + 1, SMALL)[0] for step in range(3)]
+    arrivals = list(assembler.feed(b"".join(messages)))
+    assert [one.header.sequence for one in arrivals] == [1]
+    assert assembler.left == b"".join(messages[1:])
+    answers += [True, False]
+    left = assembler.left
+    assert [(one.header.sequence, one.skipped) for one in assembler.feed(left)] == [(2, False), (3, True)]
+    assert assembler.left == b""
+
+
 def test_messages_have_the_promised_sizes():
     payload = np.zeros(3 * PIECE + 5, np.uint8)
     frame = Frame(TAG, "uint8", payload.shape, payload.data)
@@ -84,8 +97,8 @@ def test_messages_have_the_promised_sizes():
     assert [len(piece) for piece in pieces] == [frame.framing + PIECE, PIECE, PIECE, 5]
     assert frame.framing + CONTROL_MAX + PIECE < MESSAGE_MAX
     # a relayed message, with header, control part and seal, is one piece
-    assert HEADER.size + CONTROL_MAX + RELAY_PIECE + OVERHEAD <= PIECE == LIMITS[control.RELAY]
-    assert LIMITS[control.SEAL_OFFER] == OFFER_LIMIT
+    assert HEADER.size + CONTROL_MAX + RELAY_PIECE + OVERHEAD <= PIECE == LIMITS[control.RELAY, True]
+    assert LIMITS[control.SEAL_OFFER, True] == OFFER_LIMIT
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (4, 5)])

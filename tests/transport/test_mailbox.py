@@ -98,3 +98,41 @@ def test_a_failure_reaches_all_who_wait_and_all_who_come_later(failure: Exceptio
     assert caught == [failure] * 3
     with pytest.raises(type(failure)):
         box.take("a", tag(0), 1)
+
+
+def test_several_who_wait_each_get_their_own():
+    box = Mailbox("server", {"a": 9})
+    taken: list[bytes] = []
+
+    def wait(step: int) -> None:
+        taken.append(bytes(box.take("a", tag(step), 10).payload))
+
+    waiting = [threading.Thread(target=wait, args=(step,)) for step in range(3)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.05)
+    for step in (2, 0, 1):
+        box.put("a", frame(step))
+    for thread in waiting:
+        thread.join(5)
+    assert sorted(taken) == [b"\0", b"\1", b"\2"]
+
+
+def test_one_who_waited_in_vain_leaves_nothing_that_misleads_the_next():
+    box = Mailbox("server", {"a": 9})
+    for _ in range(3):
+        with pytest.raises(DeadlineError):
+            box.take("a", tag(0), 0.01)
+    box.put("a", frame(1))
+    begin = time.monotonic()
+    with pytest.raises(DeadlineError):
+        box.take("a", tag(0), 0.2)
+    assert time.monotonic() - begin >= 0.2
+    assert box.take("a", tag(1), 1).payload == b"\1"
+
+
+def test_what_comes_after_a_failure_is_dropped():
+    box = Mailbox("server", {"a": 9})
+    box.fail(SessionReset("b restarted"))
+    box.put("a", frame(1))
+    assert box._frames["a"] == {}

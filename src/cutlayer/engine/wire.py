@@ -19,9 +19,8 @@ shape. dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape i
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
+from typing import cast
 
 import msgspec
 
@@ -29,7 +28,18 @@ from cutlayer.core.program import DIRECTIONS, MODES, Tag
 from cutlayer.core.spec import DTYPES
 from cutlayer.errors import WireError
 
-__all__ = ["BYTES", "CONTROL_MAX", "HEADER", "KIND_DATA", "VERSION", "Frame", "Header", "parse_control", "parse_header"]
+__all__ = [
+    "BYTES",
+    "CONTROL_MAX",
+    "HEADER",
+    "KIND_DATA",
+    "PAYLOAD_MAX",
+    "VERSION",
+    "Frame",
+    "Header",
+    "parse_control",
+    "parse_header",
+]
 
 MAGIC = b"CUTL"
 VERSION = 1
@@ -40,6 +50,9 @@ BYTES = "bytes"
 HEADER = struct.Struct("<4sBBHIQQQ")
 _BYTES_CODE = 255
 _NAMES = tuple(DTYPES)
+_DTYPE_CODES = {**{name: code for code, name in enumerate(_NAMES)}, BYTES: _BYTES_CODE}
+_MODE_CODES = {mode: code for code, mode in enumerate(MODES)}
+_DIRECTION_CODES = {direction: code for code, direction in enumerate(DIRECTIONS)}
 _DIMS_MAX = 16
 _UINT = 2**63 - 1
 
@@ -63,8 +76,7 @@ _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODE = msgspec.msgpack.Decoder(_Control).decode
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """The fixed part of a frame, checked."""
 
     kind: int
@@ -91,14 +103,22 @@ class Frame(msgspec.Struct, frozen=True, dict=True):
     shape: tuple[int, ...]
     payload: Buffer
 
-    @cached_property
+    @property
     def control(self) -> bytes:
         """Return the encoded control part."""
-        tag = self.tag
-        code = _BYTES_CODE if self.dtype == BYTES else _NAMES.index(self.dtype)
-        mode, direction = MODES.index(tag.mode), DIRECTIONS.index(tag.direction)
-        fields = (tag.session, mode, tag.round, tag.step, tag.edge, tag.lane, tag.micro, direction, code, self.shape)
-        return _ENCODE(fields)  # an array, as `_Control` reads it
+        known = vars(self)
+        if "control" not in known:
+            tag = self.tag
+            numbers = tag.round, tag.step, tag.edge, tag.lane, tag.micro
+            codes = _DIRECTION_CODES[tag.direction], _DTYPE_CODES[self.dtype]
+            fields = (tag.session, _MODE_CODES[tag.mode], *numbers, *codes, self.shape)
+            known["control"] = _ENCODE(fields)  # an array, as `_Control` reads it
+        return cast("bytes", known["control"])
+
+    def came_with(self, control: bytes) -> Frame:
+        """Take note of the control part that came with this frame: it need not be written again to be counted."""
+        vars(self)["control"] = control
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -112,9 +132,7 @@ class Frame(msgspec.Struct, frozen=True, dict=True):
 
     def copied(self) -> Frame:
         """Return the same frame with bytes of its own, which may be written to."""
-        copy = Frame(self.tag, self.dtype, self.shape, bytearray(self.payload))
-        vars(copy)["control"] = self.control
-        return copy
+        return Frame(self.tag, self.dtype, self.shape, bytearray(self.payload)).came_with(self.control)
 
     def head(self, sequence: int, run: int) -> bytes:
         """Return header and control part, ready for a link."""
@@ -182,8 +200,9 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
             remedy="install the same release of cutlayer at all parties",
             code="E506",
         ) from None
-    numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro)
-    if not all(0 <= number <= _UINT for number in (*numbers, *control.shape)) or len(control.shape) > _DIMS_MAX:
+    shape = tuple(control.shape)
+    numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro, *shape)
+    if min(numbers) < 0 or max(numbers) > _UINT or len(shape) > _DIMS_MAX:
         raise WireError(
             "a number in the control part is out of range",
             expected="0 to 2^63 - 1",
@@ -204,7 +223,6 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
             code="E507",
         )
     dtype = BYTES if control.dtype == _BYTES_CODE else _NAMES[control.dtype]
-    shape = tuple(control.shape)
     size = prod(shape) * (1 if dtype == BYTES else DTYPES[dtype])
     if size != payload_length or (dtype == BYTES and len(shape) != 1):
         raise WireError(

@@ -32,6 +32,10 @@ class Transport(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Let what was sent leave, before the caller computes on and waits for nothing. Takes a moment at most."""
+        ...
+
     def recv(self, source: str, tag: Tag) -> Frame:
         """Take the frame with this tag from a party; its payload is writable and belongs to the caller.
 

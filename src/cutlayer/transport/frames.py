@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from cutlayer.core.program import Tag
-from cutlayer.engine.wire import HEADER, KIND_DATA, Buffer, Frame, Header, parse_control, parse_header
+from cutlayer.engine.wire import HEADER, KIND_DATA, PAYLOAD_MAX, Buffer, Frame, Header, parse_control, parse_header
 from cutlayer.errors import WireError
 from cutlayer.transport import control
 from cutlayer.transport.seal import OFFER_LIMIT
@@ -34,8 +34,16 @@ RELAY_PIECE: Final = PIECE - 2**16 - 2**12
 """Payload bytes of a relayed message, which with header, control part and seal must fit into one piece."""
 MESSAGE_MAX: Final = 2 * PIECE
 """Longest message that a stream carries, in bytes."""
-LIMITS: Final[Mapping[int, int]] = {control.RELAY: PIECE, control.SEAL_OFFER: OFFER_LIMIT}
-"""Longest payload by kind; data frames are checked against the program, all other kinds have none."""
+LIMITS: Final[Mapping[tuple[int, bool], int]] = {
+    **{(kind, kind not in control.UNNUMBERED): 0 for kind in control.KINDS},
+    (control.ABORT, False): 0,  # as a refusal, it belongs to no link
+    (control.RELAY, True): PIECE,
+    (control.SEAL_OFFER, True): OFFER_LIMIT,
+    (KIND_DATA, True): PAYLOAD_MAX,  # checked against the program
+}
+"""Longest payload by kind and whether the frame is numbered; others there are not."""
+_NOTHING: Final = memoryview(bytearray())
+_LONG: Final = 2**16  # bytes
 
 
 def run_number(run: str) -> int:
@@ -55,21 +63,23 @@ def messages(header: Header, part: bytes, payload: Buffer, *, piece: int = PIECE
         yield bytes(view[start : start + piece])
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A complete frame.
+Label = tuple[Tag, str, tuple[int, ...]]
+
+
+class Arrival(msgspec.Struct):
+    """A frame that comes in.
 
     Attributes:
         header, control: As they came.
-        payload: Writable, in memory of its own; empty if `skipped`.
+        payload: Writable, in memory of its own; empty until it is complete, or if `skipped`.
         label: What a data frame says of itself: tag, dtype, shape.
-        skipped: It came whole, but was not wanted.
+        skipped: It is not wanted.
     """
 
     header: Header
     control: bytes
     payload: memoryview
-    label: tuple[Tag, str, tuple[int, ...]] | None = None
+    label: Label | None = None
     skipped: bool = False
 
     @property
@@ -77,10 +87,10 @@ class Arrival:
         """Return a data frame. Raises TypeError for another kind."""
         if self.label is None:
             raise TypeError(f"kind {self.header.kind}")
-        return Frame(*self.label, self.payload)
+        return Frame(*self.label, self.payload).came_with(self.control)
 
 
-Accept = Callable[[Arrival], bool]
+Accept = Callable[[Arrival], bool | None]
 
 
 class Assembler:
@@ -89,30 +99,36 @@ class Assembler:
     Args:
         run: The run's number; frames of others are refused.
         accept: Called with header and control part of each frame *before* memory is taken for its payload (which is
-            then empty): True to take it, False to skip it, or it raises.
+            then empty): True to take it, False to skip it, None to be asked again later, or it raises.
         piece: Payload bytes of a message.
+
+    Attributes:
+        left: What `accept` has put off of the message that was fed last: to be fed before any other.
     """
 
     def __init__(self, run: int, accept: Accept, *, piece: int = PIECE) -> None:
         """Start with no frame."""
+        self.left = _NOTHING
         self._run, self._accept, self._piece = run, accept, piece
         self._head: Arrival | None = None
-        self._buffer = np.empty(0, np.uint8)
         self._filled = 0
-        self._skipping = False
 
-    def feed(self, message: bytes | memoryview) -> Iterator[Arrival]:
+    def feed(self, message: Buffer) -> Iterator[Arrival]:
         """Take the next message; give the frames that it completes, each before the next one is looked at.
 
         Raises:
             WireError: it is not what must come next. The stream cannot go on.
             ContractError: `accept` refuses a frame.
         """
-        rest = memoryview(message)
+        rest, self.left = memoryview(message), _NOTHING
         while True:
-            if self._head is None:
-                self._head, rest = self._begin(rest)
             head = self._head
+            if head is None:
+                head, start = self._begin(rest)
+                if head is None:
+                    self.left = rest
+                    return
+                self._head, self._filled, rest = head, 0, rest[start:]
             length = head.header.payload_length
             expected = min(length - self._filled, self._piece)
             whole = self._filled + expected == length
@@ -125,17 +141,18 @@ class Assembler:
                     remedy="install the same release of cutlayer at all parties",
                     code="E512",
                 )
-            if not self._skipping and expected:
-                self._buffer[self._filled : self._filled + expected] = np.frombuffer(rest[:expected], np.uint8)
+            if expected and not head.skipped:
+                self._fill(head, rest[:expected])
             self._filled += expected
-            rest = rest[expected:]
             if whole:
-                yield self._end(head)
-            if not rest.nbytes:
+                self._head = None
+                yield head
+            if len(rest) == expected:
                 return
+            rest = rest[expected:]
 
-    def _begin(self, message: memoryview) -> tuple[Arrival, memoryview]:
-        """Read a frame's first message and take memory; return its head, and the message's part of the payload."""
+    def _begin(self, message: memoryview) -> tuple[Arrival | None, int]:
+        """Read a frame's first message and take memory; return its head, None if put off, and its length in bytes."""
         header = parse_header(message)
         if header.run != self._run:
             raise WireError(
@@ -153,41 +170,49 @@ class Assembler:
                 remedy="install the same release of cutlayer at all parties",
                 code="E512",
             )
-        _check_kind(header)
+        kind, sequence, size = header.kind, header.sequence, header.payload_length
+        limit = LIMITS.get((kind, sequence > 0))
+        if limit is None or size > limit or sequence >= 2**63:
+            raise _refusal(header)
         part = bytes(message[HEADER.size : start])
-        label = parse_control(part, header.payload_length) if header.kind == KIND_DATA else None
-        head = Arrival(header, part, memoryview(b""), label)
-        self._skipping = not self._accept(head)
-        self._buffer = np.empty(0 if self._skipping else header.payload_length, np.uint8)
-        self._filled = 0
-        return head, message[start:]
+        label = parse_control(part, size) if kind == KIND_DATA else None
+        head = Arrival(header, part, _NOTHING, label)
+        wanted = self._accept(head)
+        if wanted is None:
+            return None, 0
+        head.skipped = not wanted
+        return head, start
 
-    def _end(self, head: Arrival) -> Arrival:
-        buffer = self._buffer
-        self._head, self._buffer = None, np.empty(0, np.uint8)
-        return Arrival(head.header, head.control, buffer.data, head.label, self._skipping)
+    def _fill(self, head: Arrival, piece: memoryview) -> None:
+        """Copy a piece of the payload into memory of its own, which is taken with the first one.
+
+        Long pieces are copied by numpy, which lets other threads run meanwhile.
+        """
+        size, begin = head.header.payload_length, self._filled
+        if piece.nbytes == size < _LONG:
+            head.payload = memoryview(bytearray(piece))
+            return
+        if not begin:
+            head.payload = np.empty(size, np.uint8).data
+        np.frombuffer(head.payload, np.uint8)[begin : begin + piece.nbytes] = np.frombuffer(piece, np.uint8)
 
 
-def _check_kind(header: Header) -> None:
-    """Check what can be checked without the control part: kind, numbering, size."""
-    kind = header.kind
-    refusal = kind == control.ABORT and header.sequence == 0
-    numbered = kind == KIND_DATA or (kind in control.KINDS and kind not in control.UNNUMBERED)
-    known = numbered or kind in control.UNNUMBERED
-    limit = LIMITS.get(kind, 0)
-    if not known or (numbered != (header.sequence > 0) and not refusal) or header.sequence >= 2**63:
-        raise WireError(
+def _refusal(header: Header) -> WireError:
+    """Return the error of a kind, number or size that may not be."""
+    kind, length = header.kind, header.payload_length
+    limit = LIMITS.get((kind, header.sequence > 0))
+    if limit is None or header.sequence >= 2**63:
+        return WireError(
             "a frame of a kind that may not be here",
             expected="a known kind, numbered from 1 unless it belongs to the stream",
             got=f"kind {kind}, number {header.sequence}",
             remedy="install the same release of cutlayer at all parties",
             code="E513",
         )
-    if kind != KIND_DATA and header.payload_length > limit:
-        raise WireError(
-            "a message carries too much",
-            expected=f"at most {limit} bytes with kind {kind}",
-            got=str(header.payload_length),
-            remedy="install the same release of cutlayer at all parties",
-            code="E513",
-        )
+    return WireError(
+        "a message carries too much",
+        expected=f"at most {limit} bytes with kind {kind}",
+        got=str(length),
+        remedy="install the same release of cutlayer at all parties",
+        code="E513",
+    )

@@ -94,10 +94,11 @@ class Dialer:
         timer = desk.timers.after(settings.rhythm.hello, channel.close)
         try:
             try:
-                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._speak(stream))
+                method = channel.stream_stream(f"/{SERVICE}/{METHOD}", response_deserializer=stream.hear)
+                call = method(self._speak(stream))
             except ValueError:  # the timer closed the channel before the call
                 return False, None
-            self._call, stream.cancel = call, call.cancel
+            self._call, stream.cancel = call, lambda: desk.timers.post(call.cancel)  # a call may wait for `ear`
             first = next(call, None)
             timer.cancel()
             if first is None:

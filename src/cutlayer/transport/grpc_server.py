@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -175,11 +176,11 @@ class Server:
         calls = self._door.streams + CALLS_AT_ONCE
         self._pool = ThreadPoolExecutor(calls, thread_name_prefix=f"cutlayer-{settings.party}-stream")
         self._server = grpc.server(self._pool, options=server_options(), maximum_concurrent_rpcs=calls)
-        methods = {METHOD: grpc.stream_stream_rpc_method_handler(self._serve)}
+        self._server.add_generic_rpc_handlers((_Methods(self._serve),))
         if settings.credentials is not None:
             probes = ProbeService(settings.party, settings.digest, _only_name)
-            methods[PROBE] = grpc.stream_stream_rpc_method_handler(probes.answer)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+            methods = {PROBE: grpc.stream_stream_rpc_method_handler(probes.answer)}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if settings.credentials is None:
                 port = self._server.add_insecure_port(settings.port)
@@ -209,10 +210,10 @@ class Server:
         for thread in self._readers:
             thread.join()
 
-    def _serve(self, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
+    def _serve(self, stream: Stream, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
         """Greet whoever dialled, then write the stream from here and read it in another thread."""
         door = self._door
-        stream = Stream(cancel=context.cancel)
+        stream.cancel = context.cancel
         if not context.add_callback(stream.end):
             return
         timer = door.timers.after(door.settings.rhythm.hello, context.cancel)
@@ -239,6 +240,21 @@ class Server:
             self._readers = [thread for thread in self._readers if thread.is_alive()] + [reader]
         yield single(own, desk.settings.run)
         yield from desk.speak(stream)
+
+
+class _Methods(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Gives each call of the link's method a stream of its own, whose ear gRPC's thread calls with each message."""
+
+    def __init__(self, serve: Callable[[Stream, Iterator[bytes], Any], Iterator[bytes]]) -> None:
+        self._serve = serve
+
+    def service(self, handler_call_details: Any) -> Any:  # noqa: ANN401 - grpc has no types
+        """Return how a call is answered; None: it is of another method."""
+        if handler_call_details.method != f"/{SERVICE}/{METHOD}":
+            return None
+        stream = Stream(cancel=lambda: None)
+        serve = partial(self._serve, stream)
+        return grpc.stream_stream_rpc_method_handler(serve, request_deserializer=stream.hear)
 
 
 def _only_name(context: Any) -> str:  # noqa: ANN401 - grpc has no types

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
+
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, WireError
 
@@ -44,8 +46,7 @@ class Limits:
     ack_bytes: int = 2**22
 
 
-@dataclass(eq=False, kw_only=True)
-class Parcel:
+class Parcel(msgspec.Struct, eq=False, kw_only=True):
     """A frame to be sent. With `render`, the payload is made from it when the frame first leaves, and then kept.
 
     `size` is that of the payload, in bytes; an `urgent` frame overtakes those that are not, and counts towards no
@@ -105,7 +106,8 @@ class Outbox:
             self._urgent.append(parcel)
         else:
             self._tensors.append(parcel)
-            self._count(parcel, 1)
+            self._frames += 1
+            self._bytes += parcel.size + _FRAMING
 
     def park(self, name: str, parcel: Parcel) -> None:
         """Keep a tensor back until `unpark(name)`; it counts towards the bounds."""
@@ -128,10 +130,11 @@ class Outbox:
             lane = self._tensors
         else:
             return None
-        lane[0].make()
+        if lane[0].render is not None:
+            lane[0].make()
         parcel = lane.popleft()
         if not parcel.urgent:
-            self._away += _cost(parcel)
+            self._away += parcel.size + _FRAMING
         item = (self._number, parcel)
         self._sent.append(item)
         self._number += 1
@@ -207,15 +210,16 @@ class Inbox:
         Raises:
             WireError: E510, one before it is missing.
         """
-        if sequence > self.wanted:
+        wanted = self._received + 1
+        if sequence > wanted:
             raise WireError(
                 "a frame is missing",
-                expected=f"number {self.wanted}",
+                expected=f"number {wanted}",
                 got=f"number {sequence}",
                 remedy="the sender, or what is between, loses frames; report it with both releases",
                 code="E510",
             )
-        return sequence == self.wanted
+        return sequence == wanted
 
     def complete(self, sequence: int, size: int) -> bool:
         """Note that this frame of `size` bytes has come whole; False if it had come before."""
@@ -225,6 +229,12 @@ class Inbox:
         self._frames += 1
         self._bytes += size
         return True
+
+    @property
+    def pressing(self) -> bool:
+        """Whether the frame that came last must be acknowledged at once, or is the first to wait for that."""
+        limits = self._limits
+        return self._frames in (1, limits.ack_frames) or self._bytes >= limits.ack_bytes
 
     def hold(self, size: int) -> Ticket:
         """Hold back the acknowledgement of the frame that came last, until `release`.

@@ -147,6 +147,9 @@ class Others:
         """Leave a frame for a party; it shares no memory with the sender's."""
         _put(self.party, Post(to, frame), self._mail)
 
+    def flush(self) -> None:
+        """Do nothing: what was sent has left; see `base.Transport.flush`."""
+
     def recv(self, source: str, tag: Tag) -> Frame:
         """Run the others until the frame is there. Raises `ProgramError` E402 if none of them can go on."""
         key = (source, self.party, tag)

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from cutlayer.core.program import Tag
 from cutlayer.engine.wire import Frame
@@ -32,20 +34,29 @@ class Mailbox:
         self._party = party
         self._bounds = dict(bounds)
         self._frames: dict[str, dict[Tag, Frame]] = {source: {} for source in bounds}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting = 0  # threads that are to be rung for
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes a thread sooner than a condition does
         self._failure: BaseException | None = None
 
     def check(self, source: str, tag: Tag) -> None:
         """Raise `ContractError` E530 if this frame would be one too many, or is there already."""
-        with self._changed:
-            self._check(source, tag)
+        with self._lock:
+            held = self._frames.get(source)
+            if held is None or tag in held or len(held) >= self._bounds[source]:
+                raise self._refusal(source, tag)
 
     def put(self, source: str, frame: Frame) -> None:
-        """Keep a frame until it is taken. Raises `ContractError` E530 as `check` does."""
-        with self._changed:
-            self._check(source, frame.tag)
-            self._frames[source][frame.tag] = frame
-            self._changed.notify_all()
+        """Keep a frame until it is taken, unless all has failed. Raises `ContractError` E530 as `check` does."""
+        with self._lock:
+            if self._failure is not None:
+                return
+            held = self._frames.get(source)
+            if held is None or frame.tag in held or len(held) >= self._bounds[source]:
+                raise self._refusal(source, frame.tag)
+            held[frame.tag] = frame
+            if self._waiting:
+                self._ring()
 
     def take(self, source: str, tag: Tag, seconds: float) -> Frame:
         """Wait for a frame and remove it.
@@ -55,8 +66,8 @@ class Mailbox:
             BaseException: what `fail` was given, before or while this waits.
         """
         deadline = time.monotonic() + seconds
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
                 if self._failure is not None:
                     raise self._failure
                 frame = self._frames.get(source, {}).pop(tag, None)
@@ -65,28 +76,35 @@ class Mailbox:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise _late(self._party, source, tag, seconds)
-                self._changed.wait(left)
+                self._waiting += 1
+            with suppress(queue.Empty):
+                self._bell.get(timeout=left)
 
     def fail(self, failure: BaseException) -> None:
         """Make every `take`, waiting or to come, raise this; the first failure stays. Drops all frames."""
-        with self._changed:
+        with self._lock:
             if self._failure is None:
                 self._failure = failure
             for frames in self._frames.values():
                 frames.clear()
-            self._changed.notify_all()
+            self._ring()
 
-    def _check(self, source: str, tag: Tag) -> None:
+    def _ring(self) -> None:
+        """Wake all who wait; the lock is held. One who waits no longer leaves a ring, and looks once more for it."""
+        for _ in range(self._waiting):
+            self._bell.put(None)
+        self._waiting = 0
+
+    def _refusal(self, source: str, tag: Tag) -> ContractError:
         held, bound = self._frames.get(source, {}), self._bounds.get(source, 0)
-        if tag in held or len(held) >= bound:
-            raise ContractError(
-                f"{source!r} sent a frame twice" if tag in held else f"{source!r} sent more than can be under way",
-                where=f"party {self._party}, {place(tag)}",
-                expected=f"at most {bound} frames at once, each of them once",
-                got=f"{len(held)} waiting",
-                remedy="the sender breaks the contract: stop, and compare its plan and release with yours",
-                code="E530",
-            )
+        return ContractError(
+            f"{source!r} sent a frame twice" if tag in held else f"{source!r} sent more than can be under way",
+            where=f"party {self._party}, {place(tag)}",
+            expected=f"at most {bound} frames at once, each of them once",
+            got=f"{len(held)} waiting",
+            remedy="the sender breaks the contract: stop, and compare its plan and release with yours",
+            code="E530",
+        )
 
 
 def place(tag: Tag) -> str:

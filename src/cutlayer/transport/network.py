@@ -47,6 +47,7 @@ from cutlayer.transport.timers import Timers
 from cutlayer.transport.tls import check_credentials
 from cutlayer.transport.watch import Watch, busy
 
+_BRIEFLY: Final = 1e-6  # seconds; in fact some 60 us
 _LOOK: Final = 1.0  # seconds between two looks at who is there, while a party waits for the others
 
 __all__ = ["Deadlines", "Network", "NetworkSettings", "Notify", "Ready", "SessionReset", "Start"]
@@ -74,7 +75,10 @@ class Network:
         self._settings = settings
         self._notifier = Notifier(f"cutlayer-{settings.party}-notify", notify, self._failed)
         peers = {name: Peer(name, settings) for name in settings.others if route(settings, name) != "relay"}
-        self._timers = Timers(f"cutlayer-{settings.party}-timers", self._broke)
+        where = f"party {settings.party}"
+        self._timers = Timers(
+            f"cutlayer-{settings.party}-timers", lambda error: self._steward.fail(typed(error, where))
+        )
         self._steward = Steward(settings, peers, self._notifier.post)
         self._watch = Watch(settings, self._steward, self._timers)
         self._relays = Relays(settings, self._steward)
@@ -178,6 +182,13 @@ class Network:
                 code="E432",
             )
 
+    def flush(self) -> None:
+        """Leave the interpreter's lock to the thread that writes; see `base.Transport.flush`.
+
+        It would get it only when this one next enters torch or a system call: in a small step, half a message later.
+        """
+        time.sleep(_BRIEFLY)
+
     def recv(self, source: str, tag: Tag) -> Frame:
         """Take the frame with this tag; see `base.Transport.recv`."""
         return self._steward.take(source, tag)
@@ -226,9 +237,6 @@ class Network:
         deadline = time.monotonic() + self._settings.deadlines.close
         self._links.close()
         self._notifier.close(max(0.1, deadline - time.monotonic()))
-
-    def _broke(self, error: BaseException) -> None:
-        self._steward.fail(typed(error, f"party {self._settings.party}"))
 
     def _failed(self, error: BaseException) -> None:
         self._steward.fail(

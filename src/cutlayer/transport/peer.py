@@ -1,7 +1,8 @@
 """One other party, as the threads of this process see it: its link's state, and the stream that carries it just now.
 
-Locks: `changed` guards the link and the choice of the stream; `inbound` makes one frame after the other be taken in
-and acted upon, even while an old stream's reader ends. Nothing is called back with `changed` held.
+Locks: `lock`, with its condition `changed`, guards the link and the choice of the stream; `inbound` makes one frame
+after the other be taken in and acted upon, even while an old stream's reader ends. Nothing is called back with `lock`
+held.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -19,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cutlayer.engine.wire import HEADER, Header
+from cutlayer.engine.wire import HEADER, Buffer, Header
 from cutlayer.errors import DeadlineError, HandshakeError
 from cutlayer.transport import control
-from cutlayer.transport.frames import PIECE, messages, run_number
+from cutlayer.transport.frames import PIECE, run_number
 from cutlayer.transport.handshake import single
 from cutlayer.transport.link import Link, Parcel, Ticket
 from cutlayer.transport.settings import NetworkSettings
@@ -45,6 +46,7 @@ class Stream:
         farewell: A last message, instead of all others, even if the peer has nothing more to say.
         heard: When something last came, by the monotonic clock.
         peer: Whose it is, once that is known.
+        ear: Takes in what it can of a message at once, and returns the rest; None: nobody reads yet.
     """
 
     cancel: Callable[[], object]
@@ -53,12 +55,17 @@ class Stream:
     farewell: bytes = b""
     heard: float = field(default_factory=time.monotonic)
     peer: Peer | None = None
+    ear: Callable[[bytes], Buffer] | None = None
+
+    def hear(self, message: bytes) -> Buffer:
+        """Give what a reader of the stream is to get for a message: gRPC's deserializer, called in its own thread."""
+        return self.ear(message) if self.ear is not None else message
 
     def end(self) -> None:
         """Close the stream; its writer and its reader stop."""
         self.closed = True
         if self.peer is not None:
-            with self.peer.changed:
+            with self.peer.lock:
                 self.peer.changed.notify_all()
 
 
@@ -75,7 +82,8 @@ class Peer:
         self.name = name
         self.party, self.run, self.rhythm = settings.party, settings.run, settings.rhythm
         self.patience = settings.deadlines.patience
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.inbound = threading.Lock()
         self.link = Link(settings.limits)
         self.stream: Stream | None = None
@@ -87,7 +95,7 @@ class Peer:
 
     def put(self, *parcels: Parcel) -> None:
         """Queue frames, without waiting for room."""
-        with self.changed:
+        with self.lock:
             for parcel in parcels:
                 self.link.outbox.push(parcel)
             self.changed.notify_all()
@@ -102,7 +110,7 @@ class Peer:
             BaseException: what `check` raises, which is called whenever something changed.
         """
         deadline, spare = time.monotonic() + seconds, self.patience + _LOOK
-        with self.changed:
+        with self.lock:
             check()
             while self.link.outbox.full:
                 left, begin, down = deadline - time.monotonic(), time.monotonic(), self.stream is None
@@ -122,56 +130,61 @@ class Peer:
 
     def unpark(self, name: str) -> None:
         """Send what was parked under a name."""
-        with self.changed:
+        with self.lock:
             self.link.outbox.unpark(name)
             self.changed.notify_all()
 
     def drop_unsent(self) -> None:
         """Give up tensors that have not left, and wake all who wait for room."""
-        with self.changed:
+        with self.lock:
             gone = self.link.outbox.drop_unsent()
             self.changed.notify_all()
         finish(gone)
 
     # --- receiving ---
 
-    def judge(self, sequence: int) -> bool:
-        """Return whether a frame with this number is new. Raises `WireError` E510 if one before it is missing."""
-        with self.changed:
-            return self.link.inbox.judge(sequence)
+    def wants(self, stream: Stream, sequence: int) -> bool:
+        """Return whether a frame with this number, 0 for none, is new, and comes on the stream that counts.
+
+        Raises:
+            WireError: E510, one before it is missing.
+        """
+        with self.lock:
+            if self.stream is not stream or stream.closed:
+                return False
+            return not sequence or self.link.inbox.judge(sequence)
 
     def complete(self, stream: Stream, sequence: int, size: int) -> bool:
         """Note that a frame has come whole; False if this stream no longer counts, or another brought it first."""
-        with self.changed:
+        with self.lock:
             if stream.closed or self.stream is not stream:
                 return False
-            before = self.link.inbox.due()
-            if not self.link.inbox.complete(sequence, size):
+            inbox = self.link.inbox
+            if not inbox.complete(sequence, size):
                 return False
-            after = self.link.inbox.due()
-            if after is not None and (before is None or after[1]):  # else the writer knows that it has one to send
+            if inbox.pressing:  # else the writer knows that it has something to acknowledge
                 self.changed.notify_all()
             return True
 
     def hold(self, size: int) -> Ticket:
         """Hold back the acknowledgement of the frame that came last. Raises `ContractError` E529 for too many."""
-        with self.changed:
+        with self.lock:
             return self.link.inbox.hold(size)
 
     def release(self, ticket: Ticket) -> None:
         """Let a held frame be acknowledged."""
-        with self.changed:
+        with self.lock:
             self.link.inbox.release(ticket)
             self.changed.notify_all()
 
     def carries(self, stream: Stream) -> bool:
         """Return whether what comes on this stream still counts."""
-        with self.changed:
+        with self.lock:
             return self.stream is stream and not stream.closed
 
     def acknowledged(self, stream: Stream, received: int) -> None:
         """The peer has everything up to this number. Raises `WireError` E511 if that was never sent."""
-        with self.changed:
+        with self.lock:
             if not self.carries(stream):
                 return
             gone = self.link.outbox.acknowledged(received)
@@ -190,7 +203,7 @@ class Peer:
             WireError: E511, the peer wants a frame that cannot be had.
             HandshakeError: E644, this process of it was replaced; E647, it is new, and wants what an earlier one did.
         """
-        with self.changed:
+        with self.lock:
             old, previous = self.stream, self.link.remote
             if hello.incarnation in self._replaced:
                 raise _late(self)
@@ -214,13 +227,13 @@ class Peer:
     def detach(self, stream: Stream) -> None:
         """A stream has ended."""
         stream.end()
-        with self.changed:
+        with self.lock:
             if self.stream is stream:
                 self.stream = None
 
     def expect(self, incarnation: int) -> None:
         """A session with this incarnation starts: another one's stream ends, and what was queued for it is void."""
-        with self.changed:
+        with self.lock:
             if incarnation in self._replaced:
                 return  # the coordinator has not met its successor yet, and will say RESET
             if incarnation != self.link.remote:
@@ -244,14 +257,16 @@ def write(peer: Peer, stream: Stream) -> Iterator[bytes]:
     """Yield what a stream is to carry, until it ends: the writer's side of a call."""
     number = run_number(peer.run)
     while (due := _due(peer, stream)) is not None:
-        told, items = due
-        parts, rest = [told] if told else [], iter(list[bytes]())
-        for sequence, parcel in items:
-            header = Header(parcel.kind, len(parcel.control), memoryview(parcel.payload).nbytes, sequence, number)
-            rest = messages(header, parcel.control, parcel.payload)
-            parts.append(next(rest))
-        yield parts[0] if len(parts) == 1 else b"".join(parts)
-        yield from rest
+        parts, rest = list[Buffer](), memoryview(b"")
+        for sequence, parcel in due[1]:
+            view = memoryview(parcel.payload)
+            view = view.cast("B") if view.nbytes else memoryview(b"")
+            header = Header(parcel.kind, len(parcel.control), view.nbytes, sequence, number)
+            parts += (header.pack(), parcel.control, view[:PIECE])
+            rest = view[PIECE:]
+        yield b"".join((due[0], *parts))
+        for start in range(0, rest.nbytes, PIECE):
+            yield bytes(rest[start : start + PIECE])
 
 
 def _due(peer: Peer, stream: Stream) -> tuple[bytes, list[tuple[int, Parcel]]] | None:
@@ -260,7 +275,7 @@ def _due(peer: Peer, stream: Stream) -> tuple[bytes, list[tuple[int, Parcel]]] |
     The frames fit into one message, but for further pieces of the last.
     """
     idle = False
-    with peer.changed:
+    with peer.lock:
         while stream.farewell or not stream.closed:
             if stream.farewell:
                 last, stream.farewell, stream.closed = stream.farewell, b"", True

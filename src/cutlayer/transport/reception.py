@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
 
-from cutlayer.engine.wire import KIND_DATA
+from cutlayer.engine.wire import KIND_DATA, Buffer
 from cutlayer.errors import CutlayerError, WireError
 from cutlayer.transport import control
 from cutlayer.transport.frames import Arrival, Assembler, run_number
@@ -24,9 +27,23 @@ from cutlayer.transport.watch import Watch
 
 __all__ = ["Reception"]
 
+_AT_ONCE: Final = 2**17  # bytes: copying more would keep gRPC's thread from other streams
+_BRIEF: Final = frozenset({KIND_DATA, control.ACK, control.HEARTBEAT})
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A stream that is being read. `prompt`: by gRPC's thread just now. `deaf`: nothing more is taken from it."""
+
+    peer: Peer
+    stream: Stream
+    prompt: bool = False
+    deaf: bool = False
+    assembler: Assembler = field(init=False)
+
 
 class Reception:
-    """Reads streams, one thread each."""
+    """Reads streams, one thread each. gRPC's own threads take in what keeps nobody waiting; see `at_once`."""
 
     def __init__(self, settings: NetworkSettings, steward: Steward, watch: Watch, relays: Relays) -> None:
         """Connect what acts upon frames."""
@@ -39,25 +56,46 @@ class Reception:
 
         Raises what `incoming` raises.
         """
-        assembler = Assembler(self._run, lambda head: self._accept(peer, stream, head))
-        deaf = False
+        reading = _Reading(peer, stream)
+        reading.assembler = Assembler(self._run, partial(self._accept, reading))
+        stream.ear = partial(self.at_once, reading)
         for message in incoming:
-            stream.heard = time.monotonic()
-            if stream.closed or deaf:
-                continue  # until the call ends, so that what was said last arrives
-            deaf = not self._hear(peer, stream, assembler, message)
+            if message and not (stream.closed or reading.deaf):  # else until the call ends, for what was said last
+                self._hear(reading, message)
 
-    def _hear(self, peer: Peer, stream: Stream, assembler: Assembler, message: bytes) -> bool:
-        """Take in one message; False if it fails the run. Keeps nothing: a tensor belongs to whoever takes it."""
+    def at_once(self, reading: _Reading, message: bytes) -> Buffer:
+        """Take in what can be of a message without waiting for anything; return what is left of it.
+
+        Called by the thread in which gRPC says that a message is there, one after the other. That thread also says
+        what was sent, so it must not wait; but what it does itself waits for no other thread: a tensor reaches the
+        driver one change of threads sooner.
+        """
+        peer, stream = reading.peer, reading.stream
+        if len(message) > _AT_ONCE or stream.closed or reading.deaf or not peer.inbound.acquire(blocking=False):
+            return message
+        reading.prompt = True
         try:
-            for arrival in assembler.feed(message):
-                self._take(peer, stream, arrival)
+            self._hear(reading, message)
+            return reading.assembler.left
+        finally:
+            reading.prompt = False
+            peer.inbound.release()
+
+    def _hear(self, reading: _Reading, message: Buffer) -> None:
+        """Take in one message. Keeps nothing: a tensor belongs to whoever takes it."""
+        peer, stream = reading.peer, reading.stream
+        stream.heard = time.monotonic()
+        try:
+            for arrival in reading.assembler.feed(message):
+                if reading.prompt:
+                    self._take(peer, stream, arrival)
+                else:
+                    with peer.inbound:
+                        self._take(peer, stream, arrival)
         except Exception as error:  # whatever it is, nobody else would learn of it
-            if not peer.carries(stream):
-                return False  # what a replaced stream still brings does no harm
-            self._fail(peer, stream, typed(error, f"party {self._settings.party}, link with {peer.name}"))
-            return False
-        return True
+            reading.deaf = True
+            if peer.carries(stream):  # what a replaced stream still brings does no harm
+                self._fail(peer, stream, typed(error, f"party {self._settings.party}, link with {peer.name}"))
 
     def _fail(self, peer: Peer, stream: Stream, error: CutlayerError) -> None:
         self._steward.fail(error)
@@ -65,38 +103,38 @@ class Reception:
             stream.farewell = single(abort_of(error, self._settings.party), self._settings.run)
             peer.changed.notify_all()
 
-    def _accept(self, peer: Peer, stream: Stream, head: Arrival) -> bool:
-        """Say whether a frame is wanted, before memory is taken for it."""
-        header = head.header
+    def _accept(self, reading: _Reading, head: Arrival) -> bool | None:
+        """Say whether a frame is wanted, before memory is taken for it; None: that cannot be said at once."""
+        peer, header, label = reading.peer, head.header, head.label
+        if reading.prompt and header.kind not in _BRIEF:
+            return None
         if header.kind == control.LINK_HELLO:
             raise WireError(
                 "a second hello on one stream",
                 remedy="install the same release of cutlayer at all parties",
                 code="E513",
             )
-        if not peer.carries(stream):
-            return False
-        if header.sequence and not peer.judge(header.sequence):
+        if not peer.wants(reading.stream, header.sequence):
             return False
         if header.kind != KIND_DATA:
             return True
-        if head.label is None:
+        if label is None:
             raise TypeError("a data frame without label")
+        if reading.prompt:
+            return self._steward.admit(peer.name, label, reading.stream, wait=False)
         with _busy(peer):
-            return self._steward.admit(peer.name, head.label, stream)
+            return self._steward.admit(peer.name, label, reading.stream)
 
     def _take(self, peer: Peer, stream: Stream, arrival: Arrival) -> None:
-        with peer.inbound:
-            header = arrival.header
-            if not peer.carries(stream):
-                return
-            if header.sequence and not peer.complete(stream, header.sequence, arrival.payload.nbytes):
-                return
-            if header.kind == KIND_DATA:
-                if not arrival.skipped:
-                    self._steward.deliver(peer.name, arrival.frame)
-                return
-            self._act(peer, stream, control.decode(header.kind, arrival.control), arrival)
+        """Act upon a frame; `peer.inbound` is held."""
+        header = arrival.header
+        if header.sequence and not peer.complete(stream, header.sequence, arrival.payload.nbytes):
+            return
+        if header.kind != KIND_DATA:
+            if header.sequence or peer.carries(stream):
+                self._act(peer, stream, control.decode(header.kind, arrival.control), arrival)
+        elif not arrival.skipped:
+            self._steward.deliver(peer.name, arrival.frame)
 
     def _act(self, peer: Peer, stream: Stream, message: control.Message, arrival: Arrival) -> None:
         """Act upon a message other than a tensor."""

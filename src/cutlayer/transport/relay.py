@@ -188,7 +188,7 @@ class Relays:
             )
         return self._channels[name]
 
-    def _admit(self, name: str, head: Arrival) -> bool:
+    def _admit(self, name: str, head: Arrival) -> bool | None:
         if head.label is None:
             raise WireError(
                 "only tensors are relayed",

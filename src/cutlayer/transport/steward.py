@@ -48,7 +48,8 @@ class Steward:
     def __init__(self, settings: NetworkSettings, peers: Mapping[str, Peer], event: Event) -> None:
         """Begin outside of any session."""
         self.settings, self.peers, self.event = settings, peers, event
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.incarnation = secrets.randbelow(2**62) + 1
         self.member = Member()
         self.conductor = Conductor(settings.parties) if settings.coordinates else None
@@ -56,9 +57,8 @@ class Steward:
             self.conductor.meet(settings.party, self.incarnation)
         self.expected: Mapping[str, int] = {}
         self.failure: CutlayerError | None = None
-        self.closing = False
+        self.closing, self.opened = False, 0
         self.farewell: CutlayerError | None = None  # what ends this party's next wait for others who rest
-        self.opened = 0
         self._stopped, self._reset = 0, "the session is over"
         self._mailbox = Mailbox(settings.party, {})
         self._admission: Admission | None = None
@@ -81,7 +81,7 @@ class Steward:
             tell: What the others learn, if not of this error as this party's.
             besides: A party that knows already.
         """
-        with self.changed:
+        with self.lock:
             if self.failure is not None:
                 return
             self.failure = error
@@ -94,7 +94,7 @@ class Steward:
 
     def say(self, message: control.Ready | control.Bye | control.Notice) -> None:
         """Tell the coordinator."""
-        with self.changed:
+        with self.lock:
             if self.conductor is not None:
                 self.heard(self.settings.party, message)
             else:
@@ -106,7 +106,7 @@ class Steward:
         Raises:
             WireError: E513, it may not come from there, or not to here.
         """
-        with self.changed:
+        with self.lock:
             if isinstance(message, control.Abort) and self.settings.coordinator in (source, self.settings.party):
                 self.fail(error_of(message, source), tell=message, besides=source)
             elif self.conductor is not None and (orders := self.conductor.hear(source, message)) is not None:
@@ -119,7 +119,7 @@ class Steward:
 
     def obey(self, orders: Iterable[Order]) -> None:
         """Send the coordinator's messages; this party is one of those who get them."""
-        with self.changed:
+        with self.lock:
             for order in orders:
                 for name in self.settings.parties if order.to == EVERYBODY else (order.to,):
                     if name == order.besides:
@@ -132,7 +132,7 @@ class Steward:
 
     def met(self, name: str, incarnation: int, known: bool) -> None:
         """The link with a party is up; `known`: it was up before, with another process of that party."""
-        with self.changed:
+        with self.lock:
             again, member = None, self.member
             if self.conductor is not None:
                 self.obey(self.conductor.meet(name, incarnation))
@@ -151,32 +151,33 @@ class Steward:
         Raises:
             ProgramError: E430, there is none.
         """
-        with self.changed:
+        with self.lock:
             self.check()
             if not self.member.taken:
                 raise no_session(self.settings.party)
-            self._admission = admission
-            self._mailbox = Mailbox(self.settings.party, bounds)
+            self._admission, self._mailbox = admission, Mailbox(self.settings.party, bounds)
             self.opened = self.member.taken
             self.changed.notify_all()
 
-    def admit(self, source: str, label: Label, stream: Stream | None) -> bool:
+    def admit(self, source: str, label: Label, stream: Stream | None, *, wait: bool = True) -> bool | None:
         """Wait until the session of a data frame is open; False if it is over, and the frame to be dropped.
 
-        Called before memory is taken. With a stream, its end is the end of waiting.
+        Called before memory is taken. With a stream, its end is the end of waiting. None: `wait` is false, and due.
 
         Raises:
             ContractError: the program expects no such frame, or not now.
         """
         tag, dtype, shape = label
-        with self.changed:
+        with self.lock:
             ordered = stream is None or self.settings.coordinator in (source, self.settings.party)
             if ordered and tag.session > self.member.session:
                 return False  # START comes before it on this way: it is of an older life
             while self.opened != tag.session or tag.session <= self.member.ended:
-                ended = stream is not None and stream.closed
-                if ended or tag.session <= self.member.ended or self.failure is not None or self.closing:
+                ended = tag.session <= self.member.ended or (stream is not None and stream.closed)
+                if ended or self.failure is not None or self.closing:
                     return False
+                if not wait:
+                    return None
                 self.changed.wait(_GATE)
             admission, mailbox = self._admission, self._mailbox
         if admission is None:
@@ -187,14 +188,14 @@ class Steward:
 
     def deliver(self, source: str, frame: Frame) -> None:
         """Put an admitted frame into the mailbox, unless its session is over. Raises `ContractError` E530."""
-        with self.changed:
+        with self.lock:
             mailbox = self._mailbox if self.opened == frame.tag.session > self.member.ended else None
         if mailbox is not None:
             mailbox.put(source, frame)
 
     def take(self, source: str, tag: Tag) -> Frame:
         """Wait for a frame. Raises what `check` raises, and DeadlineError E621."""
-        with self.changed:
+        with self.lock:
             self.check()
             if not self.opened:
                 raise no_session(self.settings.party)
