@@ -14,6 +14,8 @@ import torch
 
 import cutlayer as cl
 from cutlayer.errors import CheckpointError, CutlayerError, LinkError, ProgramError
+from cutlayer.run.prediction import asking
+from cutlayer.transport.network import Network
 from tests.run import plans
 from tests.run.test_answers import built, vanilla
 from tests.run.test_serving import ALONE, Place, ThreadOf, Told, at_once, only, refusal, rows
@@ -115,6 +117,17 @@ def test_a_connection_that_the_server_ended_is_made_anew(place: Place):
     assert torch.equal(first, place.expected(rows(3, 1)))
     assert torch.equal(second, place.expected(rows(3, 2)))
     assert told.service.served().identities["anna"].samples == 6
+
+
+def test_a_server_that_closes_waits_for_nobody_who_asks_for_nothing(place: Place):
+    """Who has dialled and has not said what it wants."""
+    there = threading.Event()
+    settings = asking(place.plan, "alpha", place.settings("anna", "alpha"), 10)
+    with Network(settings, lambda event, _facts: there.set() if event == "connected" else None):
+        with place.serving(replace(ALONE, drain=40)):
+            assert there.wait(15)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 15
 
 
 def test_a_server_that_closes_ends_who_rests_and_answers_what_is_under_way(place: Place):

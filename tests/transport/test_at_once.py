@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -13,7 +16,7 @@ from cutlayer.transport.frames import run_number
 from cutlayer.transport.handshake import single
 from cutlayer.transport.link import Parcel
 from cutlayer.transport.peer import Peer, Stream
-from cutlayer.transport.reception import Reception
+from cutlayer.transport.reception import TAKEN, Reception
 from cutlayer.transport.relay import Relays
 from cutlayer.transport.session import Ready
 from cutlayer.transport.steward import Steward
@@ -38,7 +41,7 @@ class Desk:
         self.reception = Reception(settings, self.steward, watch, Relays(settings, self.steward))
         self.stream = Stream(cancel=lambda: None)
         self.peer.attach(self.stream, control.LinkHello(1, "x", "clinic", "d", self.run, 2, 0, 1), 5)
-        self.reception.read(self.peer, self.stream, ())
+        self.read()
 
     def open(self, session: int = 1) -> None:
         self.steward.say(self.steward.member.begin(Ready({}, ())))
@@ -53,7 +56,14 @@ class Desk:
     def read(self, *messages: Buffer) -> None:
         """Give messages to the reader, as gRPC does with what `hear` returned."""
         ear = self.stream.ear
-        self.reception.read(self.peer, self.stream, messages)
+
+        def given() -> Iterator[Buffer]:
+            nonlocal ear
+            ear = ear or self.stream.ear
+            yield from messages
+
+        self.reception.read(self.peer, self.stream, given())
+        assert self.stream.ear is None
         self.stream.ear = ear
 
     def here(self) -> list[int]:
@@ -71,10 +81,10 @@ def test_before_anybody_reads_all_is_left():
 
 def test_small_tensors_of_the_open_session_are_taken_in_at_once(desk: Desk):
     desk.open()
-    assert desk.stream.hear(desk.tensor(1) + desk.tensor(2)) == b""
+    assert desk.stream.hear(desk.tensor(1) + desk.tensor(2)) is TAKEN
     assert desk.here() == [1, 2]
     assert desk.peer.link.inbox.wanted == 3
-    desk.read(b"")  # what the reader gets then
+    desk.read(TAKEN)  # what the reader gets then
     assert desk.steward.failure is None
 
 
@@ -83,7 +93,7 @@ def test_a_driver_that_waits_gets_it_without_a_reader(desk: Desk):
     taken: list[bytes] = []
     waiting = threading.Thread(target=lambda: taken.append(bytes(desk.steward.take("clinic", tag_of(1, 1)).payload)))
     waiting.start()
-    assert desk.stream.hear(desk.tensor(1, b"abc")) == b""
+    assert desk.stream.hear(desk.tensor(1, b"abc")) is TAKEN
     waiting.join(5)
     assert taken == [b"abc"]
 
@@ -91,7 +101,7 @@ def test_a_driver_that_waits_gets_it_without_a_reader(desk: Desk):
 def test_acknowledgements_are_taken_in_at_once(desk: Desk):
     desk.peer.put(Parcel(kind=control.BYE, control=control.encode(control.Bye(1)), urgent=True))
     assert desk.peer.link.outbox.next() is not None
-    assert desk.stream.hear(single(control.Ack(1), desk.run) + single(control.Heartbeat(), desk.run)) == b""
+    assert desk.stream.hear(single(control.Ack(1), desk.run) + single(control.Heartbeat(), desk.run)) is TAKEN
     assert desk.peer.link.outbox.empty
 
 
@@ -123,6 +133,41 @@ def test_a_tensor_of_a_session_that_is_not_open_waits_with_the_reader(desk: Desk
     assert bytes(desk.steward.take("clinic", tag_of(1 + kept, 1 + kept)).payload) == b"early"
 
 
+def test_many_frames_in_one_message_keep_that_thread_for_a_few_only(desk: Desk):
+    beat = single(control.Heartbeat(), desk.run)
+    assert desk.stream.hear(32 * beat) is TAKEN
+    assert desk.stream.hear(100 * beat) == 68 * beat
+    desk.read(68 * beat)
+    assert desk.steward.failure is None
+
+
+def test_what_has_come_of_a_frame_goes_with_its_stream(desk: Desk):
+    desk.open()
+    payload = bytes(2**21)
+    first = frame_of(1, 1, payload).head(1, run_number(desk.run)) + payload[: 2**20]
+    tracemalloc.start()
+    gc.disable()
+    try:
+        desk.reception.read(desk.peer, desk.stream, iter([first]))
+        assert tracemalloc.get_traced_memory()[0] < 2**20
+        assert tracemalloc.get_traced_memory()[1] > 2**21
+    finally:
+        gc.enable()
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_empty_message_is_wrong_whoever_gets_it(desk: Desk, busy: bool):
+    def messages() -> Iterator[Buffer]:
+        with desk.peer.inbound if busy else nullcontext():
+            given = desk.stream.hear(b"")
+        yield given
+
+    desk.reception.read(desk.peer, desk.stream, messages())
+    assert desk.steward.failure is not None
+    assert desk.steward.failure.code == "E501"
+
+
 def test_a_long_message_is_left_to_the_reader(desk: Desk):
     desk.open()
     message = desk.tensor(1, bytes(2**17))
@@ -137,16 +182,14 @@ def test_a_last_short_piece_of_a_long_frame_is_taken_in_at_once(desk: Desk):
     payload = bytes(2**20) + b"end"
     head = frame_of(1, 1, payload).head(1, run_number(desk.run))
     first = head + payload[: 2**20]
-    ear = desk.stream.ear
     reading = threading.Event()
 
     def messages() -> Iterator[Buffer]:
         yield desk.stream.hear(first)
         reading.set()
-        assert desk.stream.hear(payload[2**20 :]) == b""
+        assert desk.stream.hear(payload[2**20 :]) is TAKEN
 
     desk.reception.read(desk.peer, desk.stream, messages())
-    assert desk.stream.ear is not ear
     assert reading.is_set()
     assert bytes(desk.steward.take("clinic", tag_of(1, 1)).payload) == payload
 
@@ -157,7 +200,7 @@ def test_nothing_is_taken_in_while_an_older_stream_acts(desk: Desk):
         message = desk.tensor(1)
         assert desk.stream.hear(message) is message
     assert desk.here() == []
-    assert desk.stream.hear(message) == b""
+    assert desk.stream.hear(message) is TAKEN
     assert desk.here() == [1]
 
 

@@ -100,22 +100,25 @@ def test_a_failure_reaches_all_who_wait_and_all_who_come_later(failure: Exceptio
         box.take("a", tag(0), 1)
 
 
-def test_several_who_wait_each_get_their_own():
-    box = Mailbox("server", {"a": 9})
-    taken: list[bytes] = []
+def test_one_who_wakes_for_anothers_frame_does_not_take_its_call():
+    box, first, second = Mailbox("server", {"a": 9}), threading.Event(), threading.Event()
 
-    def wait(step: int) -> None:
-        taken.append(bytes(box.take("a", tag(step), 10).payload))
+    def wait(step: int, there: threading.Event) -> None:
+        box.take("a", tag(step), 10)
+        there.set()
 
-    waiting = [threading.Thread(target=wait, args=(step,)) for step in range(3)]
-    for thread in waiting:
-        thread.start()
-    time.sleep(0.05)
-    for step in (2, 0, 1):
-        box.put("a", frame(step))
-    for thread in waiting:
-        thread.join(5)
-    assert sorted(taken) == [b"\0", b"\1", b"\2"]
+    for _ in range(100):
+        first.clear(), second.clear()
+        waiting = [threading.Thread(target=wait, args=(step, there)) for step, there in enumerate((first, second))]
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.002)
+        box.put("a", frame(1))
+        assert second.wait(1)
+        assert not first.is_set()
+        box.put("a", frame(0))
+        for thread in waiting:
+            thread.join(5)
 
 
 def test_one_who_waited_in_vain_leaves_nothing_that_misleads_the_next():

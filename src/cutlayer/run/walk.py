@@ -146,6 +146,8 @@ class Walk:
                 self.hands.read_ahead(self.course.next_loads)
                 heard[job.edge] = self.hands.take(job)
             self._done.add((job.edge, job.lane, job.micro, "down"))
+        if not heard:
+            self.hands.link.flush()  # the loop goes on to its optimizer
         sums: dict[str, Tensor] = {}
         for number in sorted(heard):
             origin = self.course.graph.edges[number].origin

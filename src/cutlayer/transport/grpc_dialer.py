@@ -116,6 +116,7 @@ class Dialer:
             with self._peer.changed:
                 self._peer.changed.notify_all()
             channel.close()
+            self._call = None
 
     def _greet(self, stream: Stream, first: bytes) -> CutlayerError | None:
         """Read the answer to our hello; return why the two can never talk, if so."""

@@ -35,8 +35,7 @@ class Mailbox:
         self._bounds = dict(bounds)
         self._frames: dict[str, dict[Tag, Frame]] = {source: {} for source in bounds}
         self._lock = threading.Lock()
-        self._waiting = 0  # threads that are to be rung for
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes a thread sooner than a condition does
+        self._bells: list[queue.SimpleQueue[None]] = []  # of those who wait: these wake them sooner than a condition
         self._failure: BaseException | None = None
 
     def check(self, source: str, tag: Tag) -> None:
@@ -55,7 +54,7 @@ class Mailbox:
             if held is None or frame.tag in held or len(held) >= self._bounds[source]:
                 raise self._refusal(source, frame.tag)
             held[frame.tag] = frame
-            if self._waiting:
+            if self._bells:
                 self._ring()
 
     def take(self, source: str, tag: Tag, seconds: float) -> Frame:
@@ -76,9 +75,13 @@ class Mailbox:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise _late(self._party, source, tag, seconds)
-                self._waiting += 1
+                bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+                self._bells.append(bell)
             with suppress(queue.Empty):
-                self._bell.get(timeout=left)
+                bell.get(timeout=left)
+                continue
+            with self._lock, suppress(ValueError):
+                self._bells.remove(bell)
 
     def fail(self, failure: BaseException) -> None:
         """Make every `take`, waiting or to come, raise this; the first failure stays. Drops all frames."""
@@ -90,10 +93,10 @@ class Mailbox:
             self._ring()
 
     def _ring(self) -> None:
-        """Wake all who wait; the lock is held. One who waits no longer leaves a ring, and looks once more for it."""
-        for _ in range(self._waiting):
-            self._bell.put(None)
-        self._waiting = 0
+        """Wake all who wait; the lock is held."""
+        for bell in self._bells:
+            bell.put(None)
+        self._bells.clear()
 
     def _refusal(self, source: str, tag: Tag) -> ContractError:
         held, bound = self._frames.get(source, {}), self._bounds.get(source, 0)

@@ -129,6 +129,9 @@ class Network:
                 if start is not None:
                     self._watch.need_all()
                     return start
+                if steward.farewell is not None:
+                    steward.fail(steward.farewell)
+                    continue
                 if steward.member.session != seen:  # one more session came and went
                     seen, begin = steward.member.session, time.monotonic()
                     deadline = begin + deadlines.patience

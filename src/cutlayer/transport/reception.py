@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -25,21 +25,27 @@ from cutlayer.transport.settings import NetworkSettings
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.watch import Watch
 
-__all__ = ["Reception"]
+__all__ = ["TAKEN", "Reception"]
 
+TAKEN: Final = bytearray()
+"""What the reader of a stream gets for a message of which nothing is left."""
 _AT_ONCE: Final = 2**17  # bytes: copying more would keep gRPC's thread from other streams
+_FEW: Final = 32  # frames of one message
 _BRIEF: Final = frozenset({KIND_DATA, control.ACK, control.HEARTBEAT})
 
 
 @dataclass(eq=False)
 class _Reading:
-    """A stream that is being read. `prompt`: by gRPC's thread just now. `deaf`: nothing more is taken from it."""
+    """A stream that is being read.
+
+    `prompt`: by gRPC's thread just now, which has seen so many `frames`. `deaf`: nothing more is taken from it.
+    """
 
     peer: Peer
     stream: Stream
     prompt: bool = False
+    frames: int = 0
     deaf: bool = False
-    assembler: Assembler = field(init=False)
 
 
 class Reception:
@@ -51,42 +57,47 @@ class Reception:
         self._forwarder = Forwarder(settings, steward)
         self._run = run_number(settings.run)
 
-    def read(self, peer: Peer, stream: Stream, incoming: Iterable[bytes]) -> None:
+    def read(self, peer: Peer, stream: Stream, incoming: Iterable[Buffer]) -> None:
         """Take in all messages of a stream until it ends. One that is wrong fails the run, and the peer is told.
 
         Raises what `incoming` raises.
         """
         reading = _Reading(peer, stream)
-        reading.assembler = Assembler(self._run, partial(self._accept, reading))
-        stream.ear = partial(self.at_once, reading)
-        for message in incoming:
-            if message and not (stream.closed or reading.deaf):  # else until the call ends, for what was said last
-                self._hear(reading, message)
+        assembler = Assembler(self._run, partial(self._accept, reading))
+        stream.ear = partial(self.at_once, reading, assembler)
+        try:
+            for message in incoming:
+                if message is TAKEN or stream.closed or reading.deaf:
+                    continue  # until the call ends, so that what was said last arrives
+                self._hear(reading, assembler, message)
+        finally:
+            stream.ear = None  # which keeps what has come of a frame
 
-    def at_once(self, reading: _Reading, message: bytes) -> Buffer:
-        """Take in what can be of a message without waiting for anything; return what is left of it.
+    def at_once(self, reading: _Reading, assembler: Assembler, message: bytes) -> Buffer:
+        """Take in what can be of a message without waiting for others; return what is left of it, or `TAKEN`.
 
         Called by the thread in which gRPC says that a message is there, one after the other. That thread also says
-        what was sent, so it must not wait; but what it does itself waits for no other thread: a tensor reaches the
-        driver one change of threads sooner.
+        what was sent, of a server to all clients, so it must not be kept: it takes few frames, and short ones, and
+        waits for a lock only while another thread puts one frame in its place. But what it does itself waits for no
+        other thread: a tensor reaches the driver one change of threads sooner.
         """
         peer, stream = reading.peer, reading.stream
         if len(message) > _AT_ONCE or stream.closed or reading.deaf or not peer.inbound.acquire(blocking=False):
             return message
-        reading.prompt = True
+        reading.prompt, reading.frames = True, 0
         try:
-            self._hear(reading, message)
-            return reading.assembler.left
+            self._hear(reading, assembler, message)
+            return assembler.left if assembler.left.nbytes else TAKEN
         finally:
             reading.prompt = False
             peer.inbound.release()
 
-    def _hear(self, reading: _Reading, message: Buffer) -> None:
+    def _hear(self, reading: _Reading, assembler: Assembler, message: Buffer) -> None:
         """Take in one message. Keeps nothing: a tensor belongs to whoever takes it."""
         peer, stream = reading.peer, reading.stream
         stream.heard = time.monotonic()
         try:
-            for arrival in reading.assembler.feed(message):
+            for arrival in assembler.feed(message):
                 if reading.prompt:
                     self._take(peer, stream, arrival)
                 else:
@@ -106,7 +117,8 @@ class Reception:
     def _accept(self, reading: _Reading, head: Arrival) -> bool | None:
         """Say whether a frame is wanted, before memory is taken for it; None: that cannot be said at once."""
         peer, header, label = reading.peer, head.header, head.label
-        if reading.prompt and header.kind not in _BRIEF:
+        reading.frames += 1
+        if reading.prompt and (header.kind not in _BRIEF or reading.frames > _FEW):
             return None
         if header.kind == control.LINK_HELLO:
             raise WireError(
