@@ -8,7 +8,7 @@ from cutlayer.core import topologies
 from cutlayer.core.compile import compile_plan
 from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
-from cutlayer.core.program import Backward, Block, Checkpoint, Forward, Load, Mode, Program, Recv, Send, Step
+from cutlayer.core.program import Backward, Checkpoint, Forward, Load, Mode, Program, Recv, Step
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.party import Cursor, Do, EndStep, Post, Take, interpret
 from cutlayer.engine.tensors import pack
@@ -179,8 +179,12 @@ def test_who_waits_for_nothing_reads_nothing_ahead():
     assert not any(effect.ahead for effect in found if is_job(effect, Load))
 
 
-def test_a_wait_before_the_loads_is_none_after_them():
-    recv, load, send = Recv(0, 0, 0, 1, "up", "s", C), Load(0, (1,), ("x",)), Send(0, 0, 0, 1, "up", "s")
-    program = Program("a", "train", (Block("late", (recv, load, send), 3),))
-    found = played(program, Cursor())
-    assert [(effect.index, effect.ahead) for effect in found if is_job(effect, Load)] == [(n, False) for n in range(3)]
+@pytest.mark.parametrize("order", ["relay", "parallel"])
+def test_a_step_begins_with_its_loads(order: str):
+    """So its first wait comes after them."""
+    made = returning(order, 2)
+    programs = compile_plan(made, roster_for(made, (16, 11), evaluation=(16, 11)))
+    blocks = [block for modes in programs.values() for program in modes.values() for block in program.blocks]
+    kinds = [[isinstance(job, Load) for job in block.instructions] for block in blocks]
+    assert any(True in kind for kind in kinds)
+    assert kinds == [sorted(kind, reverse=True) for kind in kinds]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
-from cutlayer.engine import stage as stages
 from cutlayer.engine.stage import Context, ModuleStage
-from cutlayer.errors import StageError
 from tests.small import momentum
 
 WIDTH, STEPS = 6, 5
@@ -289,44 +287,12 @@ def test_a_hook_on_a_loss_may_change_the_gradient_it_gets(change: Callable[[Tens
 # --- how an input is given -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def aliases(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows whenever an input is given as another tensor of the same memory."""
-    found: list[int] = []
-
-    def noted(leaf: Tensor, shape: Sequence[int]) -> Tensor:
-        found.append(len(leaf))
-        return torch.ops.aten._unsafe_view.default(leaf, shape)
-
-    monkeypatch.setattr(stages, "_alias", noted)
-    return found
-
-
 def run(stage: ModuleStage, size: int = 4) -> Tensor:
     """One forward and backward on ones; return the gradient."""
     output = stage.forward([torch.ones(size, WIDTH)], context(size, 0, True))
     gradient = stage.backward([torch.ones_like(value) for value in output], (0, 0))[0]
     assert gradient is not None
     return gradient
-
-
-def test_layers_of_pytorch_that_change_nothing_get_inputs_as_they_are(aliases: list[int]):
-    """After the first forward of each shape."""
-    stage = stage_of(layers())
-    for size in (4, 4, 3, 4, 3):
-        run(stage, size)
-    assert aliases == [4, 3]
-
-
-OTHERS = ["changed at each forward", "a view of it is changed", "changed at the fifth forward", "a hook on it"]
-
-
-@pytest.mark.parametrize("name", [*OTHERS, "a hook before the forward", "another forward"])
-def test_others_get_inputs_that_they_may_change(name: str, aliases: list[int]):
-    stage = stage_of(BODIES[name]())
-    for _ in range(4):
-        run(stage)
-    assert aliases == [4] * 4
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -346,24 +312,9 @@ def test_a_module_may_give_its_input_another_shape(training: bool, wanted: bool)
     assert not target.requires_grad
 
 
-def test_an_error_that_only_sounds_alike_is_the_modules_own(aliases: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stages, "_ordinary", lambda _module: True)
-    weight = nn.Parameter(torch.ones(4, WIDTH))
-    stage = stage_of(Doing(lambda module, value: value + (weight.add_(1) if module.calls >= 3 else weight)))
-    run(stage)
-    run(stage)
-    assert aliases == [4]
-    with pytest.raises(StageError, match=r"E304.*a leaf Variable that requires grad"):
-        run(stage)
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["as another tensor", "as it is"])
 @pytest.mark.parametrize("function", [Turning.apply, lambda value: value.sum().expand(4, WIDTH)])
-def test_a_gradient_keeps_its_strides(
-    function: Callable[[Tensor], Tensor], plain: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_gradient_keeps_its_strides(function: Callable[[Tensor], Tensor]):
     """They are those that it has in the uncut model."""
-    monkeypatch.setattr(stages, "_ordinary", lambda _module: plain)
     seen = []
     value = (torch.ones(4, WIDTH).requires_grad_() * 1).requires_grad_()
     value.register_hook(lambda gradient: seen.append(gradient.stride()))

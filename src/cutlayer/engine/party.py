@@ -158,8 +158,7 @@ class Interpreter:
 
     def tag(self, job: Send | Recv) -> Tag:
         """Address a value or gradient."""
-        cursor, mode = self.cursor, self.program.mode
-        return Tag(cursor.session, mode, cursor.round, self.step, job.edge, job.lane, job.micro, job.direction)
+        return self._at(self.step, job.edge, job.lane, job.micro, job.direction)
 
     def post(self, to: str, tag: Tag, parcel: Parcel) -> Post:
         """Make a frame, and count it."""
@@ -231,20 +230,12 @@ def _check_budget(job: Exchange, me: str, number: int, size: int) -> None:
 
 
 def _ahead(block: Block) -> tuple[list[Load], int]:
-    """Return what a step of a block loads, and where its first wait after that is; -1 if there is none.
+    """Return what a step of a block loads, at its beginning, and where its first wait is; -1 if there is none.
 
     What must be waited for takes long: meanwhile the next step's batches can be read.
     """
-    places = [place for place, job in enumerate(block.instructions) if isinstance(job, Load)]
     loads = [job for job in block.instructions if isinstance(job, Load)]
-    waits = [
-        place
-        for place, job in enumerate(block.instructions)
-        if isinstance(job, Recv) and place > max(places, default=place)
-    ]
-    if not waits or len({load.lane for load in loads}) < len(loads):
-        return [], -1
-    return loads, waits[0]
+    return loads, next((place for place, job in enumerate(block.instructions) if isinstance(job, Recv)), -1)
 
 
 def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | None:

@@ -87,35 +87,20 @@ _alias = torch.ops.aten._unsafe_view.default  # the same memory, and for autogra
 
 
 def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
-    """Do what `torch.autograd.backward` does, but for its checks of the gradients, which ModuleStage has made.
-
-    They take 15 us a call: a fifth of the time of a small stage.
-    """
+    """Do what `torch.autograd.backward` does, but for its checks of the gradients, which ModuleStage has made."""
     _engine.run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _enter(leaf: Tensor, hooks: _Hooks, plain: bool) -> Tensor:
-    """Let a value into a stage's graph: as it is if `plain`, else so that it may be changed in place.
+def _enter(leaf: Tensor, hooks: _Hooks) -> Tensor:
+    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves.
 
-    Autograd forbids that for leaves. A hook takes the gradient as it comes: what the leaf keeps has its strides, and
-    what goes on with other strides has other last bits. The hooks are put where `register_hook` puts them, which takes
-    10 us for its handle.
+    A hook takes the gradient as it comes: what the leaf keeps has its strides, and what goes on with other strides has
+    other last bits. The hooks are put where `register_hook` puts them, without its handle.
     """
-    entered: Any = leaf if plain else _alias(leaf, leaf.shape)
+    entered: Any = _alias(leaf, leaf.shape)
     entered._backward_hooks = hooks
-    if not plain:
-        entered.grad_fn._register_hook_dict(entered)
+    entered.grad_fn._register_hook_dict(entered)
     return cast("Tensor", entered)
-
-
-def _ordinary(module: nn.Module) -> bool:
-    """Whether a module has layers of PyTorch alone, and no hooks: what they do to an input, they do at each forward."""
-    return all(
-        type(part).__module__.startswith("torch.nn.")
-        and "forward" not in vars(part)
-        and not (part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks)
-        for part in module.modules()
-    )
 
 
 class _Kept(msgspec.Struct):
@@ -166,9 +151,6 @@ class ModuleStage:
         self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
-        self._plain: frozenset[_Shapes] = frozenset()  # inputs of which no forward changes any in place
-        self._steady = True
-        self._fitting: set[tuple[torch.dtype, torch.Size, int]] = set()  # what the one output was found to be, rightly
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters, in the module's order."""
@@ -192,25 +174,15 @@ class ModuleStage:
         training, sink = context.training, list[Tensor | None]([None] * len(inputs))
         leaves, entered, catching = list[Tensor](), list[Tensor](), list[_Hooks]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
-        plain = shapes in self._plain
         for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True)):
             leaf = (value if value.device == self.device else value.to(self.device)).detach()
             leaves.append(leaf)
             if wanted and training:
                 catching.append(OrderedDict(((_HOOK, partial(sink.__setitem__, place)),)))
-                leaf = _enter(leaf.requires_grad_(), catching[-1], plain)
+                leaf = _enter(leaf.requires_grad_(), catching[-1])
             entered.append(leaf)
         mode = "forward" if training else "evaluate"
-        try:
-            given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
-        except StageError as error:
-            if not plain or "leaf Variable" not in str(error.__cause__):
-                raise
-            self._plain, self._steady = frozenset(), False  # this time it does change an input in place
-            return self._run(inputs, context)
-        if training and self._steady and not plain and not any(value._version for value in entered):
-            self._steady = _ordinary(self.module)
-            self._plain |= {shapes} if self._steady else set()
+        given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
         for hooks in catching:
             if len(hooks) > 1:  # those that the module has put on its input may change the gradient: ours is the last
                 hooks[_HOOK] = hooks.pop(_HOOK)
@@ -306,8 +278,6 @@ class ModuleStage:
         """Return what the module gave in the order of the ports, checked against their specs."""
         ports = self._ports
         if isinstance(given, Tensor):
-            if (given.dtype, given.shape, batch) in self._fitting:
-                return (given,)
             values: tuple[object, ...] = (given,)
         elif isinstance(given, Mapping):
             values = tuple(given.get(port) for port in ports) if set(given) == set(ports) else ()
@@ -318,8 +288,6 @@ class ModuleStage:
             raise _other_values(self.name, ports, given)
         for port, output in zip(ports, outputs, strict=True):
             _check_output(self, port, output, batch, shapes)
-        if len(outputs) == 1:
-            self._fitting.add((outputs[0].dtype, outputs[0].shape, batch))
         return outputs
 
 

@@ -25,22 +25,19 @@ def drive(
     Small frames of sends that follow each other are handed over together, for a link to put them into one message.
     """
     answer: object = None
-    held, size, sending = list[Post](), 0, False
+    held, sending = list[Post](), False
     try:
         while True:
             effect = talk.send(answer)
             answer = None
             if isinstance(effect, Post):
                 held.append(effect)
-                size += effect.frame.nbytes
-                if not sending or size > _SMALL:
+                if not sending or sum(post.frame.nbytes for post in held) > _SMALL:
                     _hand_over(held, link)
-                    size = 0
                 continue
             sending = isinstance(effect, Do) and isinstance(effect.instruction, Send)
             if held and not sending:
                 _hand_over(held, link)
-                size = 0
                 if not isinstance(effect, Take):
                     link.flush()
             answer = waited(link, ledger, effect.source, effect.tag) if isinstance(effect, Take) else handle(effect)

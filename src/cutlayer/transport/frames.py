@@ -26,7 +26,18 @@ from cutlayer.errors import WireError
 from cutlayer.transport import control
 from cutlayer.transport.seal import OFFER_LIMIT
 
-__all__ = ["MESSAGE_MAX", "PIECE", "RELAY_PIECE", "Arrival", "Assembler", "messages", "run_number"]
+__all__ = [
+    "MESSAGE_MAX",
+    "PIECE",
+    "RELAY_PIECE",
+    "Arrival",
+    "Assembler",
+    "flat",
+    "further",
+    "messages",
+    "opening",
+    "run_number",
+]
 
 PIECE: Final = 2**20
 """Payload bytes of a message on a stream."""
@@ -51,16 +62,31 @@ def run_number(run: str) -> int:
     return int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "little")
 
 
-def messages(header: Header, part: bytes, payload: Buffer, *, piece: int = PIECE) -> Iterator[bytes]:
-    """Yield the messages of a frame, each made only when it is asked for.
+def opening(header: Header, part: bytes, payload: Buffer, *, piece: int = PIECE) -> tuple[Buffer, ...]:
+    """Return what a frame's first message consists of. `part` is the control part.
 
-    `part` is the control part. Header and payload must agree on the payload's length.
+    Header and payload must agree on the payload's length.
     """
-    view = memoryview(payload)
-    view = view.cast("B") if view.nbytes else memoryview(b"")
-    yield b"".join((header.pack(), part, view[:piece]))
+    return header.pack(), part, flat(payload)[:piece]
+
+
+def further(payload: Buffer, *, piece: int = PIECE) -> Iterator[bytes]:
+    """Yield a frame's further messages, each made only when it is asked for."""
+    view = flat(payload)
     for start in range(piece, view.nbytes, piece):
         yield bytes(view[start : start + piece])
+
+
+def messages(header: Header, part: bytes, payload: Buffer, *, piece: int = PIECE) -> Iterator[bytes]:
+    """Yield all messages of a frame, each made only when it is asked for."""
+    yield b"".join(opening(header, part, payload, piece=piece))
+    yield from further(payload, piece=piece)
+
+
+def flat(payload: Buffer) -> memoryview:
+    """Return a payload as single bytes."""
+    view = memoryview(payload)
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 Label = tuple[Tag, str, tuple[int, ...]]

@@ -47,7 +47,7 @@ from cutlayer.transport.timers import Timers
 from cutlayer.transport.tls import check_credentials
 from cutlayer.transport.watch import Watch, busy
 
-_BRIEFLY: Final = 1e-6  # seconds; in fact some 60 us
+_BRIEFLY: Final = 1e-6  # seconds; in fact as long as the system takes to wake a thread
 _LOOK: Final = 1.0  # seconds between two looks at who is there, while a party waits for the others
 
 __all__ = ["Deadlines", "Network", "NetworkSettings", "Notify", "Ready", "SessionReset", "Start"]

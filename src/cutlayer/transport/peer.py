@@ -23,7 +23,7 @@ from typing import Final
 from cutlayer.engine.wire import HEADER, Buffer, Header
 from cutlayer.errors import DeadlineError, HandshakeError
 from cutlayer.transport import control
-from cutlayer.transport.frames import PIECE, run_number
+from cutlayer.transport.frames import PIECE, further, opening, run_number
 from cutlayer.transport.handshake import single
 from cutlayer.transport.link import Link, Parcel, Ticket
 from cutlayer.transport.settings import NetworkSettings
@@ -257,16 +257,14 @@ def write(peer: Peer, stream: Stream) -> Iterator[bytes]:
     """Yield what a stream is to carry, until it ends: the writer's side of a call."""
     number = run_number(peer.run)
     while (due := _due(peer, stream)) is not None:
-        parts, rest = list[Buffer](), memoryview(b"")
+        parts = list[Buffer]()
+        last: Buffer = b""
         for sequence, parcel in due[1]:
-            view = memoryview(parcel.payload)
-            view = view.cast("B") if view.nbytes else memoryview(b"")
-            header = Header(parcel.kind, len(parcel.control), view.nbytes, sequence, number)
-            parts += (header.pack(), parcel.control, view[:PIECE])
-            rest = view[PIECE:]
+            last = parcel.payload
+            header = Header(parcel.kind, len(parcel.control), memoryview(last).nbytes, sequence, number)
+            parts += opening(header, parcel.control, last)
         yield b"".join((due[0], *parts))
-        for start in range(0, rest.nbytes, PIECE):
-            yield bytes(rest[start : start + PIECE])
+        yield from further(last)
 
 
 def _due(peer: Peer, stream: Stream) -> tuple[bytes, list[tuple[int, Parcel]]] | None:

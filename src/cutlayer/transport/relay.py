@@ -21,7 +21,7 @@ from cutlayer.engine.wire import CONTROL_MAX, HEADER, KIND_DATA, Buffer, Frame, 
 from cutlayer.errors import ContractError, WireError
 from cutlayer.transport import control
 from cutlayer.transport.control import Relay, SealOffer
-from cutlayer.transport.frames import PIECE, RELAY_PIECE, Arrival, Assembler, messages, run_number
+from cutlayer.transport.frames import PIECE, RELAY_PIECE, Arrival, Assembler, flat, messages, run_number
 from cutlayer.transport.link import Parcel
 from cutlayer.transport.peer import Peer
 from cutlayer.transport.seal import OVERHEAD, Seal
@@ -235,8 +235,7 @@ class _Piece:
 
 
 def _pieces(header: Header, frame: Frame) -> list[_Piece]:
-    view = memoryview(frame.payload)
-    view = view.cast("B") if view.nbytes else memoryview(b"")
+    view = flat(frame.payload)
 
     def first() -> Buffer:
         return next(messages(header, frame.control, view, piece=RELAY_PIECE))
