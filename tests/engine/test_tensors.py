@@ -16,6 +16,7 @@ from cutlayer.engine.tensors import (
     check_spec,
     dtype_name,
     from_payload,
+    memory_order,
     pack,
     to_payload,
     torch_dtype,
@@ -56,6 +57,28 @@ def test_strided_and_trained_tensors_cross_in_c_order():
         assert torch.equal(copy, other)
         assert copy.is_contiguous()
         assert not copy.requires_grad
+
+
+@given(st.sampled_from(list(DTYPES)), SHAPES, st.randoms(use_true_random=False))
+def test_a_transposed_tensor_crosses_with_its_strides(dtype, shape, dice):
+    dims = list(range(len(shape)))
+    dice.shuffle(dims)
+    value = (torch.rand(shape) * 5).to(torch_dtype(dtype)).permute(dims)
+    order = memory_order(value)
+    copy = from_payload(bytes(to_payload(value, order)), dtype, tuple(value.shape), CPU, order)
+    assert torch.equal(copy, value)
+    assert not order or copy.permute(order).is_contiguous()
+    if value.numel() and 1 not in shape:
+        assert copy.stride() == value.stride()
+
+
+def test_transposed_bytes_are_shared_and_those_with_gaps_copied():
+    value = torch.arange(24.0).reshape(2, 3, 4)
+    turned = value.movedim(-1, 1)
+    to_payload(turned, memory_order(turned))[:4] = struct.pack("<f", 7)
+    assert value[0, 0, 0] == 7
+    for gappy in (turned[:, ::2], value[:1].expand(5, 3, 4).transpose(1, 2), value[:, :2].transpose(0, 1)):
+        assert memory_order(gappy) == ()
 
 
 def test_bytes_are_little_endian():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import struct
+from itertools import permutations
 
 import msgspec
 import pytest
@@ -26,13 +27,14 @@ TAG = Tag(1, "train", 2, 3, 4, 5, 6, "up")
 
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
-    """Of any dtype and shape: 0-d and empty ones too; or of bytes."""
+    """Of any dtype, shape and order: 0-d and empty ones too; or of bytes."""
     tag, dtype, shape = draw(TAGS), draw(st.sampled_from([*DTYPES, BYTES])), draw(SHAPES)
     if dtype == BYTES:
         shape = (draw(st.integers(0, 50)),)
     size = math.prod(shape) * DTYPES.get(dtype, 1)
     kind = draw(st.sampled_from([bytes, bytearray, lambda data: memoryview(bytes(data))]))
-    return Frame(tag, dtype, shape, kind(bytes(size)))
+    order = tuple(draw(st.permutations(range(len(shape))))) if draw(st.booleans()) else ()
+    return Frame(tag, dtype, shape, kind(bytes(size)), order)
 
 
 @given(frames(), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.sampled_from([bytes, bytearray, memoryview]))
@@ -44,7 +46,7 @@ def test_a_frame_is_read_as_it_was_written(frame, sequence, run, kind):
     assert (header.kind, header.sequence, header.run) == (1, sequence, run)
     assert (header.control_length, header.payload_length) == (len(head) - HEADER.size, frame.nbytes)
     control = kind(head[HEADER.size :])
-    assert parse_control(control, header.payload_length) == (frame.tag, frame.dtype, frame.shape)
+    assert parse_control(control, header.payload_length) == (frame.tag, frame.dtype, frame.shape, frame.order)
 
 
 def test_the_bytes_of_a_frame_never_change():
@@ -62,6 +64,8 @@ def test_the_bytes_of_a_frame_never_change():
         "9a" + "01" + "01" + "02" + "03" + "04" + "05" + "06" + "00" + "05" + "920201"
     )
     assert Frame(TAG, BYTES, (3,), b"abc").control.hex() == "9a0101020304050600ccff9103"
+    turned = Frame(TAG, "int32", (2, 1, 3), bytes(24), (0, 2, 1))
+    assert turned.control.hex() == "9b" + "0101020304050600" + "05" + "93020103" + "93000201"
 
 
 @pytest.mark.provokes(by="code")
@@ -121,12 +125,20 @@ def with_item(place: int, value: object) -> list[object]:
         (with_item(9, [2**62] * 16), "E508"),
         (with_item(9, []), "E508"),
         (with_item(9, [0]), "E508"),
+        ([*GOOD, [0, 0]], "E507"),
+        ([*GOOD, [0]], "E507"),
+        ([*GOOD, [2, 1]], "E507"),
+        ([*GOOD, [0, 1, 2]], "E507"),
+        ([*GOOD, [0, -1]], "E507"),
+        ([*GOOD, [1, 0], 0], "E506"),
         ([1, 1, 2, 3, 4, 5, 6, 0, 255, [4, 2]], "E508"),
         ([1, 1, 2, 3, 4, 5, 6, 0, 255, []], "E508"),
     ],
 )
 def test_a_bad_control_part_is_refused(control, code):
-    with pytest.raises(WireError, match=r"control part|unknown|do not give the announced size") as caught:
+    with pytest.raises(
+        WireError, match=r"control part|unknown|does not name each dimension|do not give the announced size"
+    ) as caught:
         parse_control(msgspec.msgpack.encode(control), 8)
     assert caught.value.code == code
     parse_control(msgspec.msgpack.encode(GOOD), 8)
@@ -159,18 +171,21 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_wire_errors():
     """What is still read is in range, and is written as what it was read as."""
     dice = random.Random(20240)
     refused = 0
-    frame = Frame(TAG, "float32", (2, 3), bytes(24))
-    for _ in range(10_000):
+    frames = Frame(TAG, "float32", (2, 3), bytes(24)), Frame(TAG, "float32", (2, 3), bytes(24), (1, 0))
+    for number in range(10_000):
+        frame = frames[number % 2]
         try:
             parse_header(mutated(frame.head(1, 2), dice))
-            tag, dtype, shape = parse_control(mutated(frame.control, dice), 24)
+            tag, dtype, shape, order = parse_control(mutated(frame.control, dice), 24)
         except WireError:
             refused += 1
             continue
         assert math.prod(shape) * DTYPES.get(dtype, 1) == 24
         numbers = (tag.session, tag.round, tag.step, tag.edge, tag.lane, tag.micro, *shape)
         assert all(0 <= number < 2**63 for number in numbers)
-        assert parse_control(Frame(tag, dtype, shape, bytes(24)).control, 24) == (tag, dtype, shape)
+        assert order in ((), *permutations(range(len(shape))))
+        again = parse_control(Frame(tag, dtype, shape, bytes(24), order).control, 24)
+        assert again == (tag, dtype, shape, order)
     assert 5_000 < refused < 10_000
 
 

@@ -147,9 +147,34 @@ def raw(**training: object) -> Case:
     return Case(plan, build, "server")
 
 
+class Mean(nn.Module):
+    """The mean over an image, which adds in the order of memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+def pixels(**training: object) -> Case:
+    """Images with channels last at both ends of a cut: what crosses is transposed in memory, both ways."""
+    grown = "float32[batch, 4, 3, 13]"
+    plan = cl.vanilla("alpha", "server", cut=grown, output="float32[batch, 3]", batch_size=8, **training)
+
+    def build(name: str) -> cl.Party:
+        torch.manual_seed(5)
+        grow = nn.Sequential(nn.Unflatten(1, (2, 1, 3)), nn.Upsample(scale_factor=5), nn.Conv2d(2, 4, 3))
+        if name == "alpha":
+            return _party(name, {"head": grow.to(memory_format=torch.channels_last)}, _table(slice(None)))
+        body = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 5, 3), Mean(), nn.Linear(5, 3))
+        modules = {"body": body.to(memory_format=torch.channels_last), "loss": nn.CrossEntropyLoss()}
+        return _party(name, modules, _table(slice(None)))
+
+    return Case(plan, build, "server")
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "hops": hops,
     "parallel": parallel,
+    "pixels": pixels,
     "raw": raw,
     "relay": relay,
     "u_shaped": u_shaped,

@@ -9,6 +9,7 @@ from tests.run.cluster import cluster, flows, in_process
 LISTENING = {
     "hops": ["one", "two", "three", "four"],
     "parallel": ["server"],
+    "pixels": ["server"],
     "relay": ["server"],
     "u_shaped": ["server"],
     "vertical": ["registry"],
@@ -23,7 +24,7 @@ def _check_same(done, alone):
         assert result["history"] == alone[party]["history"]
 
 
-@pytest.mark.parametrize("case", ["u_shaped", "vertical", "hops", "relay", "parallel"])
+@pytest.mark.parametrize("case", ["u_shaped", "vertical", "hops", "relay", "parallel", "pixels"])
 def test_processes_give_the_bits_and_bytes_of_one_process(case, tmp_path):
     with cluster(case, tmp_path, listening=LISTENING[case]) as running:
         for party in running.parties:

@@ -134,7 +134,7 @@ SAID = {
 
 def test_a_refused_frame_costs_no_memory():
     def refuse(head: Arrival) -> bool:
-        assert head.label == (TAG, "uint8", (2**38,))
+        assert head.label == (TAG, "uint8", (2**38,), ())
         assert head.payload.nbytes == 0
         raise ContractError("no", code="E521")
 

@@ -98,9 +98,9 @@ class Coder:
         return self.encoded(edge, direction, value)
 
     def encoded(self, edge: Edge, direction: Direction, value: Tensor) -> Tensor:
-        """Return a value or gradient as it is written on the wire."""
+        """Return a value or gradient as it is written on the wire; what a codec has written crosses in C order."""
         codec = self._codecs.get((edge.origin, direction))
-        return value if codec is None else _ours(partial(codec.encode, value), edge, self._party)
+        return value if codec is None else _ours(partial(codec.encode, value), edge, self._party).contiguous()
 
     def coming(self, edge: Edge, direction: Direction, wire: Tensor, size: int) -> Tensor:
         """Return the value or gradient for what came over an edge.

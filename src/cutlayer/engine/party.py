@@ -162,14 +162,14 @@ class Interpreter:
 
     def post(self, to: str, tag: Tag, parcel: Parcel) -> Post:
         """Make a frame, and count it."""
-        frame = Frame(tag, parcel.dtype, parcel.shape, parcel.payload)
+        frame = Frame(tag, parcel.dtype, parcel.shape, parcel.payload, parcel.order)
         self.ledger.sent(to, frame)
         return Post(to, frame)
 
     def taken(self, source: str, frame: Frame) -> Parcel:
         """Count a frame that came."""
         self.ledger.received(source, frame)
-        return Parcel(frame.dtype, frame.shape, frame.payload)
+        return Parcel(frame.dtype, frame.shape, frame.payload, frame.order)
 
     def _credit(self, credit: Credit) -> Talk:
         if credit.give:

@@ -16,7 +16,7 @@ from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, NonFiniteError
 
-__all__ = ["dtype_name", "from_payload", "pack", "to_payload", "torch_dtype", "unpack"]
+__all__ = ["dtype_name", "from_payload", "memory_order", "pack", "to_payload", "torch_dtype", "unpack"]
 
 
 _NOT_IN_NUMPY = frozenset({torch.bfloat16})
@@ -38,8 +38,25 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def to_payload(value: Tensor) -> memoryview:
-    """Return a tensor's bytes in C order. Shares memory with the tensor where it is contiguous and on the CPU."""
+def memory_order(value: Tensor) -> tuple[int, ...]:
+    """Return a transposed tensor's dimensions as they follow in memory; () if it is contiguous, or has gaps.
+
+    Operations add in the order of memory: a tensor that arrives with other strides gives other last bits.
+    """
+    if value.is_contiguous():
+        return ()
+    strides = value.stride()
+    order = tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))
+    return order if value.permute(order).is_contiguous() else ()
+
+
+def to_payload(value: Tensor, order: tuple[int, ...] = ()) -> memoryview:
+    """Return a tensor's bytes, its dimensions in this order; () means C order.
+
+    Shares memory with the tensor where it lies so on the CPU already.
+    """
+    if order:
+        value = value.permute(order)
     if value.requires_grad:
         value = value.detach()
     if value.device.type != "cpu":
@@ -53,8 +70,16 @@ def to_payload(value: Tensor) -> memoryview:
     return value.numpy().data.cast("B")
 
 
-def from_payload(payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the tensor of these bytes. Shares memory with a writable payload where `device` is the CPU."""
+def from_payload(
+    payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device, order: tuple[int, ...] = ()
+) -> Tensor:
+    """Return the tensor of this shape whose bytes `to_payload` gave; `order` as there.
+
+    Shares memory with a writable payload where `device` is the CPU.
+    """
+    if order:
+        stored = from_payload(payload, dtype, tuple(shape[dim] for dim in order), device)
+        return stored.permute(sorted(range(len(order)), key=order.__getitem__))
     kind, view = torch_dtype(dtype), memoryview(payload)
     if not view.nbytes:
         return torch.empty(shape, dtype=kind, device=device)

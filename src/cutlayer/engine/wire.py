@@ -13,7 +13,8 @@ offset  size  field
 36      ...   control part, then payload
 ```
 The control part of a data frame is a msgpack array: session, mode, round, step, edge, lane, micro, direction, dtype,
-shape. dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape is then [length].
+shape, and order where the tensor is transposed in memory: its dimensions, from the one with the largest stride on.
+dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape is then [length].
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "VERSION",
     "Frame",
     "Header",
+    "Label",
     "parse_control",
     "parse_header",
 ]
@@ -70,6 +72,7 @@ class _Control(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froz
     direction: int
     dtype: int
     shape: list[int]
+    order: list[int] = []
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode
@@ -93,15 +96,17 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True, dict=True):
-    """A value on its way: where it belongs, what it looks like, and its bytes (C order, little-endian).
+    """A value on its way: where it belongs, what it looks like, and its bytes (little-endian).
 
-    `dtype` is a name of `core.spec.DTYPES`, or "bytes" with shape (length,).
+    `dtype` is a name of `core.spec.DTYPES`, or "bytes" with shape (length,). `order`: the dimensions as they follow in
+    memory; () for C order.
     """
 
     tag: Tag
     dtype: str
     shape: tuple[int, ...]
     payload: Buffer
+    order: tuple[int, ...] = ()
 
     @property
     def control(self) -> bytes:
@@ -111,7 +116,9 @@ class Frame(msgspec.Struct, frozen=True, dict=True):
             tag = self.tag
             numbers = tag.round, tag.step, tag.edge, tag.lane, tag.micro
             codes = _DIRECTION_CODES[tag.direction], _DTYPE_CODES[self.dtype]
-            fields = (tag.session, _MODE_CODES[tag.mode], *numbers, *codes, self.shape)
+            fields: tuple[object, ...] = (tag.session, _MODE_CODES[tag.mode], *numbers, *codes, self.shape)
+            if self.order:
+                fields = *fields, self.order
             known["control"] = _ENCODE(fields)  # an array, as `_Control` reads it
         return cast("bytes", known["control"])
 
@@ -132,7 +139,8 @@ class Frame(msgspec.Struct, frozen=True, dict=True):
 
     def copied(self) -> Frame:
         """Return the same frame with bytes of its own, which may be written to."""
-        return Frame(self.tag, self.dtype, self.shape, bytearray(self.payload)).came_with(self.control)
+        own = Frame(self.tag, self.dtype, self.shape, bytearray(self.payload), self.order)
+        return own.came_with(self.control)
 
     def head(self, sequence: int, run: int) -> bytes:
         """Return header and control part, ready for a link."""
@@ -185,8 +193,11 @@ def parse_header(data: Buffer) -> Header:
     return Header(kind, control, payload, sequence, run)
 
 
-def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[int, ...]]:
-    """Read the control part of a data frame: tag, dtype and shape.
+Label = tuple[Tag, str, tuple[int, ...], tuple[int, ...]]
+
+
+def parse_control(data: Buffer, payload_length: int) -> Label:
+    """Read the control part of a data frame: tag, dtype, shape and order.
 
     Raises:
         WireError: it is no such part, or dtype and shape do not give `payload_length` bytes.
@@ -200,28 +211,8 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
             remedy="install the same release of cutlayer at all parties",
             code="E506",
         ) from None
+    _check_range(control)
     shape = tuple(control.shape)
-    numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro, *shape)
-    if min(numbers) < 0 or max(numbers) > _UINT or len(shape) > _DIMS_MAX:
-        raise WireError(
-            "a number in the control part is out of range",
-            expected="0 to 2^63 - 1",
-            remedy="install the same release of cutlayer at all parties",
-            code="E507",
-        )
-    if not (0 <= control.mode < len(MODES) and 0 <= control.direction < len(DIRECTIONS)):
-        raise WireError(
-            "unknown mode or direction in a frame",
-            remedy="install the same release of cutlayer at all parties",
-            code="E507",
-        )
-    if control.dtype != _BYTES_CODE and not 0 <= control.dtype < len(_NAMES):
-        raise WireError(
-            "unknown dtype code in a frame",
-            got=str(control.dtype),
-            remedy="install the same release of cutlayer at all parties",
-            code="E507",
-        )
     dtype = BYTES if control.dtype == _BYTES_CODE else _NAMES[control.dtype]
     size = prod(shape) * (1 if dtype == BYTES else DTYPES[dtype])
     if size != payload_length or (dtype == BYTES and len(shape) != 1):
@@ -242,4 +233,22 @@ def parse_control(data: Buffer, payload_length: int) -> tuple[Tag, str, tuple[in
         control.micro,
         DIRECTIONS[control.direction],
     )
-    return tag, dtype, shape
+    return tag, dtype, shape, tuple(control.order)
+
+
+def _check_range(control: _Control) -> None:
+    """Raise `WireError` E507 for numbers that no frame can have."""
+    shape, wrong, expected, got = control.shape, "", "", ""
+    numbers = (control.session, control.round, control.step, control.edge, control.lane, control.micro, *shape)
+    if min(numbers) < 0 or max(numbers) > _UINT or len(shape) > _DIMS_MAX:
+        wrong, expected = "a number in the control part is out of range", "0 to 2^63 - 1"
+    elif not (0 <= control.mode < len(MODES) and 0 <= control.direction < len(DIRECTIONS)):
+        wrong = "unknown mode or direction in a frame"
+    elif control.dtype != _BYTES_CODE and not 0 <= control.dtype < len(_NAMES):
+        wrong, got = "unknown dtype code in a frame", str(control.dtype)
+    elif control.order and sorted(control.order) != list(range(len(shape))):
+        wrong, expected = "the order in a frame does not name each dimension once", f"0 to {len(shape) - 1}"
+        got = str(control.order)[:200]
+    if wrong:
+        remedy = "install the same release of cutlayer at all parties"
+        raise WireError(wrong, expected=expected, got=got, remedy=remedy, code="E507")

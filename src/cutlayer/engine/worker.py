@@ -21,7 +21,7 @@ from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
 from cutlayer.engine.stage import Context, Gradients, StageProtocol
-from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, to_payload
+from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError
@@ -30,11 +30,12 @@ __all__ = ["Batches", "Parcel", "Parts", "Worker", "check_loss", "stage_seed"]
 
 
 class Parcel(msgspec.Struct, frozen=True):
-    """A tensor's dtype, shape and bytes, on its way in or out."""
+    """A tensor on its way in or out: dtype, shape, bytes, and its dimensions as they follow in them (() is C order)."""
 
     dtype: str
     shape: tuple[int, ...]
     payload: Buffer
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Worker:
             place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
             value = self.coder.leaving(edge, job.direction, value, place)
             _check_leaving(self, job, value, edge.wire(job.direction))
-        return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value))
+        order = memory_order(value)
+        return Parcel(dtype_name(value.dtype), tuple(value.shape), to_payload(value, order), order)
 
     def deliver(self, job: Recv, parcel: Parcel) -> None:
         """RECV: take in the value or gradient of an edge. Raises `NonFiniteError` if it holds a NaN or an infinity."""
@@ -166,7 +168,7 @@ class Worker:
     def opened(self, job: Recv, parcel: Parcel) -> Tensor:
         """Return the value or gradient of a parcel: decoded, checked. Raises what `deliver` raises."""
         edge = self.graph.edges[job.edge]
-        value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device)
+        value = from_payload(parcel.payload, parcel.dtype, parcel.shape, self.parts.device, parcel.order)
         if edge.crossing is not None:
             value = self.coder.coming(edge, job.direction, value, job.size)
         if self.parts.finite:

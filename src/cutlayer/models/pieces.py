@@ -15,7 +15,6 @@ from cutlayer.models import sequential
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.flow import Flow, flow_of, positions
 from cutlayer.models.inplace import check_writes
-from cutlayer.models.layout import laid_out
 from cutlayer.models.names import InStack, first_name, in_stack
 from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
@@ -280,8 +279,7 @@ def _module(
     modules: dict[str, nn.Module] = {}
     states: dict[str, None] = {}
     for mode, draft in both.items():
-        steps = (*laid_out(draft.entries, flows[mode].trace), *draft.steps)
-        routines[mode] = routine(draft.entries, steps, draft.results)
+        routines[mode] = routine(draft.entries, tuple(draft.steps), draft.results)
         for step in draft.steps:
             if step.op == "module":
                 modules[step.target] = flows[mode].trace.modules[step.name]

@@ -20,8 +20,17 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from cutlayer.core.program import Tag
-from cutlayer.engine.wire import HEADER, KIND_DATA, PAYLOAD_MAX, Buffer, Frame, Header, parse_control, parse_header
+from cutlayer.engine.wire import (
+    HEADER,
+    KIND_DATA,
+    PAYLOAD_MAX,
+    Buffer,
+    Frame,
+    Header,
+    Label,
+    parse_control,
+    parse_header,
+)
 from cutlayer.errors import WireError
 from cutlayer.transport import control
 from cutlayer.transport.seal import OFFER_LIMIT
@@ -89,16 +98,13 @@ def flat(payload: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-Label = tuple[Tag, str, tuple[int, ...]]
-
-
 class Arrival(msgspec.Struct):
     """A frame that comes in.
 
     Attributes:
         header, control: As they came.
         payload: Writable, in memory of its own; empty until it is complete, or if `skipped`.
-        label: What a data frame says of itself: tag, dtype, shape.
+        label: What a data frame says of itself: tag, dtype, shape, order.
         skipped: It is not wanted.
     """
 
@@ -113,7 +119,8 @@ class Arrival(msgspec.Struct):
         """Return a data frame. Raises TypeError for another kind."""
         if self.label is None:
             raise TypeError(f"kind {self.header.kind}")
-        return Frame(*self.label, self.payload).came_with(self.control)
+        tag, dtype, shape, order = self.label
+        return Frame(tag, dtype, shape, self.payload, order).came_with(self.control)
 
 
 Accept = Callable[[Arrival], bool | None]

@@ -20,7 +20,7 @@ from typing import Final
 
 from cutlayer.core.admission import Admission
 from cutlayer.core.program import Tag
-from cutlayer.engine.wire import Frame
+from cutlayer.engine.wire import Frame, Label
 from cutlayer.errors import CutlayerError, ProgramError, WireError
 from cutlayer.transport import control
 from cutlayer.transport.handshake import abort_of, error_of
@@ -32,7 +32,7 @@ from cutlayer.transport.settings import NetworkSettings
 __all__ = ["Steward", "no_session", "resting"]
 
 Event = Callable[[str, Mapping[str, object]], None]
-Label = tuple[Tag, str, tuple[int, ...]]
+
 _GATE: Final = 1.0  # seconds between two looks at a closed gate: the end of a stream wakes nobody there
 
 
@@ -167,7 +167,7 @@ class Steward:
         Raises:
             ContractError: the program expects no such frame, or not now.
         """
-        tag, dtype, shape = label
+        tag, dtype, shape, _ = label
         with self.lock:
             ordered = stream is None or self.settings.coordinator in (source, self.settings.party)
             if ordered and tag.session > self.member.session:
