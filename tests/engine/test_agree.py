@@ -64,6 +64,47 @@ def test_a_column_without_batch_and_a_constant_column():
     assert apply(SCALE, agreed, torch.tensor([2.0, 5.0]), "here").tolist() == [0.0, 3.0]
 
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.floats(-6e4, 6e4).filter(lambda value: value == 0.0 or abs(value) > 1e-100),
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    st.integers(1, 64),
+    st.booleans(),
+)
+def test_a_constant_column_has_deviation_1_in_any_split(value, dtype, sizes, batch, last_bit):
+    """Also where values differ in the last bit, as 0.1 + 0.2 and 0.3 do."""
+    columns = [torch.full((size,), value, dtype=dtype) for size in sizes]
+    if last_bit and dtype == torch.float64:
+        columns = [torch.where(torch.arange(len(c)) % 3 == 0, torch.nextafter(c, c * 2), c) for c in columns]
+    agreed = agreed_of(SCALE, [list(column.split(batch)) for column in columns])
+    assert agreed.deviation == (1.0,)
+    near = apply(SCALE, agreed, columns[0].double() + 1.0, "here")
+    assert torch.allclose(near, torch.ones_like(near), atol=1e-3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(0.0, 1e-9), (1e6, 1e-3), (-1e8, 1.0), (1.0, 1e-13), (1e-9, 1e-12), (3e4, 64.0)]),
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    st.integers(1, 64),
+)
+def test_a_small_deviation_is_that_of_numpy_in_any_split(seed, form, dtype, sizes, batch):
+    generator = np.random.default_rng(seed)
+    columns = [torch.from_numpy(generator.normal(*form, size)).to(dtype) for size in sizes]
+    pooled = torch.cat(columns).double().numpy()
+    if not np.isfinite(pooled).all() or (pooled == pooled[0]).all():
+        return  # too large for the dtype, or constant in it
+    agreed = agreed_of(SCALE, [list(column.split(batch)) for column in columns])
+    exact = (pooled - pooled[0]).std()  # the shift is exact; numpy's own mean would be rounded
+    assert agreed.deviation[0] == pytest.approx(exact, rel=1e-3 if form == (1.0, 1e-13) else 1e-6)
+
+
 def test_categories_are_one_list_and_others_are_0():
     shared = Shared("sex", at="a", kind="categories")
     agreed = agreed_of(shared, [[["m", "f"], ["f"]], [["x", "f"]]])

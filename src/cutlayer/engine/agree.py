@@ -23,6 +23,7 @@ __all__ = ["Agreed", "apply", "merge", "read", "summarise"]
 
 Entry = int | str
 _TEXT_MAX = 200  # bytes of an entry of a list
+_ROUNDING = 16 * 2.0**-52  # a deviation that rounding alone may give, as a share of the mean
 
 
 class Agreed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,9 +41,12 @@ class Agreed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def deviation(self) -> tuple[float, ...]:
-        """Return the standard deviation of the population, one number a column; 1 where all values are equal."""
-        found = (s / n if n else 0.0 for s, n in zip(self.squares, self.count, strict=True))
-        return tuple(v**0.5 if v > 0.0 else 1.0 for v in found)
+        """Return the standard deviation of the population, one number a column; 1 where all values are equal.
+
+        A deviation of at most 16 * 2^-52 * |mean| counts as none: values so near are equal but for float64's rounding.
+        """
+        found = ((s / n) ** 0.5 if n else 0.0 for s, n in zip(self.squares, self.count, strict=True))
+        return tuple(d if d > _ROUNDING * abs(m) else 1.0 for d, m in zip(found, self.mean, strict=True))
 
 
 def summarise(shared: Shared, batches: Iterable[object], where: str) -> bytes:
@@ -157,6 +161,7 @@ def _moments(batches: Iterable[object], where: str) -> Agreed:
         here = ~rows.isnan()
         count = here.sum(0)
         mean = rows.nansum(0) / count.clamp(min=1)
+        mean = mean + torch.where(here, rows - mean, 0.0).sum(0) / count.clamp(min=1)  # equal values: exactly theirs
         squares = torch.where(here, rows - mean, 0.0).square().sum(0)
         if not bool(torch.isfinite(mean).all()):
             raise _unfit(shared, where, "finite numbers, or NaN where a value is missing", "an infinity", "remove it")
