@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutlayer.core.parts import Shared
-from cutlayer.engine.agree import Agreed, apply, merge, read, summarise
+from cutlayer.engine.agree import Agreed, apply, check_told, merge, read, summarise
 from cutlayer.errors import ContractError, DataError
 
-SCALE = Shared("age", at="a")
+SCALE = Shared("age", at="a", least=1)
 
 
 def agreed_of(shared: Shared, parties: list[list[object]]) -> Agreed:
     """What is agreed on when each party holds these batches."""
-    told = [(f"p{n}", summarise(shared, batches, "here")) for n, batches in enumerate(parties)]
+    told = [(f"p{n}", summarise(shared, batches, "here").told) for n, batches in enumerate(parties)]
     return read(shared, merge(shared, told), "hub")
 
 
@@ -106,7 +106,7 @@ def test_a_small_deviation_is_that_of_numpy_in_any_split(seed, form, dtype, size
 
 
 def test_categories_are_one_list_and_others_are_0():
-    shared = Shared("sex", at="a", kind="categories")
+    shared = Shared("sex", at="a", kind="categories", least=1)
     agreed = agreed_of(shared, [[["m", "f"], ["f"]], [["x", "f"]]])
     assert agreed.values == ("f", "m", "x")
     assert apply(shared, agreed, ["x", "new", "f"], "here").tolist() == [3, 0, 1]
@@ -118,13 +118,79 @@ def test_rare_values_are_not_told():
     shared = Shared("ward", at="a", kind="categories", least=2)
     agreed = agreed_of(shared, [[["rare", "a", "a"]], [["rare", "b", "b"]]])
     assert agreed.values == ("a", "b")
-    told = summarise(shared, [["rare", "a", "a"]], "here")
+    told, held = summarise(shared, [["rare", "a", "a"]], "here")
     assert b"rare" not in told
+    assert held == ("rare",)
+
+
+def test_an_entry_counts_once_a_sample():
+    shared = Shared("codes", at="a", kind="categories", least=3)
+    codes = torch.tensor([[7, 7, 7, 1], [7, 1, 1, 1], [2, 2, 2, 1]])
+    assert summarise(shared, [codes], "here").held == (2, 7)
+    assert agreed_of(shared, [[codes[:2], codes[2:]]]).values == (1,)
+
+
+def test_columns_of_few_samples_are_not_told():
+    """Column 0 has five values, column 1 four, column 2 none."""
+    shared = Shared("age", at="a")
+    nan = float("nan")
+    few = torch.tensor([[1.0, 63.5, nan], [2.0, 64.5, nan], [3.0, 65.5, nan], [4.0, nan, nan], [5.0, 66.5, nan]])
+    told, held = summarise(shared, list(few.split(2)), "here")
+    assert held == (1,)
+    own = read(shared, told, "a")
+    assert (own.count, own.mean, own.squares) == ((5, 0, 0), (3.0, 0.0, 0.0), (10.0, 0.0, 0.0))
+    assert summarise(shared, [few], "here", sole=True).held == ()
+    assert read(shared, summarise(shared, [few], "here", sole=True).told, "a").count == (5, 4, 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_total_is_that_of_the_parties_that_tell(first: bool):
+    many, few = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6], dtype=torch.float64), torch.tensor([170.0, 171.0])
+    shared = Shared("age", at="a")
+    agreed = agreed_of(shared, [[few], [many]] if first else [[many], [few]])
+    alone = agreed_of(shared, [[many]])
+    assert agreed == alone
+    assert alone.deviation[0] == pytest.approx(many.std(correction=0).item(), rel=1e-12)
+
+
+def test_a_picture_is_one_sample_however_many_pixels_it_has():
+    shared = Shared("scan", at="a", least=3)
+    scans = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    scans[0, 1] = float("nan")
+    assert summarise(shared, [scans[:1]], "here").held == (0,)
+    assert summarise(shared, [scans[:1], scans[1:]], "here").held == (1,)
+
+
+@pytest.mark.provokes("E261")
+@pytest.mark.parametrize(
+    ("kind", "few", "many", "name"),
+    [
+        ("scale", [torch.tensor([[1.0, 2.0]] * 4)], [torch.tensor([[1.0, float("nan")]] * 9)], "column 1"),
+        ("classes", [["sepsis"] * 4 + ["none"] * 5], [["none"] * 9], "class 'sepsis'"),
+    ],
+)
+def test_what_nobody_may_tell_but_somebody_needs_is_refused(kind: str, few, many, name: str):
+    shared = Shared("age", at="a", kind=kind)
+    held = summarise(shared, few, "here").held
+    check_told(shared, agreed_of(shared, [few, few * 2, few]), held, "party a")  # eight samples at the second
+    with pytest.raises(DataError) as caught:
+        check_told(shared, agreed_of(shared, [few, many]), held, "party a")
+    assert caught.value.code == "E261"
+    assert f"expected a party with at least 5 samples of {name}, got fewer here, and at all others" in str(caught.value)
+    assert "lower `least` in the plan" in str(caught.value)
+
+
+def test_a_category_that_nobody_may_tell_is_0():
+    shared = Shared("ward", at="a", kind="categories")
+    wards = ["icu"] * 4 + ["surgery"] * 5
+    agreed = agreed_of(shared, [[wards]])
+    check_told(shared, agreed, summarise(shared, [wards], "here").held, "party a")
+    assert apply(shared, agreed, ["icu", "surgery"], "here").tolist() == [0, 1]
 
 
 @pytest.mark.provokes("E261")
 def test_classes_are_numbered_and_an_unknown_one_is_an_error():
-    shared = Shared("grade", at="a", kind="classes")
+    shared = Shared("grade", at="a", kind="classes", least=1)
     agreed = agreed_of(shared, [[torch.tensor([4, 2])], [torch.tensor([9])]])
     assert apply(shared, agreed, torch.tensor([9, 2, 4]), "here").tolist() == [2, 0, 1]
     with pytest.raises(DataError) as caught:
@@ -141,11 +207,15 @@ def test_classes_are_numbered_and_an_unknown_one_is_an_error():
         (SCALE, [torch.tensor([1, 2])], "expected a floating tensor"),
         (SCALE, [["a"]], "expected a floating tensor, got list"),
         (SCALE, [torch.tensor([1.0, float("inf")])], "got an infinity"),
-        (Shared("age", at="a", limit=2), [torch.ones(2, 3)], "expected at most 2 columns, got 3"),
-        (Shared("x", at="a", kind="categories"), [torch.ones(2)], "whole numbers or texts"),
-        (Shared("x", at="a", kind="categories", limit=2), [["a", "b", "c"]], "at most 2 values, got 3"),
-        (Shared("x", at="a", kind="classes"), [["a" * 201]], "texts of at most 200 bytes"),
-        (Shared("x", at="a", kind="classes"), [["a"], torch.tensor([1])], "expected texts, or whole numbers, got both"),
+        (Shared("age", at="a", limit=2, least=1), [torch.ones(2, 3)], "expected at most 2 columns, got 3"),
+        (Shared("x", at="a", kind="categories", least=1), [torch.ones(2)], "whole numbers or texts"),
+        (Shared("x", at="a", kind="categories", limit=2, least=1), [["a", "b", "c"]], "at most 2 values, got 3"),
+        (Shared("x", at="a", kind="classes", least=1), [["a" * 201]], "texts of at most 200 bytes"),
+        (
+            Shared("x", at="a", kind="classes", least=1),
+            [["a"], torch.tensor([1])],
+            "expected texts, or whole numbers, got both",
+        ),
     ],
 )
 def test_a_field_that_does_not_fit_is_refused(shared, batches, words):
@@ -175,7 +245,7 @@ def coded(kind: str = "scale", **rest: object) -> bytes:
     ],
 )
 def test_a_message_that_cannot_be_used_names_its_sender(message, words):
-    good = summarise(SCALE, [torch.ones(3)], "here")
+    good = summarise(SCALE, [torch.ones(3)], "here").told
     with pytest.raises(ContractError) as caught:
         merge(SCALE, [("a", good), ("b", message)])
     assert caught.value.code == "E541"
@@ -184,9 +254,9 @@ def test_a_message_that_cannot_be_used_names_its_sender(message, words):
 
 
 def test_lists_that_grow_too_long_or_mix_are_refused():
-    shared = Shared("x", at="a", kind="classes", limit=3)
-    texts, numbers = summarise(shared, [["a", "b"]], ""), summarise(shared, [torch.tensor([1])], "")
+    shared = Shared("x", at="a", kind="classes", limit=3, least=1)
+    texts, numbers = summarise(shared, [["a", "b"]], "").told, summarise(shared, [torch.tensor([1])], "").told
     with pytest.raises(ContractError, match="whole numbers at all parties, or texts at all"):
         merge(shared, [("a", texts), ("b", numbers)])
     with pytest.raises(ContractError, match="expected at most 3, got 4"):
-        merge(shared, [("a", texts), ("b", summarise(shared, [["c", "d"]], ""))])
+        merge(shared, [("a", texts), ("b", summarise(shared, [["c", "d"]], "").told)])

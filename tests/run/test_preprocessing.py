@@ -24,7 +24,7 @@ NAMES = ("a", "b", "c")
 SHARED = (
     Shared("x", at="head"),
     Shared("ward", at="head", kind="categories", least=2),
-    Shared("y", at="head", kind="classes"),
+    Shared("y", at="head", kind="classes", least=1),
 )
 
 
@@ -150,13 +150,86 @@ def test_a_prediction_uses_what_training_agreed_on():
 def test_what_is_told_is_said_and_counted():
     made = plan()
     text = str(made)
-    assert "sends   counts, means and deviations of data.x, once, by way of a to a, b, c" in text
-    assert "sends   the list of values of data.ward (at most 1,024, each in at least 2 of its samples), once," in text
-    assert "gets    the list of values of data.y (at most 1,024) from each of a, b, c, to put together" in text
+    assert (
+        "sends   counts, means and deviations of data.x (each column of at least 5 samples of a party), once, by way"
+        in text
+    )
+    assert (
+        "sends   the list of values of data.ward (at most 1,024, each in at least 2 samples of a party), once," in text
+    )
+    assert (
+        "gets    the list of values of data.y (at most 1,024, also of one sample) from each of a, b, c, to put together"
+        in text
+    )
     assert made.digest() != plan(SHARED[:2]).digest()
     result = simulate(made, parties())
     flows = result.ledgers["b"].flows.items()
     assert sum(row.messages for key, row in flows if key[:3] == ("sent", "a", "start")) == len(SHARED) + 1  # a barrier
+
+
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [
+        (1, "(also of one sample: then they are its values)"),
+        (2, "(also of two samples: then they tell both values)"),
+        (3, "(each column of at least 3 samples of a party)"),
+    ],
+)
+def test_the_plan_warns_where_single_values_are_told(least: int, words: str):
+    assert f"sends   counts, means and deviations of data.x {words}, once" in str(
+        plan((Shared("x", at="head", least=least),))
+    )
+
+
+def numbers(rows: int) -> Tensor:
+    return torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows)) * rows + 60
+
+
+def table(rows: int) -> TensorTable:
+    return TensorTable(x=numbers(rows), y=torch.arange(rows) % 3)
+
+
+def scaled(rows: dict[str, int], order: str, least: int = 5):
+    """A run of hospitals with so many rows each, whose numbers are scaled."""
+    names = tuple(rows)
+    stages = [
+        Stage("head", at=names, inputs=["data.x"], output="float32[batch, 3]"),
+        Stage("body", at="server", inputs=["head"], output="float32[batch, 3]"),
+        Loss("loss", at=names, inputs=["body", "data.y"]),
+    ]
+    made = Plan(
+        stages,
+        preprocessing=[Shared("x", at="head", least=least)],
+        training=Training(batch_size=4, order=order, hub="server"),
+    )
+    people = [Party("server", modules={"body": nn.Linear(3, 3)}, optimizer=sgd)]
+    for name, count in rows.items():
+        torch.manual_seed(0)
+        mine = {"head": nn.Linear(2, 3), "loss": nn.CrossEntropyLoss()}
+        people.append(Party(name, data=table(count), modules=mine, optimizer=sgd))
+    return simulate(made, people)
+
+
+@pytest.mark.parametrize("order", ["relay", "parallel"])
+@pytest.mark.parametrize("rows", [{"a": 1, "b": 9, "c": 7}, {"a": 9, "b": 4, "c": 7}])
+def test_a_hospital_of_few_rows_tells_nothing_and_scales_as_all_do(order: str, rows: dict[str, int]):
+    result = scaled(rows, order)
+    told = [numbers(count).double().numpy() for count in rows.values() if count >= 5]
+    agreed = result.agreed["a"]["x"]
+    assert agreed.count == (16, 16)
+    assert agreed.mean == pytest.approx(np.concatenate(told).mean(0), rel=1e-12)
+    assert agreed.deviation == pytest.approx(np.concatenate(told).std(0), rel=1e-12)
+    assert result.agreed == {name: {"x": agreed} for name in rows}
+    assert scaled(rows, order, least=1).agreed["a"]["x"].count == (sum(rows.values()),) * 2
+
+
+@pytest.mark.provokes("E261")
+def test_columns_that_only_few_have_are_refused_before_round_0():
+    with pytest.raises(DataError) as caught:
+        scaled({"a": 3, "b": 4}, "relay")
+    assert caught.value.code == "E261"
+    assert "at least 5 samples of column 0, got fewer here, and at all others" in str(caught.value)
+    assert caught.value.where.endswith("training data")
 
 
 def test_the_run_folder_keeps_what_was_agreed(tmp_path):
@@ -192,6 +265,7 @@ def test_features_of_vertical_parties_are_their_own():
         Party("a", data=TensorTable(x=x), modules={"left": nn.Identity()}),
         Party("b", data=TensorTable(x=x + 5, y=x), modules={"right": Add(), "loss": nn.MSELoss()}),
     ]
+    assert "counts, means" not in str(made)
     result = simulate(made, people)
     assert result.agreed["a"]["x"].mean != result.agreed["b"]["x"].mean
     assert [key for key in result.ledgers["a"].flows if key[2:4] == ("start", "exchange") and key[4] != 0] == []

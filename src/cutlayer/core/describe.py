@@ -91,7 +91,7 @@ def _gets(plan: Plan, graph: Graph, party: str) -> list[str]:
     agreed = [
         f"{_told(shared)} from each of {', '.join(plan.graph.holders(shared.at))}, to put together"
         for shared in plan.preprocessing
-        if plan.hub == party and plan.graph.holders(shared.at) != (party,)
+        if plan.hub == party and len(plan.graph.holders(shared.at)) > 1
     ]
     lines = [_line(what, "from", peers) for what, peers in cuts.items()] + added + agreed
     return lines + _results(plan, party) + _answered(plan, party)
@@ -112,7 +112,7 @@ def _results(plan: Plan, party: str) -> list[str]:
             texts.append(f"the sum of all weight gradients of {stage.name}, and once its state, from {hub}")
     for shared in plan.preprocessing:
         holders = plan.graph.holders(shared.at)
-        if party in holders and party != plan.hub:
+        if party in holders and len(holders) > 1 and party != plan.hub:
             texts.append(f"{_told(shared)}, of {_joined(list(holders), 'and')} together, once, from {plan.hub}")
     if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
         whose = f"from {plan.hub}, of all together" if party != plan.hub else "from each party"
@@ -193,8 +193,9 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
                 f"at most {stage.state_limit:,} bytes a step"
             )
     for shared in plan.preprocessing:
-        if party in plan.graph.holders(shared.at):
-            texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {', '.join(plan.graph.holders(shared.at))}")
+        holders = plan.graph.holders(shared.at)
+        if party in holders and len(holders) > 1:
+            texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {', '.join(holders)}")
     texts += [
         f"{extra.says}, by exchange {extra.name} with {', '.join(p for p in extra.group if p != party)}: at most "
         f"{extra.messages} messages of {extra.limit:,} bytes, {_WHENS[extra.when]}"
@@ -260,10 +261,13 @@ def _gives_weights(plan: Plan, party: str) -> bool:
 
 
 def _told(shared: Shared) -> str:
+    """Return what a party tells of a field, and from how many of its samples at least."""
+    few = {1: "also of one sample: then they are its values", 2: "also of two samples: then they tell both values"}
     if shared.kind == "scale":
-        return f"counts, means and deviations of data.{shared.field}"
-    rare = f", each in at least {shared.least} of its samples" if shared.least > 1 else ""
-    return f"the list of values of data.{shared.field} (at most {shared.limit:,}{rare})"
+        from_ = few.get(shared.least, f"each column of at least {shared.least} samples of a party")
+        return f"counts, means and deviations of data.{shared.field} ({from_})"
+    rare = f"each in at least {shared.least} samples of a party" if shared.least > 1 else "also of one sample"
+    return f"the list of values of data.{shared.field} (at most {shared.limit:,}, {rare})"
 
 
 def _shares_state(plan: Plan, party: str) -> bool:

@@ -205,8 +205,9 @@ class Answer:
 class Shared:
     """Preprocessing of one field that its holders agree on before round 0, and then apply to what they load.
 
-    They tell the hub sums over their training samples and get the totals; no sample's value leaves, except for lists:
-    these hold the values themselves.
+    Each tells the hub, of each column, count, mean and deviation over its own training samples, and gets those of all
+    together; lists hold the values themselves. What fewer than `least` of its samples have, a party leaves out. Where
+    all its samples have one value, the mean is that value. A field with one holder is told to nobody.
 
     Args:
         field: Name of the data field.
@@ -215,14 +216,17 @@ class Shared:
             a missing value (NaN) does not count and becomes 0. "categories": texts or whole numbers become 1, 2, ... in
             sorted order, all others 0. "classes": they become 0, 1, ...; an unknown one is an error.
         limit: Most columns, or entries of the list.
-        least: A party tells an entry of a list only if so many of its samples have it.
+        least: A party tells of a column, or an entry of a list, only if at least so many of its samples have a value
+            there; its others do not count. 1 and 2 tell the values themselves. 5 is a common smallest cell in
+            published tables of patients. A column or class that some have, but nobody so often, is an error (E261);
+            such a category becomes 0.
     """
 
     field: str
     at: str
     kind: str = "scale"
     limit: int = 1024
-    least: int = 1
+    least: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)

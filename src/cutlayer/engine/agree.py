@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -19,7 +20,7 @@ from cutlayer.core.parts import Shared
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, DataError
 
-__all__ = ["Agreed", "apply", "merge", "read", "summarise"]
+__all__ = ["Agreed", "Entry", "Summary", "apply", "check_told", "merge", "read", "summarise"]
 
 Entry = int | str
 _TEXT_MAX = 200  # bytes of an entry of a list
@@ -49,20 +50,32 @@ class Agreed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(d if d > _ROUNDING * abs(m) else 1.0 for d, m in zip(found, self.mean, strict=True))
 
 
-def summarise(shared: Shared, batches: Iterable[object], where: str) -> bytes:
-    """Return what a party tells of a field: an `Agreed` of its own samples, as msgpack.
+class Summary(NamedTuple):
+    """What a party tells of a field: an `Agreed` of its own samples, as msgpack; and what it holds back.
+
+    `held` never leaves: the columns, counted from 0, or the entries, that fewer than `least` samples have.
+    """
+
+    told: bytes
+    held: tuple[Entry, ...] = ()
+
+
+def summarise(shared: Shared, batches: Iterable[object], where: str, *, sole: bool = False) -> Summary:
+    """Return what a party tells of a field, and what it holds back: nothing, if it is the `sole` holder.
 
     `batches` are the field's values: tensors of shape (batch, ...), or lists of texts.
 
     Raises:
         DataError: E261, they are not what `shared` is for, or too many.
     """
-    own = _moments(batches, where) if shared.kind == "scale" else _listed(shared, batches, where)
+    least = 1 if sole else shared.least
+    summary = _moments if shared.kind == "scale" else _listed
+    own, held = summary(shared, batches, where, least)
     size = max(len(own.mean), len(own.values))
     if size > shared.limit:
         what = "columns" if shared.kind == "scale" else "values"
         raise _unfit(shared, where, f"at most {shared.limit} {what}", f"{size}", "raise `limit` in the plan")
-    return msgspec.msgpack.encode(own)
+    return Summary(msgspec.msgpack.encode(own), held)
 
 
 def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
@@ -118,6 +131,22 @@ def read(shared: Shared, message: Buffer, party: str) -> Agreed:
     return own
 
 
+def check_told(shared: Shared, agreed: Agreed, held: Sequence[Entry], where: str) -> None:
+    """Raise `DataError` E261 if nobody told what this party `held` back, and its samples cannot do without."""
+    if shared.kind == "scale":
+        what, missing = "column", [column for column in held if not agreed.count[int(column)]]
+    else:
+        what, missing = "class", [entry for entry in held if entry not in agreed.values]
+    if missing and shared.kind != "categories":
+        raise _unfit(
+            shared,
+            where,
+            f"a party with at least {shared.least} samples of {what} {missing[0]!r}",
+            "fewer here, and at all others",
+            f"leave this {what} out at all parties; or lower `least` in the plan, if so few samples may be told of",
+        )
+
+
 def apply(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
     """Return a field's values after preprocessing: same shape; "scale" keeps the dtype, lists give int64.
 
@@ -151,13 +180,14 @@ def _scaled(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor
     return torch.where(value.isnan(), 0.0, scaled).to(value.dtype)
 
 
-def _moments(batches: Iterable[object], where: str) -> Agreed:
+def _moments(shared: Shared, batches: Iterable[object], where: str, least: int) -> tuple[Agreed, tuple[Entry, ...]]:
     total: Agreed | None = None
-    shared = Shared("", at="", kind="scale")
+    samples = torch.zeros(1, dtype=torch.int64)
     for value in batches:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise _unfit(shared, where, "a floating tensor", type(value).__name__, "convert it in the data set")
-        rows = value.double().movedim(1, -1).reshape(-1, value.shape[1]) if value.ndim > 1 else value.double()[:, None]
+        table = value.double() if value.ndim > 1 else value.double()[:, None]
+        rows = table.movedim(1, -1).reshape(-1, table.shape[1])
         here = ~rows.isnan()
         count = here.sum(0)
         mean = rows.nansum(0) / count.clamp(min=1)
@@ -167,7 +197,17 @@ def _moments(batches: Iterable[object], where: str) -> Agreed:
             raise _unfit(shared, where, "finite numbers, or NaN where a value is missing", "an infinity", "remove it")
         own = Agreed("scale", tuple(count.tolist()), tuple(mean.tolist()), tuple(squares.tolist()))
         total = own if total is None else _together(shared, total, own, where)
-    return total or Agreed("scale")
+        samples = samples + (~table.isnan()).unsqueeze(-1).flatten(2).any(2).sum(0)
+    if total is None:
+        return Agreed("scale"), ()
+    few = [0 < count < least for count in samples.tolist()]
+    rows_of = zip(few, total.count, total.mean, total.squares, strict=True)
+    kept = [(0, 0.0, 0.0) if hidden else (count, mean, squares) for hidden, count, mean, squares in rows_of]
+    return _columns(kept), tuple(column for column, hidden in enumerate(few) if hidden)
+
+
+def _columns(found: Sequence[tuple[int, float, float]]) -> Agreed:
+    return Agreed("scale", tuple(c for c, _, _ in found), tuple(m for _, m, _ in found), tuple(s for *_, s in found))
 
 
 def _together(shared: Shared, one: Agreed, other: Agreed, party: str) -> Agreed:
@@ -179,28 +219,30 @@ def _together(shared: Shared, one: Agreed, other: Agreed, party: str) -> Agreed:
     if len(one.count) != len(other.count):
         raise _differ(shared, party, f"{len(one.count)} columns", f"{len(other.count)}")
     rows = zip(one.count, one.mean, one.squares, other.count, other.mean, other.squares, strict=True)
-    joined = [_joined(*row) for row in rows]
-    return Agreed("scale", tuple(c for c, _, _ in joined), tuple(m for _, m, _ in joined), tuple(s for *_, s in joined))
+    return _columns([_joined(*row) for row in rows])
 
 
 def _joined(n: int, mean: float, squares: float, m: int, other: float, more: float) -> tuple[int, float, float]:
+    if not n:
+        return m, other, more
     count, gap = n + m, other - mean
-    if not count:
-        return 0, 0.0, 0.0
     return count, mean + gap * m / count, squares + more + gap * gap * n * m / count
 
 
-def _listed(shared: Shared, batches: Iterable[object], where: str) -> Agreed:
+def _listed(shared: Shared, batches: Iterable[object], where: str, least: int) -> tuple[Agreed, tuple[Entry, ...]]:
     seen: Counter[Entry] = Counter()
     for value in batches:
-        seen.update(_entries(shared, value, where)[0])
-    kept = [entry for entry, times in seen.items() if times >= shared.least]
+        entries, shape = _entries(shared, value, where)
+        width = len(entries) // max(1, shape[0]) or 1  # entries of a sample; each counts once
+        for place in range(0, len(entries), width):
+            seen.update(set(entries[place : place + width]))
+    kept = [entry for entry, samples in seen.items() if samples >= least]
     if len({type(entry) for entry in kept}) > 1:
         raise _unfit(shared, where, "texts, or whole numbers", "both", "give one kind of values")
     long = [entry for entry in kept if isinstance(entry, str) and len(entry.encode()) > _TEXT_MAX]
     if long:
         raise _unfit(shared, where, f"texts of at most {_TEXT_MAX} bytes", "longer ones", "shorten them")
-    return Agreed(shared.kind, values=_sorted(kept))
+    return Agreed(shared.kind, values=_sorted(kept)), _sorted(entry for entry in seen if seen[entry] < least)
 
 
 def _sorted(entries: Iterable[Entry]) -> tuple[Entry, ...]:
@@ -218,9 +260,8 @@ def _entries(shared: Shared, value: object, where: str) -> tuple[list[Entry], tu
 
 
 def _unfit(shared: Shared, where: str, expected: str, got: str, remedy: str) -> DataError:
-    name = f"the field {shared.field!r}" if shared.field else "a field"
     return DataError(
-        f"{name} cannot be preprocessed ({shared.kind})",
+        f"the field {shared.field!r} cannot be preprocessed ({shared.kind})",
         where=where,
         expected=expected,
         got=got,

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import msgspec
 
 from cutlayer.core.batching import lane_batches
+from cutlayer.core.parts import Shared
 from cutlayer.core.plan import Plan
-from cutlayer.engine.agree import Agreed, apply, merge, read, summarise
+from cutlayer.engine.agree import Agreed, Entry, apply, check_told, merge, read, summarise
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import DataError
 
@@ -55,28 +56,39 @@ class Preprocess:
         self._mine = {one.field: one for one in plan.preprocessing if party in graph.holders(one.at)}
         self._training, self._party, self._train = plan.training, party, train
         self._lane = next((lane for lane in range(graph.lanes) if party in graph.data_fields(lane)), 0)
+        self._sole = {field for field, one in self._mine.items() if graph.holders(one.at) == (party,)}
+        self._held: dict[str, tuple[Entry, ...]] = {}
         self.agreed = {name: value for name, value in (agreed or {}).items() if name in self._mine}
 
     def summary(self, name: str) -> bytes:
-        """Return what this party tells of "data.FIELD": sums over its training samples, or a list of values."""
-        shared = self._every[name]
-        return summarise(shared, self._values(shared.field), f"party {self._party}, training data")
+        """Return what this party tells of "data.FIELD": sums over its training samples, or a list of values.
+
+        Of columns and entries that fewer than `least` of its samples have, it holds nothing; the party remembers them.
+        """
+        return self._summarise(self._every[name], sole=self._every[name].field in self._sole)
 
     def merge(self, name: str, told: Sequence[tuple[str, Buffer]]) -> bytes:
         """Put together what all holders told, for the hub."""
         return merge(self._every[name], told)
 
     def take(self, name: str, total: Buffer, source: str) -> None:
-        """Keep what was agreed on. Raises `ContractError` E541 if it cannot be read."""
+        """Keep what was agreed on.
+
+        Raises:
+            ContractError: E541, it cannot be read.
+            DataError: E261, too few samples at any party have a column or a class that this party has.
+        """
         shared = self._every[name]
         if shared.field in self._mine:
-            self.agreed[shared.field] = read(shared, total, source)
+            agreed = read(shared, total, source)
+            check_told(shared, agreed, self._held.get(shared.field, ()), f"party {self._party}, training data")
+            self.agreed[shared.field] = agreed
 
     def alone(self) -> None:
         """Agree with oneself, to try a party without the others."""
         for field, shared in self._mine.items():
-            name = f"data.{field}"
-            self.agreed[field] = read(shared, self.merge(name, [(self._party, self.summary(name))]), self._party)
+            own = merge(shared, [(self._party, self._summarise(shared, sole=True))])
+            self.agreed[field] = read(shared, own, self._party)
 
     def prepare(self, batch: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Return a batch with what was agreed on applied to its fields.
@@ -109,6 +121,11 @@ class Preprocess:
     def restore(self, document: bytes) -> None:
         """Go back to a `document`. Raises `msgspec.DecodeError` if it is none."""
         self.agreed = msgspec.json.decode(document, type=dict[str, Agreed])
+
+    def _summarise(self, shared: Shared, *, sole: bool) -> bytes:
+        where = f"party {self._party}, training data"
+        told, self._held[shared.field] = summarise(shared, self._values(shared.field), where, sole=sole)
+        return told
 
     def _values(self, field: str) -> Iterator[Any]:
         """Yield the field's raw values, batch by batch, over the training samples."""

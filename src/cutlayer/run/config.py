@@ -94,7 +94,7 @@ class _SharedTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     at: str
     kind: str = "scale"
     limit: int = 1024
-    least: int = 1
+    least: int = 5
 
 
 class _CrossingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
