@@ -305,6 +305,28 @@ def test_a_loader_of_whole_batches_is_taken():
     assert ids(epoch_of(source)) == [row for batch in rows for row in batch]
 
 
+LAST = {"drop_last": True}
+
+
+@pytest.mark.parametrize(
+    ("data", "alone", "expected"),
+    [
+        (TensorTable(id=torch.arange(COUNT)), True, range(COUNT)),
+        (Dicts(), False, range(COUNT)),
+        (DataLoader(Dicts(), batch_size=4, num_workers=1, **LAST), False, range(COUNT)),
+        (DataLoader(Dicts(), batch_size=4, sampler=Backwards(), **LAST), True, range(COUNT - 1, -1, -1)),
+        (DataLoader(Dicts(), batch_sampler=[[3, 1, 2, 0], [4, 5, 7, 6]]), True, [3, 1, 2, 0, 4, 5, 7, 6]),
+    ],
+    ids=["table", "data set", "loader with others", "loader alone", "batch sampler"],
+)
+def test_a_pass_over_every_sample_leaves_out_none_and_disturbs_no_epoch(data, alone: bool, expected):
+    source = batches(data, order(drop_last=True), alone=alone)
+    first = source.load(lane=0, epoch=1, index=0, size=4)
+    assert ids(list(source.every())) == list(expected)
+    rest = [source.load(lane=0, epoch=1, index=1, size=4)]
+    assert same([first, *rest], epoch_of(batches(data, order(drop_last=True), alone=alone)))
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 

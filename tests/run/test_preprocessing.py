@@ -189,7 +189,7 @@ def table(rows: int) -> TensorTable:
     return TensorTable(x=numbers(rows), y=torch.arange(rows) % 3)
 
 
-def scaled(rows: dict[str, int], order: str, least: int = 5):
+def scaled(rows: dict[str, int], order: str, least: int = 5, made=table, **training: bool):
     """A run of hospitals with so many rows each, whose numbers are scaled."""
     names = tuple(rows)
     stages = [
@@ -197,17 +197,17 @@ def scaled(rows: dict[str, int], order: str, least: int = 5):
         Stage("body", at="server", inputs=["head"], output="float32[batch, 3]"),
         Loss("loss", at=names, inputs=["body", "data.y"]),
     ]
-    made = Plan(
+    whole = Plan(
         stages,
         preprocessing=[Shared("x", at="head", least=least)],
-        training=Training(batch_size=4, order=order, hub="server"),
+        training=Training(batch_size=4, order=order, hub="server", **training),
     )
     people = [Party("server", modules={"body": nn.Linear(3, 3)}, optimizer=sgd)]
     for name, count in rows.items():
         torch.manual_seed(0)
         mine = {"head": nn.Linear(2, 3), "loss": nn.CrossEntropyLoss()}
-        people.append(Party(name, data=table(count), modules=mine, optimizer=sgd))
-    return simulate(made, people)
+        people.append(Party(name, data=made(count), modules=mine, optimizer=sgd))
+    return simulate(whole, people)
 
 
 @pytest.mark.parametrize("order", ["relay", "parallel"])
@@ -221,6 +221,21 @@ def test_a_hospital_of_few_rows_tells_nothing_and_scales_as_all_do(order: str, r
     assert agreed.deviation == pytest.approx(np.concatenate(told).std(0), rel=1e-12)
     assert result.agreed == {name: {"x": agreed} for name in rows}
     assert scaled(rows, order, least=1).agreed["a"]["x"].count == (sum(rows.values()),) * 2
+
+
+def dropping(count: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(Rows(numbers(count), [""] * count, torch.arange(count) % 3), 4, drop_last=True)
+
+
+@pytest.mark.parametrize("made", [table, dropping])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_samples_of_a_dropped_batch_count_as_for_an_uncut_scaler(made, shuffle: bool):
+    """What scikit-learn's StandardScaler does, fitted to all rows: 6 + 11 of them, in batches of 4."""
+    agreed = scaled({"a": 6, "b": 11}, "relay", made=made, drop_last=True, shuffle=shuffle).agreed["a"]["x"]
+    pooled = np.concatenate([numbers(6), numbers(11)]).astype(np.float64)
+    assert agreed.count == (17, 17)
+    assert agreed.mean == pytest.approx(pooled.mean(0), rel=1e-12)
+    assert agreed.deviation == pytest.approx(pooled.std(0), rel=1e-12)
 
 
 @pytest.mark.provokes("E261")

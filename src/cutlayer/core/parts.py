@@ -205,9 +205,10 @@ class Answer:
 class Shared:
     """Preprocessing of one field that its holders agree on before round 0, and then apply to what they load.
 
-    Each tells the hub, of each column, count, mean and deviation over its own training samples, and gets those of all
-    together; lists hold the values themselves. What fewer than `least` of its samples have, a party leaves out. Where
-    all its samples have one value, the mean is that value. A field with one holder is told to nobody.
+    Each tells the hub, of each column, count, mean and deviation over all its training samples (also those that
+    `drop_last` leaves out), and gets those of all together; lists hold the values themselves. What fewer than `least`
+    of its samples have, a party leaves out. Where all its samples have one value, the mean is that value. A field with
+    one holder is told to nobody.
 
     Args:
         field: Name of the data field.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -175,6 +175,12 @@ class OrderedBatches:
                 return _named(next(self._iterator), self.order.fields)
             return self._rows(place)
 
+    def every(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield all samples once, in batches, unshuffled; also those that `drop_last` leaves out of an epoch."""
+        order = replace(self.order, shuffle=False, drop_last=False)
+        own = OrderedBatches(self._dataset if self._loader is None else self._loader, order)
+        return _one_pass(own, lane_batches(self.count, order.training.batch_size, drop_last=False))
+
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
         if self._whole:
@@ -201,15 +207,7 @@ class OrderedBatches:
         rows = [
             self._indices[batch_slice(i, self.order.count, self.order.training.batch_size)] for i in range(len(sizes))
         ]
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=rows,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        return _again(loader, batch_sampler=rows)
 
 
 class LoaderBatches:
@@ -248,6 +246,18 @@ class LoaderBatches:
             )
         return _named(batch, self.order.fields)
 
+    def every(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield all samples that the sampler gives, once, in batches; also those that `drop_last` leaves out.
+
+        A batch sampler of the user's own gives what it gives in an epoch.
+        """
+        loader, order = self.loader, self.order
+        if loader.batch_size is not None and loader.drop_last:
+            loader = _again(loader, sampler=loader.sampler, batch_size=loader.batch_size, generator=loader.generator)
+            order = replace(order, drop_last=False)
+        sizes = lane_batches(self.count, order.training.batch_size, order.drop_last)
+        return _one_pass(LoaderBatches(loader, order), sizes)
+
     def _restart(self, epoch: int, index: int) -> None:
         self._random.seed(self.order.seed, epoch)
         sampler: Any = self.loader.sampler
@@ -259,6 +269,24 @@ class LoaderBatches:
             self._iterator = iter(self.loader)
             for _ in range(index):
                 next(self._iterator, None)
+
+
+def _one_pass(source: OrderedBatches | LoaderBatches, sizes: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
+    for index, size in enumerate(sizes):
+        yield source.load(lane=0, epoch=0, index=index, size=size)
+
+
+def _again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa: ANN401 - arguments of DataLoader
+    """Return a loader of the same data set, collate function and workers, with another choice of samples."""
+    return DataLoader(
+        loader.dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        **sampling,
+    )
 
 
 def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set gives, as a batch

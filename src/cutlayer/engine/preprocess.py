@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, Protocol
 
 import msgspec
 
-from cutlayer.core.batching import lane_batches
 from cutlayer.core.parts import Shared
 from cutlayer.core.plan import Plan
 from cutlayer.engine.agree import Agreed, Entry, apply, check_told, merge, read, summarise
@@ -26,15 +26,14 @@ __all__ = ["Batches", "Preprocess"]
 class Batches(Protocol):
     """A party's data for one mode, in the order that the plan fixes."""
 
-    @property
-    def count(self) -> int:
-        """Return the number of samples."""
-
     def load(self, *, lane: int, epoch: int, index: int, size: int) -> Mapping[str, Any]:
         """Return the `index`-th batch of an epoch, of `size` samples.
 
         Field -> tensor of shape (size, ...); or a list of `size` texts, for a field that the plan makes numbers of.
         """
+
+    def every(self) -> Iterator[Mapping[str, Any]]:
+        """Yield all samples once, in batches as `load` gives them; also those that `drop_last` leaves out."""
 
 
 class Preprocess:
@@ -54,8 +53,7 @@ class Preprocess:
         graph = plan.graph
         self._every = {f"data.{one.field}": one for one in plan.preprocessing}
         self._mine = {one.field: one for one in plan.preprocessing if party in graph.holders(one.at)}
-        self._training, self._party, self._train = plan.training, party, train
-        self._lane = next((lane for lane in range(graph.lanes) if party in graph.data_fields(lane)), 0)
+        self._party, self._train = party, train
         self._sole = {field for field, one in self._mine.items() if graph.holders(one.at) == (party,)}
         self._held: dict[str, tuple[Entry, ...]] = {}
         self.agreed = {name: value for name, value in (agreed or {}).items() if name in self._mine}
@@ -128,16 +126,16 @@ class Preprocess:
         return told
 
     def _values(self, field: str) -> Iterator[Any]:
-        """Yield the field's raw values, batch by batch, over the training samples."""
-        train = self._train
-        if train is None:
-            return
-        for index, size in enumerate(lane_batches(train.count, self._training.batch_size, self._training.drop_last)):
+        """Yield the field's raw values, batch by batch, over all training samples: `drop_last` leaves out none here."""
+        batches = iter(()) if self._train is None else self._train.every()
+        for index in count():
             try:
-                batch = train.load(lane=self._lane, epoch=0, index=index, size=size)
+                batch = next(batches, None)
             except DataError as error:
                 error.within(f"party {self._party}, preprocessing of {field!r}, batch {index}")
                 raise
+            if batch is None:
+                return
             if field not in batch:
                 raise DataError(
                     f"the training data has no field {field!r}",
