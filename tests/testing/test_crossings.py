@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -21,6 +22,8 @@ SPEC = "float32[batch, 3, 4]"
         ("bfloat16", SPEC, "bfloat16[batch, 3, 4]", 2**-8),
         ("bfloat16", "float64[batch, 5]", "bfloat16[batch, 5]", 2**-8),
         ("float16", SPEC, "float16[batch, 3, 4]", 2**-11),
+        ("float16", "bfloat16[batch, 5]", "float16[batch, 5]", 2**-11),
+        ("int8", "float64[batch, 9]", "uint8[batch, 17]", 2 / 510 * 1.001),
         ("int8", SPEC, "uint8[batch, 20]", 2 / 510 * 1.001),
         ("int8", "bfloat16[batch, 9]", "uint8[batch, 17]", 2 / 510 + 2**-8),
     ],
@@ -82,6 +85,26 @@ class Trusting(Levels):
         return super().decode(wire, spec)
 
 
+class Picky(Cast):
+    """Refuses what it wrote itself, where `wrong` says so."""
+
+    def __init__(self, dtype: str, wrong: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(dtype)
+        self.wrong = wrong
+
+    def decode(self, wire: Tensor, spec):
+        if self.wrong(wire).any():
+            raise ValueError("out of range")
+        return super().decode(wire, spec)
+
+
+class Clipped(Cast):
+    """For numbers up to 8, as its user knows."""
+
+    def encode(self, value: Tensor) -> Tensor:
+        return super().encode(value.clamp(-8, 8))
+
+
 WIRE = "bfloat16[batch, 3, 4]"
 
 
@@ -96,7 +119,28 @@ WIRE = "bfloat16[batch, 3, 4]"
 )
 def test_a_wrong_codec_is_named(codec, wire: str, words: str):
     with pytest.raises(AssertionError, match=words):
-        check_codec(codec, SPEC, wire, error=100.0)
+        check_codec(codec, SPEC, wire, error=1e9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda wire: wire.abs() > 100, r"numbers up to 1e\+03; got ValueError\('out of range'\)"),
+        (lambda wire: wire.abs().amax((1, 2)) < 1e-5, "numbers up to"),
+        (lambda wire: (wire < 0).all(), "numbers up to"),
+        (lambda wire: (wire == 0).all(), "numbers up to 0;"),
+    ],
+    ids=["large", "tiny", "negative", "zero"],
+)
+def test_a_codec_that_refuses_what_it_wrote_is_found(wrong: Callable[[Tensor], Tensor], words: str):
+    with pytest.raises(AssertionError, match=words):
+        check_codec(Picky("bfloat16", wrong), SPEC, WIRE, error=2**-8)
+
+
+def test_a_codec_for_a_smaller_range_is_checked_in_it():
+    check_codec(Clipped("bfloat16"), SPEC, WIRE, error=2**-8, sizes=(1e-3, 8.0))
+    with pytest.raises(AssertionError, match="an error of at most"):
+        check_codec(Clipped("bfloat16"), SPEC, WIRE, error=2**-8)
 
 
 def test_a_codec_that_trusts_what_comes_is_found():

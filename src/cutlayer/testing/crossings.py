@@ -16,15 +16,25 @@ from cutlayer.testing.expect import expect, random_value
 __all__ = ["check_codec", "check_defence"]
 
 _BATCHES = (1, 2, 7)
+_SIZES = (1e-6, 1e-3, 1e3, 1e6)
 
 
-def check_codec(codec: Codec, spec: str, wire: str, *, error: float = 0.0, hostile: int = 50) -> None:
+def check_codec(
+    codec: Codec,
+    spec: str,
+    wire: str,
+    *,
+    error: float = 0.0,
+    hostile: int = 50,
+    sizes: Sequence[float] = _SIZES,
+) -> None:
     """Check a codec for values of `spec` that are `wire` on the wire.
 
-    It writes exactly the dtype and shape of `wire` for any number of samples; reads back dtype and shape of `spec`; is
-    a function of its input; leaves its input as it is; comes back to within `error` of the largest number of each
-    sample; keeps samples apart (a batch is written as its samples are, so that microbatches change nothing); and for
-    any bytes of the right size gives a tensor of `spec` or raises `ValueError`.
+    It writes exactly the dtype and shape of `wire` for any number of samples; reads back dtype and shape of `spec`, of
+    large and small numbers too; is a function of its input; leaves its input as it is; comes back to within `error` of
+    the largest number of each sample; keeps samples apart (a batch is written as its samples are, so that microbatches
+    change nothing); and for any bytes of the right size gives a tensor of `spec` or raises `ValueError`, which is for
+    bytes that `encode` did not write.
 
     Args:
         codec: Of which both methods are tried.
@@ -32,6 +42,9 @@ def check_codec(codec: Codec, spec: str, wire: str, *, error: float = 0.0, hosti
         wire: Such as "uint8[batch, 72]".
         error: Largest error that is allowed, as a share of a sample's largest absolute number.
         hostile: How many random bytes to try.
+        sizes: Largest absolute numbers of a sample to try, besides 0 and numbers around 1, for a floating `spec`. Each
+            is moved into the normal numbers of the floating dtypes of `spec` and `wire`. A codec that is for a
+            smaller range is checked with sizes in it.
 
     Raises:
         AssertionError: it does not keep to this.
@@ -40,10 +53,21 @@ def check_codec(codec: Codec, spec: str, wire: str, *, error: float = 0.0, hosti
     for batch in _BATCHES:
         values = [random_value(value_spec.concrete(batch), torch_dtype(value_spec.dtype), seed) for seed in range(3)]
         values += [torch.zeros_like(values[0]), torch.ones_like(values[0])]
+        values += _sized(values[0], torch_dtype(wire_spec.dtype), sizes) if values[0].is_floating_point() else []
         for value in values:
             _round_trip(codec, value, value_spec, wire_spec, batch, error)
     for seed in range(hostile):
         _hostile(codec, value_spec, wire_spec, seed)
+
+
+def _sized(value: Tensor, wire: torch.dtype, sizes: Sequence[float]) -> list[Tensor]:
+    """Return each sample with these largest numbers, of both signs and all negative."""
+    ranges = [torch.finfo(dtype) for dtype in (value.dtype, wire) if dtype.is_floating_point]
+    low, high = max(2 * one.smallest_normal for one in ranges), min(one.max / 2 for one in ranges)
+    rows = value.double().reshape(len(value), -1)
+    share = (rows / rows.abs().amax(1, keepdim=True)).reshape(value.shape)
+    found = [share * min(max(size, low), high) for size in sizes]
+    return [one.to(value.dtype) for most in found for one in (most, -most.abs())]
 
 
 def _round_trip(codec: Codec, value: Tensor, spec: TensorSpec, wire: TensorSpec, batch: int, error: float) -> None:
@@ -54,7 +78,13 @@ def _round_trip(codec: Codec, value: Tensor, spec: TensorSpec, wire: TensorSpec,
     expect(torch.equal(value, before), "the value not to be changed")
     expect(torch.equal(sent, codec.encode(before)), "the same bytes for the same value")
     arrived = from_payload(bytes(to_payload(sent)), wire.dtype, tuple(sent.shape), value.device)
-    back = codec.decode(arrived, spec)
+    try:
+        back = codec.decode(arrived, spec)
+    except ValueError as refused:
+        most = f"{float(before.double().abs().max()):.3g}"
+        raise AssertionError(
+            f"expected what encode wrote to be read, of numbers up to {most}; got {refused!r}"
+        ) from None
     wrong = check_spec(back, spec, batch)
     expect(not wrong, f"what is read to be {spec}; got {wrong}")
     rows, theirs = (one.reshape(batch, -1).double() for one in (before, back))
