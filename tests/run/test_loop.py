@@ -601,10 +601,10 @@ def test_a_loss_that_is_not_finite_ends_the_loop():
         u_shaped(session, party)
 
 
-@pytest.mark.provokes("E710")
+@pytest.mark.provokes("E711")
 def test_a_restart_of_another_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from cutlayer.transport.session import SessionReset
 
     session, _, _ = opened()
-    with pytest.raises(PeerError, match=r"E710.*started again.*got server restarted.*start this loop again"), session:
+    with pytest.raises(PeerError, match=r"E711.*started again.*got server restarted.*start this loop again"), session:
         raise SessionReset("server restarted")

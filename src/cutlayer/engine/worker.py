@@ -77,8 +77,13 @@ class Worker:
         self._roles: dict[tuple[str, int], _Role] = {}
 
     def begin(self, mode: Mode, number: int) -> None:
-        """Begin a round of a mode: metrics start at zero."""
+        """Begin a round of a mode: metrics start at zero, stages are told to train or to evaluate, all of them anew.
+
+        So one round's modes do not depend on whether another came before it.
+        """
         self.mode, self.round = mode, number
+        for stage in self.site.stages.values():
+            stage.module.train(mode == "train")
         for book in self.site.books.values():
             book.reset()
         self.clear()

@@ -6,7 +6,7 @@
 | E441 | ProgramError | the loop ended before the rounds of the plan |
 | E133 | PlanError | the plan cannot be driven by a loop |
 | E244 | ConfigError | the other parties are neither here nor on a network |
-| E710 | PeerError | a party has started again, and a loop cannot go back |
+| E711 | PeerError | a party has started again, and a loop cannot go back |
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Session:
                 where=f"party {self.party.name}",
                 got=str(error),
                 remedy="start this loop again, and the other parties; cutlayer join goes on by itself",
-                code="E710",
+                code="E711",
             ) from error
         if early is not None:
             raise early
@@ -217,8 +217,6 @@ class Session:
                 self._hooks.forget()
             walk = self._walk = self._company.walk(mode, number, self._hooks)
             if mode in ("train", "evaluate"):
-                for stage in self.worker.site.stages.values():
-                    stage.module.train(mode == "train")
                 yield Round(self, walk, mode, number)
             while walk.part() is not None:
                 raise ProgramError(
