@@ -285,8 +285,10 @@ def _module(
                 modules[step.target] = flows[mode].trace.modules[step.name]
             elif step.op == "state":
                 states[step.target] = None
-    piece = PieceModule(routines, tuple(path for path in frozen if path in modules))
+    piece = PieceModule(routines)
     attach(piece, model, modules, states)
+    inside = {path for path, _ in piece.named_modules(remove_duplicate=False)}
+    piece.frozen = tuple(path for path in frozen if path in inside)
     return piece
 
 

@@ -94,7 +94,7 @@ def frozen_paths(model: nn.Module) -> tuple[str, ...]:
         return ()
     modes = {module: module.training for module in model.modules()}
     model.train()
-    frozen = tuple(path for path, module in model.named_modules() if path and not module.training)
+    frozen = tuple(path for path, module in model.named_modules(remove_duplicate=False) if path and not module.training)
     for module, mode in modes.items():
         module.training = mode
     return frozen
