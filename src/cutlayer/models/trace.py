@@ -18,6 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.example import Arguments
 from cutlayer.models.kinds import is_derived
+from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import hold
@@ -169,7 +170,9 @@ class _Tracer(fx.Tracer):
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
-        self.path, self.seen, self.known = "", set[str](), set(model.modules())
+        self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
 
     # --- what fx asks ---
 
@@ -194,9 +197,9 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
-        if m not in self.known:
+        if m not in self.names:
             return _made_inside(m, forward)(*args, **kwargs)
-        outer, self.path = self.path, self.path_of_module(m)
+        outer, self.path = self.path, nearest(self.names[m], self.path, self.stacks)
         try:
             if self.path in self.stacks:
                 return self._stack(self.path, args, kwargs)
