@@ -107,6 +107,12 @@ def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorde
 class _Proxy(fx.Proxy):
     """A value while tracing. Python may ask for its size or its number where an example tells them."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A tensor's class where an example tells that it is one: for the model's own `isinstance`."""
+        value = self.tracer.found.values.get(self.node.name)  # type: ignore[attr-defined]
+        return Tensor if isinstance(value, Tensor) else _Proxy
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
 
@@ -212,7 +218,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401, ARG002
         """Fetch a parameter or buffer as a step of its own, each time: it must not outlive an in-place write."""
-        if self.record.running:
+        if self.record.running or isinstance(attr_val, fx.Proxy):
             return attr_val
         return super().getattr(attr, attr_val, {})
 
@@ -248,6 +254,8 @@ class _Tracer(fx.Tracer):
         """Let any constant be an argument: a tensor, a configuration object."""
         if isinstance(a, nn.Module):
             raise TraceError(f"the submodule {type(a).__name__} is passed to a function")
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             registered = any(a is buffer for buffer in self.model.buffers())
             return super().create_arg(a) if registered else a
