@@ -255,3 +255,69 @@ def test_a_second_cut_point_that_was_chosen_is_told():
     pair = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     with pytest.raises(PlanError, match=r"E330.*nothing is left for the server after -2.*labels='server'"):
         cl.split(pair, -2, example=X)
+
+
+class Asks(Three):
+    """Asks what its values are, as MONAI's BasicUNet does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        if isinstance(x, Tensor) and torch.jit.isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+            x = self.two(x).relu()
+        return self.three(x)
+
+
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str):
+    model = Asks()
+    made = cut(model, at, example=X)
+    assert torch.equal(compose(made, X), model(X))
+
+
+class SharedTanh(Three):
+    """Two blocks with one activation between them, which the model holds itself and in each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        self.low, self.high = nn.Sequential(self.one, self.act), nn.Sequential(self.two, self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.act(self.high(self.low(x)) + x))
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+@pytest.mark.parametrize(("at", "before"), [("low.1", 1), ("high.1", 2), ("act", 2), ("one", 1), ("two", 2)])
+def test_a_name_of_several_is_cut_after_the_call_by_it(at: str, before: int, example: Tensor | None):
+    model = SharedTanh()
+    made = cut(model, at, example=example)
+    assert torch.equal(compose(made, X), model(X))
+    held = {id(p) for p in made.pieces[0].module.parameters()}
+    assert [id(one.weight) in held for one in (model.one, model.two, model.three)] == [n < before for n in range(3)]
+    assert (made.pieces[0].module.state_dict().keys() | made.pieces[1].module.state_dict().keys()) == set(
+        model.state_dict()
+    )
+
+
+class TwoStacks(Three):
+    """Holds its stack of blocks a second time, by which it calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.base = nn.ModuleDict({"stack": self.encoder, "first": self.encoder.layers[0]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.base["stack"](self.one(x)))
+
+
+@pytest.mark.parametrize("at", ["encoder.layers.0", "base.stack.layers.0", "base.first"])
+def test_a_stack_with_two_names_is_cut_by_either(at: str):
+    model = TwoStacks()
+    words = X.reshape(2, 2, 6)
+    made = cut(model, at, example=words)
+    assert made.points == ("encoder.layers.0",)
+    assert torch.equal(compose(made, words), model(words))
+    keys = [key for piece in made.pieces for key in piece.module.state_dict()]
+    assert sorted(keys) == sorted(model.state_dict())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cutlayer as cl
+from cutlayer.models.costs import candidates
 from tests.models.zoo import SUBJECTS, TRANSPOSED, Subject
 
 EPOCHS, BATCH = 1, 3  # two steps: the second sees what the first did
@@ -95,6 +96,10 @@ def test_resnet18_has_all_its_boundaries():
         *(("unet", at, "client") for at in ("down1", "down1.0", "down2", "bottom", "up2", "join2", "up1")),
         ("unet", ("down2", "join2"), "client"),
         ("unet", "bottom", "server"),
+        *(
+            ("basicunet", at, "server")
+            for at in ("down_2", "upcat_3.upsample", "upcat_3.convs.conv_0", "upcat_3.convs")
+        ),
         ("lstm", "table", "client"),
         ("lstm", "lstm", "client"),
         ("lstm", "lstm", "server"),
@@ -114,6 +119,42 @@ def test_resnet18_has_all_its_boundaries():
 )
 def test_across_skips_states_and_ties(name: str, at: object, labels: str):
     assert difference(name, at, labels) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        *(("aliases", at) for at in ("first", "second", "body.0", "body.1", "body.2", "body")),
+        *(("dynunet", at) for at in boundaries("dynunet") if not at.startswith("output_block")),
+        *(("dynunet", f"skip_layers.{at}") for at in ("next_layer.next_layer.conv1", "next_layer.downsample.lrelu")),
+    ],
+)
+def test_modules_with_several_names_at_each(name: str, at: str):
+    assert difference(name, at, "server") == 0.0
+
+
+@pytest.mark.parametrize("name", ["aliases", "dynunet"])
+def test_candidates_lists_all_names(name: str):
+    subject = SUBJECTS[name]
+    named = dict(subject.make().named_modules(remove_duplicate=False))
+    last = ("last", "output_block")
+    expected = [key for key, one in named.items() if key and not isinstance(one, nn.ModuleList)]
+    found = candidates(subject.make(), dict(subject.inputs))
+    assert found == [key for key in expected if not key.startswith(last)]
+
+
+def test_modules_with_several_names_are_one_parameter_in_the_models_order():
+    subject = SUBJECTS["aliases"]
+    model = subject.make()
+    made = cl.split(model, "first", example=subject.inputs["x"][:2], labels="server")
+    assert made.cut.points == ("body.0",)
+    head, body = (piece.module for piece in made.cut.pieces)
+    assert list(map(id, head.parameters())) == list(map(id, model.first.parameters()))
+    assert list(map(id, body.parameters())) == [id(p) for part in (model.second, model.last) for p in part.parameters()]
+    run = cl.fit(made, DataLoader(subject.rows(), batch_size=BATCH), loss=subject.loss, optimizer=sgd)
+    assembled = cl.assemble(run)
+    assert assembled.keys() == model.state_dict().keys()
+    assert torch.equal(assembled["first.weight"], assembled["body.0.weight"])
 
 
 @pytest.mark.parametrize("labels", ["client", "server"])

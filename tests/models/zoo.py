@@ -225,6 +225,19 @@ class Tied(nn.Module):
         return self.out(self.norm(x + self.middle(x)))
 
 
+class TwoNames(nn.Module):
+    """Layers with names of their own, which forward calls through a Sequential, where they have others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.body = nn.Sequential(self.first, nn.ReLU(), self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, 6) to (batch, 3)."""
+        return self.last(self.body(x))
+
+
 class Encoder(nn.Module):
     """PyTorch's own transformer, without a last norm."""
 
@@ -247,6 +260,20 @@ def densenet() -> nn.Module:
     from monai.networks.nets import DenseNet121
 
     return DenseNet121(spatial_dims=2, in_channels=1, out_channels=3, init_features=8, growth_rate=4, bn_size=2)
+
+
+def dynunet() -> nn.Module:
+    """A U-Net whose levels hold each other, and all of whose blocks are in lists too."""
+    from monai.networks.nets import DynUNet
+
+    return DynUNet(2, 1, 2, (3, 3, 3), (1, 2, 2), (2, 2), filters=(2, 4, 4), norm_name="batch")
+
+
+def basicunet() -> nn.Module:
+    """A U-Net that asks whether a value is a tensor."""
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(2, 1, 2, (2, 2, 4, 4, 4, 2), norm="batch", dropout=0.0)
 
 
 def transformer(kind: str) -> Callable[[], nn.Module]:
@@ -282,6 +309,9 @@ SUBJECTS: dict[str, Subject] = {
     "unet": Subject(make=seeded(UNet), inputs={"x": drawn(6, 1, 8, 8)}, labels=classes(2, 6, 8, 8)),
     "lstm": Subject(make=seeded(Tagger), inputs={"words": WORDS}, labels=classes(4, 6)),
     "writer": Subject(make=seeded(Writer), inputs={"input": drawn(6, 6)}, labels=classes(3, 6)),
+    "aliases": Subject(make=seeded(TwoNames), inputs={"x": drawn(6, 6)}, labels=classes(3, 6)),
+    "dynunet": Subject(make=seeded(dynunet), inputs={"x": drawn(6, 1, 16, 16)}, labels=classes(2, 6, 16, 16)),
+    "basicunet": Subject(make=seeded(basicunet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(2, 6, 32, 32)),
     "tied": Subject(make=seeded(Tied), inputs={"words": WORDS}, labels=WORDS, loss=of_words),
     "transformer": Subject(make=seeded(Translator), inputs={"words": WORDS}, labels=classes(3, 6)),
     "encoder": Subject(make=seeded(Encoder), inputs={"words": WORDS}, labels=classes(3, 6)),

@@ -82,11 +82,9 @@ def costs(
     """
     refuse_compiled(model)
     arguments = arguments_of(model, example)
-    seen = set[int]()
-    for name, module in model.named_modules():
-        if not name or isinstance(module, nn.ModuleList | nn.ModuleDict) or id(module) in seen:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
-        seen.add(id(module))
         try:
             made = cut(model, name, example=example, output=output)
             ports = port_specs(made, arguments)[0]

@@ -76,7 +76,8 @@ def cut(
     Everything that the model computes up to and including the last step of a named submodule lies before the cut. All
     values that are made before a cut and used after it cross: skip connections too, and directly from the piece that
     makes them to each that uses them. Sizes, constants and buffers do not cross; each piece computes its own. A
-    submodule that is called several times is cut after its last call.
+    submodule that is called several times is cut after its last call. One that the model holds under several names may
+    be named by any: the cut is after the call by that name, or, if forward does not call it by that, by another.
 
     Args:
         model: The user's model; it is not changed, and the pieces use its own parameters.

@@ -14,7 +14,7 @@ from cutlayer.models.kinds import is_item, is_size, is_view, writes
 from cutlayer.models.record import Trace
 from cutlayer.models.steps import Ref, Step, hold, refs, substitute
 
-__all__ = ["Flow", "flow_of", "positions"]
+__all__ = ["Flow", "flow_of", "inside_of", "positions"]
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Flow:
         return [name for name in made if name in used and self.place.get(name, -1) < piece]
 
 
+def inside_of(trace: Trace, point: str) -> list[int]:
+    """Return the indices of the steps that run in a submodule, of this name."""
+    return [i for i, step in enumerate(trace.steps) if step.path == point or step.path.startswith(f"{point}.")]
+
+
 def positions(trace: Trace, points: Sequence[str]) -> list[int]:
     """Return, for each cut point, the index of the last step that runs in that submodule.
 
@@ -56,14 +61,13 @@ def positions(trace: Trace, points: Sequence[str]) -> list[int]:
     """
     found = []
     for point in points:
-        inside = [i for i, step in enumerate(trace.steps) if step.path == point or step.path.startswith(f"{point}.")]
+        inside = inside_of(trace, point)
         if not inside:
             raise StageError(
                 f"no cut after {point!r}: it is never called",
                 where=f"at={point!r}",
                 expected="a submodule that the model's forward calls",
-                remedy="name a submodule that it calls, by the name under which the model holds it first; "
-                "cutlayer.models.candidates(model, example) lists all of them",
+                remedy="name a submodule that it calls; cutlayer.models.candidates(model, example) lists all of them",
                 code="E311",
             )
         found.append(inside[-1])

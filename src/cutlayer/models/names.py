@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import nn
 
 from cutlayer.errors import StageError
 from cutlayer.models.stacks import PROVEN, Layout, layout_of
 
-__all__ = ["InStack", "Point", "first_name", "in_stack", "resolve", "stacks_of"]
+__all__ = ["InStack", "Point", "in_stack", "names_of", "nearest", "resolve", "stacks_of"]
 
 Point = str | int
 
 
 @dataclass(frozen=True)
 class InStack:
-    """A cut point inside a stack of blocks: the stack's path and form, and how many blocks lie before the cut."""
+    """A cut point inside a stack of blocks: its name there, the stack's path and form, the blocks before the cut."""
 
+    name: str
     path: str
     layout: Layout
     before: int
@@ -48,10 +50,18 @@ def resolve(model: nn.Module, at: Point) -> str:
     return found[0]
 
 
-def first_name(model: nn.Module, name: str) -> str:
-    """Return the name under which the model holds a submodule first: tracing knows a shared one by it."""
+def names_of(model: nn.Module, name: str) -> list[str]:
+    """Return all names of a submodule: `name`, and the others under which the model holds it too."""
     module = model.get_submodule(name)
-    return next(str(path) for path, other in model.named_modules() if other is module)
+    others = [path for path, other in model.named_modules(remove_duplicate=False) if other is module and path != name]
+    return [name, *others]
+
+
+def nearest(names: Sequence[str], caller: str, stacks: Container[str]) -> str:
+    """Return the one of a submodule's names that the submodule `caller` calls: a stack's, or the nearest inside it."""
+    inside = [name for name in names if not caller or name.startswith(f"{caller}.")]
+    closest = min(inside or names, key=lambda name: name.count("."))
+    return next((name for name in names if name in stacks), closest)
 
 
 def _by_index(model: nn.Module, at: int) -> str:
@@ -104,9 +114,10 @@ def in_stack(model: nn.Module, name: str, *, checked: bool) -> InStack | None:
     Raises:
         StageError: the point is inside a block (E311), or the stack is not known and there is no example (E326).
     """
-    for path, layout in stacks_of(model).items():
-        inner = name.removeprefix(f"{path}.") if path else name
-        if path and inner == name:
+    stacks = stacks_of(model)
+    for alias, (path, layout) in product(names_of(model, name) if stacks else (), stacks.items()):
+        inner = alias.removeprefix(f"{path}.") if path else alias
+        if path and inner == alias:
             continue
         if inner not in layout.points:
             raise _inside(name, path, layout)
@@ -119,7 +130,7 @@ def in_stack(model: nn.Module, name: str, *, checked: bool) -> InStack | None:
                 code="E326",
             )
         before = int(inner.rpartition(".")[2]) + 1 if inner.startswith(f"{layout.blocks}.") else 0
-        return InStack(path, layout, before)
+        return InStack(alias, path, layout, before)
     return None
 
 

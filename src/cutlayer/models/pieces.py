@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from cutlayer.errors import StageError
 from cutlayer.models import sequential
 from cutlayer.models.example import Arguments, undisturbed
-from cutlayer.models.flow import Flow, flow_of, positions
+from cutlayer.models.flow import Flow, flow_of, inside_of, positions
 from cutlayer.models.inplace import check_writes
-from cutlayer.models.names import InStack, first_name, in_stack
+from cutlayer.models.names import InStack, in_stack, names_of
 from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
 from cutlayer.models.stacks import Parts, take_apart
@@ -97,9 +97,11 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     Raises:
         StageError: see `cutlayer.models.cut`.
     """
-    names = [first_name(model, name) for name in names]
     stacks, names = _stacks(model, names, checked=bool(arguments.batch))
-    enter = frozenset(name.rpartition(".")[0][:end] for name in names for end in _prefixes(name)) - set(stacks)
+    names = _as_called(
+        model, names, lambda enter: _trace(model, arguments, BATCHES[0], enter - set(stacks), stacks, pick)
+    )
+    enter = _holders(names) - set(stacks)
     flows: dict[bool, Flow] = {}
     drafts: dict[bool, list[_Draft]] = {}
     frozen, moving = frozen_paths(model), []
@@ -124,10 +126,28 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     return Pieces(tuple(points), pieces, ties([piece.module for piece in pieces], moving))
 
 
-def _prefixes(name: str) -> list[int]:
-    """Return the lengths of all prefixes of a path's holder that are paths themselves."""
-    holder = name.rpartition(".")[0]
-    return [0, *(match.start() for match in re.finditer(r"\.", holder)), len(holder)]
+def _as_called(model: nn.Module, names: Sequence[str], follow: Callable[[frozenset[str]], Trace]) -> list[str]:
+    """Return each cut point by the name under which forward calls it: the one given if it does, else its last called.
+
+    `follow` traces the model, looking into the given submodules.
+    """
+    known = {name: names_of(model, name) for name in names}
+    if all(len(others) == 1 for others in known.values()):
+        return list(names)
+    with undisturbed(model):
+        model.train()
+        seen = follow(_holders(names))
+        if all(inside_of(seen, name) for name in names):
+            return list(names)
+        seen = follow(_holders(other for others in known.values() for other in others))
+    last = {name: max(others, key=lambda other: inside_of(seen, other)[-1:]) for name, others in known.items()}
+    return [name if inside_of(seen, name) else last[name] for name in names]
+
+
+def _holders(names: Iterable[str]) -> frozenset[str]:
+    """Return the paths of all submodules that hold one of these names, "" (the model) too."""
+    parts = [name.split(".") for name in names]
+    return frozenset(".".join(one[:depth]) for one in parts for depth in range(len(one)))
 
 
 def _stacks(model: nn.Module, names: Sequence[str], *, checked: bool) -> tuple[dict[str, Parts], list[str]]:
@@ -140,7 +160,7 @@ def _stacks(model: nn.Module, names: Sequence[str], *, checked: bool) -> tuple[d
             name, found = found.path, None
         if found is not None:
             inside.setdefault(found.path, []).append(found)
-        points.append(name)
+        points.append(found.name if found is not None else name)
     stacks = {
         path: take_apart(model.get_submodule(path), path, spots[0].layout, sorted({spot.before for spot in spots}))
         for path, spots in inside.items()
@@ -285,8 +305,10 @@ def _module(
                 modules[step.target] = flows[mode].trace.modules[step.name]
             elif step.op == "state":
                 states[step.target] = None
-    piece = PieceModule(routines, tuple(path for path in frozen if path in modules))
+    piece = PieceModule(routines)
     attach(piece, model, modules, states)
+    inside = {path for path, _ in piece.named_modules(remove_duplicate=False)}
+    piece.frozen = tuple(path for path in frozen if path in inside)
     return piece
 
 

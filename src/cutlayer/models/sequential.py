@@ -19,7 +19,8 @@ def sliceable(model: nn.Module, points: Sequence[str]) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    own = type(module).forward is not nn.Sequential.forward or type(module).train is not nn.Module.train
+    return isinstance(module, nn.Sequential) and not own
 
 
 def order(model: nn.Module, point: str) -> tuple[int, ...]:

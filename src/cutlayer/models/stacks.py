@@ -281,7 +281,7 @@ class _BlocksPart(nn.Module):
         return output if self.last else output[0]
 
     def train(self, mode: bool = True) -> _BlocksPart:
-        """Switch the stack's modules too."""
+        """Switch the stack's modules too; what its own `train` freezes is for the piece, as some blocks are away."""
         super().train(mode)
-        self.__dict__["lender"].train(mode)
+        nn.Module.train(self.__dict__["lender"], mode)
         return self

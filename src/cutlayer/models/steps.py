@@ -144,10 +144,14 @@ def lend(owner: nn.Module, borrower: nn.Module) -> None:
 def every_module(owner: nn.Module) -> Iterator[nn.Module]:
     """Give a module, all its submodules, and those that lend (which are not registered)."""
     for module in owner.modules():
+        yield from _with_lenders(module)
+
+
+def _with_lenders(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    while "lender" in module.__dict__:
+        module = module.__dict__["lender"]
         yield module
-        while "lender" in module.__dict__:
-            module = module.__dict__["lender"]
-            yield module
 
 
 class PieceModule(nn.Module):
@@ -158,13 +162,15 @@ class PieceModule(nn.Module):
 
     Args:
         routines: What to do in train mode (True) and in evaluation (False).
-        frozen: Paths of submodules that the user's model keeps in evaluation mode even when it trains.
+
+    Attributes:
+        frozen: Paths of submodules, at any depth, that the user's model keeps in evaluation mode even when it trains.
     """
 
-    def __init__(self, routines: Mapping[bool, Routine], frozen: tuple[str, ...] = ()) -> None:
-        """Keep the routines; submodules and parameters are added by who builds the piece."""
+    def __init__(self, routines: Mapping[bool, Routine]) -> None:
+        """Keep the routines; submodules, parameters and what is frozen are added by who builds the piece."""
         super().__init__()
-        self.routines, self.frozen = dict(routines), frozen
+        self.routines, self.frozen = dict(routines), tuple[str, ...]()
 
     def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401
         """Return the piece's output, or a tuple of its outputs in their order; tensors with the batch first."""
@@ -184,7 +190,8 @@ class PieceModule(nn.Module):
         if "lender" in self.__dict__:
             self.__dict__["lender"].train(mode)
         for path in self.frozen if mode else ():
-            self.get_submodule(path).training = False
+            for module in _with_lenders(self.get_submodule(path)):
+                module.training = False
         return self
 
     def _do(self, step: Step, change: Callable[[Ref], Any]) -> Any:  # noqa: ANN401

@@ -18,6 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.example import Arguments
 from cutlayer.models.kinds import is_derived
+from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import hold
@@ -106,6 +107,12 @@ def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorde
 class _Proxy(fx.Proxy):
     """A value while tracing. Python may ask for its size or its number where an example tells them."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A tensor's class where an example tells that it is one: for the model's own `isinstance`."""
+        value = self.tracer.found.values.get(self.node.name)  # type: ignore[attr-defined]
+        return Tensor if isinstance(value, Tensor) else _Proxy
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
 
@@ -169,7 +176,9 @@ class _Tracer(fx.Tracer):
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
-        self.path, self.seen, self.known = "", set[str](), set(model.modules())
+        self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
 
     # --- what fx asks ---
 
@@ -194,9 +203,9 @@ class _Tracer(fx.Tracer):
         """Note the call of a submodule as one step, or look into it."""
         if self.record.running:
             return forward(*args, **kwargs)
-        if m not in self.known:
+        if m not in self.names:
             return _made_inside(m, forward)(*args, **kwargs)
-        outer, self.path = self.path, self.path_of_module(m)
+        outer, self.path = self.path, nearest(self.names[m], self.path, self.stacks)
         try:
             if self.path in self.stacks:
                 return self._stack(self.path, args, kwargs)
@@ -209,7 +218,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401, ARG002
         """Fetch a parameter or buffer as a step of its own, each time: it must not outlive an in-place write."""
-        if self.record.running:
+        if self.record.running or isinstance(attr_val, fx.Proxy):
             return attr_val
         return super().getattr(attr, attr_val, {})
 
@@ -245,6 +254,8 @@ class _Tracer(fx.Tracer):
         """Let any constant be an argument: a tensor, a configuration object."""
         if isinstance(a, nn.Module):
             raise TraceError(f"the submodule {type(a).__name__} is passed to a function")
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             registered = any(a is buffer for buffer in self.model.buffers())
             return super().create_arg(a) if registered else a

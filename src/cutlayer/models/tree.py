@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from cutlayer.models.steps import every_module, lend
+from cutlayer.models.steps import PieceModule, every_module, lend
 
 __all__ = ["adopt", "attach", "frozen_paths", "same_mode", "ties"]
 
@@ -23,7 +23,7 @@ def attach(piece: nn.Module, model: nn.Module, modules: Mapping[str, nn.Module],
     if "" in modules:
         lend(modules[""], piece)
         return
-    order = {path: index for index, (path, _) in enumerate(model.named_modules())}
+    order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for path in sorted(modules, key=lambda path: (path.count("."), order[path])):
         holder, _, name = path.rpartition(".")
         owner = _container(piece, holder)
@@ -31,7 +31,6 @@ def attach(piece: nn.Module, model: nn.Module, modules: Mapping[str, nn.Module],
             owner.add_module(name, modules[path])
     for path in dict.fromkeys(states):
         _attach_state(piece, model, path)
-    _in_order(piece, model)
 
 
 def _attach_state(piece: nn.Module, model: nn.Module, path: str) -> None:
@@ -82,6 +81,9 @@ def adopt(pieces: Sequence[nn.Module], model: nn.Module) -> None:
         while "lender" in owner.__dict__:
             owner = owner.__dict__["lender"]
         _attach_state(owner, model, key)
+    for piece in pieces:
+        if isinstance(piece, PieceModule) and "lender" not in piece.__dict__:
+            _in_order(piece, model)
 
 
 def _tensors(piece: nn.Module) -> list[Tensor]:
@@ -94,7 +96,7 @@ def frozen_paths(model: nn.Module) -> tuple[str, ...]:
         return ()
     modes = {module: module.training for module in model.modules()}
     model.train()
-    frozen = tuple(path for path, module in model.named_modules() if path and not module.training)
+    frozen = tuple(path for path, module in model.named_modules(remove_duplicate=False) if path and not module.training)
     for module, mode in modes.items():
         module.training = mode
     return frozen
