@@ -273,3 +273,31 @@ def test_samples_of_unequal_length_need_a_collate_function():
             plan, [Party("a", data=rows, modules={"head": Scale(), "loss": torch.mean}, optimizer=torch.optim.SGD)]
         )
     assert caught.value.code == "E253"
+
+
+@pytest.mark.provokes("E340")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, y: F.cross_entropy(s.detach(), y),
+        lambda s, y: (s.argmax(1) == y).float().mean(),
+        lambda s, y: torch.tensor(F.cross_entropy(s, y).item()),
+    ],
+    ids=["detached", "accuracy", "item"],
+)
+def test_a_loss_from_which_no_gradient_goes_back_is_refused(loss):
+    error = refused(torch.ones(4, 3), FOUR, loss, code="E340")
+    assert "gives no gradient" in error.what
+    assert "without detach, argmax, item" in error.remedy
+
+
+def test_a_loss_of_what_nobody_trains_needs_no_gradient():
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 3]", frozen=True),
+        Loss("loss", at="b", inputs=["head", "data.y"]),
+    ]
+    parties = [
+        Party("a", data=TensorTable(x=torch.ones(4, 3)), modules={"head": Scale()}),
+        Party("b", data=TensorTable(y=FOUR), modules={"loss": nn.CrossEntropyLoss()}),
+    ]
+    assert simulate(Plan(stages, training=Training(batch_size=4)), parties).history

@@ -308,3 +308,21 @@ def test_preprocessing_that_cannot_be_is_refused(shared, code, words):
 def test_a_field_is_preprocessed_once():
     with pytest.raises(PlanError, match="each once"):
         plan((SHARED[0], Shared("x", at="a")))
+
+
+@pytest.mark.provokes("E268")
+def test_data_that_fail_while_they_are_scanned_are_named():
+    class Broken(TensorTable):
+        def batch(self, indices):
+            raise KeyError("bp")
+
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 3]"),
+        Loss("loss", at="a", inputs=["head", "data.y"]),
+    ]
+    table = Broken(x=torch.ones(6, 2), y=torch.arange(6) % 3)
+    modules = {"head": nn.Linear(2, 3), "loss": nn.CrossEntropyLoss()}
+    party = Party("a", data=table, modules=modules, optimizer=torch.optim.SGD)
+    broken = Plan(stages, training=Training(batch_size=3), preprocessing=(Shared("x", at="head"),))
+    with pytest.raises(DataError, match=r"E268.*party a, preprocessing of 'x', batch 0.*KeyError: 'bp'"):
+        simulate(broken, [party])

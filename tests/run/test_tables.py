@@ -122,3 +122,9 @@ def test_file_that_is_not_text(tmp_path: Path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"E202.*not text"):
         read_text(path)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[options]\nepochs = 2\n")
+    assert parse_table(read_text(path), File, where="a.toml").options.epochs == 2

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | E253 | DataError | a field that is to be preprocessed is not in the data |
 | E262 | DataError | preprocessing was not agreed on before data was loaded |
+| E268 | DataError | a user's data set fails at a batch |
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from cutlayer.core.parts import Shared
 from cutlayer.core.plan import Plan
 from cutlayer.engine.agree import Agreed, Entry, apply, check_told, merge, read, summarise
 from cutlayer.engine.wire import Buffer
-from cutlayer.errors import DataError
+from cutlayer.errors import CutlayerError, DataError
 
-__all__ = ["Batches", "Preprocess"]
+__all__ = ["Batches", "Preprocess", "unread"]
 
 
 class Batches(Protocol):
@@ -129,11 +130,16 @@ class Preprocess:
         """Yield the field's raw values, batch by batch, over all training samples: `drop_last` leaves out none here."""
         batches = iter(()) if self._train is None else self._train.every()
         for index in count():
+            where = f"party {self._party}, preprocessing of {field!r}, batch {index}"
             try:
                 batch = next(batches, None)
             except DataError as error:
-                error.within(f"party {self._party}, preprocessing of {field!r}, batch {index}")
+                error.within(where)
                 raise
+            except CutlayerError:
+                raise
+            except Exception as error:
+                raise unread(error, where) from error
             if batch is None:
                 return
             if field not in batch:
@@ -145,3 +151,14 @@ class Preprocess:
                     code="E253",
                 )
             yield batch[field]
+
+
+def unread(error: Exception, where: str) -> DataError:
+    """Return the error of data that cannot be read; what the data set says of it stays at this party."""
+    return DataError(
+        "the data set failed at a batch",
+        where=where,
+        got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
+        remedy="read this batch's samples alone, as data[index]; check that its files are there and can be read",
+        code="E268",
+    )

@@ -5,6 +5,7 @@
 | E307 | StageError | a loss does not take what it is given |
 | E308 | StageError | a metric does not take what it is given |
 | E309 | StageError | a loss would stretch prediction and label to each other |
+| E340 | StageError | a loss gives no gradient |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cutlayer.errors import StageError
 if TYPE_CHECKING:
     from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
 
-__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error", "probable", "shown"]
+__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error", "no_gradient", "probable", "shown"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _BY_ELEMENT = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div"})
@@ -100,6 +101,18 @@ def loss_error(name: str, inputs: Sequence[Tensor], error: Exception) -> StageEr
         got=f"{shown(inputs)}; {why}",
         remedy=_remedy(inputs, str(error), outside=outside),
         code="E307",
+    )
+
+
+def no_gradient(name: str) -> StageError:
+    """Return the error for a loss from which no gradient goes back, so that nothing would be trained."""
+    return StageError(
+        f"the loss {name!r} gives no gradient",
+        where=f"stage {name}",
+        expected="a loss that autograd can follow back to the prediction",
+        got="one that depends on no parameter",
+        remedy="compute it from the prediction with torch's functions, without detach, argmax, item, numpy or no_grad",
+        code="E340",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.flops import FlopCounter
-from cutlayer.engine.scoring import Pairs, loss_error
+from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.errors import CutlayerError, StageError
 
@@ -217,9 +217,11 @@ class ModuleStage:
         self._kept.clear()
 
     def _roots(self, kept: _Kept, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the outputs to go back from, and the gradient at each. Raises `StageError` E305 for a wrong shape."""
+        """Return the outputs to go back from, and the gradient at each. Raises `StageError` E305, E340."""
         if isinstance(gradients, int | float):
             output = kept.outputs[0]
+            if not output.requires_grad and any(kept.wanted):
+                raise no_gradient(self.name)
             return ([output], [torch.full_like(output, gradients)]) if output.requires_grad else ([], [])
         roots, seeds = list[Tensor](), list[Tensor]()
         for output, gradient in zip(kept.outputs, gradients, strict=True):

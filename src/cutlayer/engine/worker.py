@@ -19,6 +19,7 @@ from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.coder import Coder
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
+from cutlayer.engine.preprocess import unread
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
 from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
@@ -265,17 +266,6 @@ def _check_leaving(worker: Worker, job: Send, value: Tensor, spec: TensorSpec | 
         check_finite(value, where)
 
 
-def _unread(error: Exception, where: str) -> DataError:
-    """Return the error of data that cannot be read; what the data set says of it stays at this party."""
-    return DataError(
-        "the data set failed at a batch",
-        where=where,
-        got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-        remedy="read this batch's samples alone, as data[index]; check that its files are there and can be read",
-        code="E268",
-    )
-
-
 def _fields(worker: Worker, job: Load, index: int) -> dict[str, Tensor]:
     source = worker.parts.batches.get(worker.mode)
     where = f"party {worker.party}, {worker.mode} round {worker.round}, batch {index}"
@@ -295,7 +285,7 @@ def _fields(worker: Worker, job: Load, index: int) -> dict[str, Tensor]:
     except CutlayerError:
         raise
     except Exception as error:
-        raise _unread(error, where) from error
+        raise unread(error, where) from error
     batch = worker.site.preprocess.prepare(batch, where)
     return {name: _field(batch, name, sum(job.sizes), where) for name in job.fields}
 

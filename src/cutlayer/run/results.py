@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import safetensors.torch
@@ -84,12 +86,17 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending: a resumed run goes on in it."""
-        self._file: IO[bytes] = path.open("ab")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def __call__(self, event: str, details: Mapping[str, Any]) -> None:
-        """Write one event."""
-        self._file.write(msgspec.json.encode({"event": event, **details}) + b"\n")
-        self._file.flush()
+        """Write one event. Raises OSError, which names the file, if the disk takes no more."""
+        line = msgspec.json.encode({"event": event, **details}) + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def __enter__(self) -> EventLog:
         """Return self."""

@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
             code="E203",
         )
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # editors on Windows may begin a file with a mark
     except UnicodeDecodeError as error:
         raise _wrong("the file is not text", str(path), "UTF-8", error.reason) from error
 
