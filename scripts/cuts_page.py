@@ -27,6 +27,7 @@ TITLES = {
     "writer": "A forward that makes a module, and writes into slices",
     "aliases": "Layers that a model holds under two names each",
     "dynunet": "DynUNet of MONAI, three levels",
+    "basicunet": "BasicUNet of MONAI, five levels",
     "tied": "A language model whose embedding and last layer are one weight",
     "transformer": "`nn.Transformer` of two layers each way, with a mask",
     "encoder": "`nn.TransformerEncoder` of three layers, without a last norm",

@@ -257,6 +257,23 @@ def test_a_second_cut_point_that_was_chosen_is_told():
         cl.split(pair, -2, example=X)
 
 
+class Asks(Three):
+    """Asks what its values are, as MONAI's BasicUNet does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        if torch.jit.isinstance(x, Tensor) and not torch.jit.isinstance(x, list[Tensor]):
+            x = self.two(x).relu()
+        return self.three(x)
+
+
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str):
+    model = Asks()
+    made = cut(model, at, example=X)
+    assert torch.equal(compose(made, X), model(X))
+
+
 class SharedTanh(Three):
     """Two blocks with one activation between them, which the model holds itself and in each block."""
 

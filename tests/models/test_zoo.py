@@ -96,6 +96,10 @@ def test_resnet18_has_all_its_boundaries():
         *(("unet", at, "client") for at in ("down1", "down1.0", "down2", "bottom", "up2", "join2", "up1")),
         ("unet", ("down2", "join2"), "client"),
         ("unet", "bottom", "server"),
+        *(
+            ("basicunet", at, "server")
+            for at in ("down_2", "upcat_3.upsample", "upcat_3.convs.conv_0", "upcat_3.convs")
+        ),
         ("lstm", "table", "client"),
         ("lstm", "lstm", "client"),
         ("lstm", "lstm", "server"),

@@ -269,6 +269,13 @@ def dynunet() -> nn.Module:
     return DynUNet(2, 1, 2, (3, 3, 3), (1, 2, 2), (2, 2), filters=(2, 4, 4), norm_name="batch")
 
 
+def basicunet() -> nn.Module:
+    """A U-Net that asks whether a value is a tensor."""
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(2, 1, 2, (2, 2, 4, 4, 4, 2), norm="batch", dropout=0.0)
+
+
 def transformer(kind: str) -> Callable[[], nn.Module]:
     """A tiny model of Hugging Face with random weights."""
 
@@ -304,6 +311,7 @@ SUBJECTS: dict[str, Subject] = {
     "writer": Subject(make=seeded(Writer), inputs={"input": drawn(6, 6)}, labels=classes(3, 6)),
     "aliases": Subject(make=seeded(TwoNames), inputs={"x": drawn(6, 6)}, labels=classes(3, 6)),
     "dynunet": Subject(make=seeded(dynunet), inputs={"x": drawn(6, 1, 16, 16)}, labels=classes(2, 6, 16, 16)),
+    "basicunet": Subject(make=seeded(basicunet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(2, 6, 32, 32)),
     "tied": Subject(make=seeded(Tied), inputs={"words": WORDS}, labels=WORDS, loss=of_words),
     "transformer": Subject(make=seeded(Translator), inputs={"words": WORDS}, labels=classes(3, 6)),
     "encoder": Subject(make=seeded(Encoder), inputs={"words": WORDS}, labels=classes(3, 6)),
