@@ -262,7 +262,7 @@ class Asks(Three):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(x)
-        if isinstance(x, Tensor) and torch.jit.isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+        if torch.jit.isinstance(x, Tensor) and not torch.jit.isinstance(x, list[Tensor]):
             x = self.two(x).relu()
         return self.three(x)
 

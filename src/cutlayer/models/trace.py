@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -70,7 +72,8 @@ def trace(
     tracer = _Tracer(model, arguments, enter, stacks, pick)
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
-        graph = tracer.trace(model)
+        with patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance)):
+            graph = tracer.trace(model)
     except CutlayerError:
         raise
     except Exception as error:
@@ -85,6 +88,11 @@ def trace(
     for owner, name, value in buffers:
         _put_back(owner, name, value, tracer.record)
     return tracer.record.result(graph)
+
+
+def _is(values: Mapping[str, Any], asked: Callable[[Any, Any], bool], obj: Any, kind: Any) -> bool:  # noqa: ANN401
+    """Answer `torch.jit.isinstance` for a value by what it is for the example."""
+    return asked(values.get(obj.node.name, obj) if isinstance(obj, fx.Proxy) else obj, kind)
 
 
 def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorder) -> None:
