@@ -28,7 +28,6 @@ from cutlayer.models.example import Example, arguments_of
 from cutlayer.models.names import Point, resolve
 from cutlayer.models.output import Key
 from cutlayer.models.specs import Ports, input_specs, port_specs
-from cutlayer.models.tree import frozen_paths
 
 __all__ = ["Split", "split", "tail_point"]
 
@@ -109,17 +108,11 @@ class Split:
         return Plan(stages, training=training, releases=releases, name=name)
 
     def modules(self, place: str, *, copied: bool = False) -> dict[str, nn.Module]:
-        """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept.
-
-        Modules in train mode are frozen where the model's own `train` freezes: a run trains as after `model.train()`.
-        """
+        """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept."""
         memo: dict[int, object] = {}
         found = {
             n: piece.module for n, p, piece in zip(self.names, self.places, self.cut.pieces, strict=True) if p == place
         }
-        for module in found.values():
-            if module.training and frozen_paths(module):
-                module.train()
         return {n: copy.deepcopy(module, memo) for n, module in found.items()} if copied else found
 
     def _stage(self, index: int, at: str | tuple[str, ...]) -> Stage:
