@@ -176,6 +176,7 @@ def test_deadlines_are_those_of_the_transport():
         ("join = 30", "join = 0", "E202", "deadlines.join.*float > 0"),
         ("join = 30", "join = 1e9", "E202", "deadlines.join.*float <= 604800"),
         ("7443", "", "E212", "an address is not host:port"),
+        ("server.example.org:7443", "https://server.example.org:7443", "E212", "without https://"),
         ('coordinator = "server"', 'coordinator = "a"', "E205", "the coordinator 'a' has no address"),
         ('coordinator = "server"', 'coordinator = "x"', "E205", "'x' is no party of the plan"),
         ("server = ", "sever = ", "E205", "'sever' is no party"),

@@ -281,6 +281,7 @@ def test_a_stage_must_give_what_the_plan_says():
     modules = {"head": nn.Linear(FEATURES, 7)}
     error = raises(StageError, "E301", lambda: simulate(case.plan, changed(case, "a", modules=modules)))
     assert "got float32[8, 7] instead of float32[8, 6]" in str(error)
+    assert error.where == "party a, train round 1, microbatch 0: stage head, inputs of shapes [[8, 5]]"
     modules = {"head": nn.Linear(FEATURES + 1, 6)}
     error = raises(StageError, "E304", lambda: simulate(case.plan, changed(case, "a", modules=modules)))
     assert "stage 'head' failed in its forward" in str(error)

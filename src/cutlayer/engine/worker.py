@@ -25,7 +25,7 @@ from cutlayer.engine.stage import Context, Gradients, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
-from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError
+from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError, StageError
 
 __all__ = ["Batches", "Parcel", "Parts", "Worker", "check_loss", "stage_seed"]
 
@@ -110,7 +110,11 @@ class Worker:
         role = self._role(job.stage, job.lane)
         inputs = self.values.inputs(job.stage, job.lane, job.micro)
         context = Context(key=(job.lane, job.micro), batch=job.size, training=self.mode == "train", wanted=role.wanted)
-        outputs = role.stage.forward(inputs, context)
+        try:
+            outputs = role.stage.forward(inputs, context)
+        except StageError as error:
+            error.within(_place(self, job))
+            raise
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
             check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
@@ -131,7 +135,11 @@ class Worker:
         if role.book is None:
             self.values.drop_outputs(job.stage, job.lane, job.micro)
             gradients = self.values.added(job.stage, job.lane, job.micro, role.stage.device)
-        found = role.stage.backward(gradients, (job.lane, job.micro))
+        try:
+            found = role.stage.backward(gradients, (job.lane, job.micro))
+        except StageError as error:
+            error.within(_place(self, job))
+            raise
         self.ledger.compute("backward", job.stage, role.stage.spent)
         for edge, value in zip(role.edges, found, strict=True):
             if edge.trained and value is not None:
@@ -228,6 +236,11 @@ class Worker:
                 reduction=part.reduction if isinstance(part, Loss) else "",
             )
         return role
+
+
+def _place(worker: Worker, job: Forward | Backward) -> str:
+    lane = f" of {worker.graph.lane_names[job.lane]}" if worker.graph.lanes > 1 else ""
+    return f"party {worker.party}, {worker.mode} round {worker.round}, microbatch {job.micro}{lane}"
 
 
 def check_loss(worker: Worker, loss: str, value: Tensor, place: str) -> None:

@@ -21,11 +21,11 @@ def host_port(address: str) -> tuple[str, int]:
     """Split host:port or [IPv6]:port. Raises `ConfigError` E212."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    plain = host.isprintable() and not any(sign.isspace() for sign in host)  # it becomes part of a line of HTTP
+    plain = host.isprintable() and not any(sign.isspace() or sign in "/@" for sign in host)  # part of a line of HTTP
     if not (host and plain and port.isascii() and port.isdigit() and 0 < int(port) <= _PORT_MAX):
         raise ConfigError(
             "an address is not host:port",
-            expected="such as hospital.example:7001",
+            expected="such as hospital.example:7001, without https://",
             got=repr(address),
             remedy="correct it in the contract",
             code="E212",
