@@ -66,7 +66,8 @@ def roster_for(plan: Plan, counts: Sequence[int], *, evaluation: Sequence[int] =
     def held(counts: Sequence[int]) -> dict[str, int]:
         return {party: n for lane, n in enumerate(counts) for party in plan.graph.data_fields(lane)}
 
-    return Roster({"train": held(counts), "evaluate": held(evaluation), "predict": held(counts)})
+    training = {party: count for party, count in held(counts).items() if count}  # who has nothing gives no data set
+    return Roster({"train": training, "evaluate": held(evaluation), "predict": held(counts)})
 
 
 class Silent:

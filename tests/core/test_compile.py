@@ -204,6 +204,15 @@ def test_training_needs_data():
     assert caught.value.where == "plan 'plan', data of a"
 
 
+@pytest.mark.provokes("E252")
+def test_a_data_set_that_is_given_must_not_be_empty():
+    plan = vanilla(["a", "b"], "s", cut=C, output=C)
+    with pytest.raises(DataError, match=r"the training data of b are empty.*got a: 4, b: 0.*filtered out") as caught:
+        agenda(plan, Roster({"train": {"a": 4, "b": 0}}))
+    assert caught.value.code == "E252"
+    assert agenda(plan, Roster({"train": {"a": 4}})), "who gives none is left out"
+
+
 @pytest.mark.provokes("E251")
 def test_parties_of_one_lane_hold_the_same_samples():
     plan = vertical({"a": C, "b": C}, "s", output=C)

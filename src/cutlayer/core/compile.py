@@ -80,9 +80,20 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     """Return the modes and rounds of a training run in order, such as [("start", 0), ("train", 1), ("evaluate", 1)].
 
     Raises:
-        DataError: no party has data to train on.
+        DataError: no party has data to train on, or one gave an empty data set.
     """
-    if not any(roster.samples.get("train", {}).values()):
+    held = roster.samples.get("train", {})
+    empty = [party for party in plan.graph.data_holders if held.get(party) == 0]
+    if empty and any(held.values()):
+        raise DataError(
+            f"the training data of {', '.join(empty)} are empty",
+            where=f"plan {plan.name!r}, data of {', '.join(plan.graph.data_holders)}",
+            expected="at least one sample at each party that gives a data set",
+            got=", ".join(f"{party}: {count}" for party, count in sorted(held.items())),
+            remedy="look at the file that they are read from and at what is filtered out; or leave the party out",
+            code="E252",
+        )
+    if not any(held.values()):
         raise DataError(
             "no party has data to train on",
             where=f"plan {plan.name!r}, data of {', '.join(plan.graph.data_holders)}",
