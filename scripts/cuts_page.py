@@ -51,7 +51,8 @@ Refused in any model, with the operation named and what to do: control flow by t
 ([E314](errors/E314.md)), values that are no tensors ([E315](errors/E315.md)), a write in place whose effect the other
 side would miss ([E316](errors/E316.md)), other values across the cut in evaluation than in training
 ([E320](errors/E320.md)), tensors that do not begin with the batch ([E319](errors/E319.md)), raw inputs that the server
-would need ([E331](errors/E331.md)), and weights tied across parties ([E332](errors/E332.md)).
+would need, unless `release=` lets them go ([E331](errors/E331.md)), and weights tied across parties
+([E332](errors/E332.md)).
 
 """
 
@@ -63,6 +64,9 @@ def section(name: str, subject: Subject) -> tuple[str, str]:
     bad = [one for one in found if one.error is not None]
     row = f"| [{TITLES[name]}](#{name}) | {len(good)} | {len(bad)} |"
     lines = [f"## {name}", "", f"{TITLES[name]}.", "", "After: " + _listed(good) + ".", ""]
+    for names in sorted({tuple(one.raw) for one in good if one.raw}):
+        mine = [one for one in good if tuple(one.raw) == names]
+        lines += [f"- [E331](errors/E331.md) without `release={list(names)}`, after: {_listed(mine)}."]
     for code in sorted({one.error.code for one in bad if one.error}):
         mine = [one for one in bad if one.error and one.error.code == code]
         lines += [f"- [{code}](errors/{code}.md), not after: {_listed(mine)}."]

@@ -41,6 +41,13 @@ class Pairs(nn.Module):
     def forward(self, x, z):
         return self.last(self.pair(x, z))
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+    def forward(self, x, mask):
+        return self.last(self.one(x) * mask)
+
 class Deciding(nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,6 +80,18 @@ def test_a_table_with_a_row_for_each_cut(call: Call):
     assert [row[0] for row in rows] == ["0", "1"]
     assert rows[0][1:5] == ["200", "B", "200", "B"]
     assert result.out[-1] == "2 places to cut; 1 more cannot be: --refused says why"
+
+
+def test_an_input_that_crosses_raw_is_named_and_counted(call: Call):
+    inputs = ("--input", "x=float32[batch, 6]", "--input", "mask=int64[batch, 5]", "--batch", "10")
+    result = call("cut", "model.py:Masked", *inputs)
+    assert result.code == 0, result.err
+    assert result.out[2].split()[:5] == ["one", "600", "B", "200", "B"]
+    assert result.out[2].endswith("float32[batch, 5], RAW mask: int64[batch, 5]")
+    assert result.out[3].strip().startswith("RAW: the server gets this input as it is")
+    assert "release=" in result.out[3]
+    (row,) = call("cut", "model.py:Masked", *inputs, "--json").json()["cuts"]
+    assert (row["tensors"], row["raw"], row["up"]) == (["float32[batch, 5]"], {"mask": "int64[batch, 5]"}, 600)
 
 
 @pytest.mark.provokes("E101")

@@ -42,6 +42,30 @@ def test_a_skip_is_paid_for():
     assert found["down1"].up == 2 * 4 * 4 * 8 * 8
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.join, self.last = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.last(self.join(self.one(x) * mask))
+
+
+def test_a_raw_input_that_the_server_needs_is_told_and_counted():
+    example = {"x": torch.rand(3, 3), "mask": torch.ones(3, 4, dtype=torch.int64)}
+    found = {one.point: one for one in costs(Masked(), example, batch=2)}
+    assert found["one"].tensors == ("float32[batch, 4]",)
+    assert found["one"].raw == {"mask": "int64[batch, 4]"}
+    plan = cl.split(Masked(), "one", example=example, labels="server", release=["mask"]).plan()
+    (released,) = [one.spec.nbytes(2) for one in plan.releases if one.field == "mask"]
+    assert found["one"].up == 2 * 4 * 4 + released == 2 * 4 * 4 + 2 * 4 * 8
+    assert found["one"].down == 2 * 4 * 4
+    assert found["join"].raw == {}
+    assert found["join"].up == 2 * 4 * 4
+    with pytest.raises(cl.CutlayerError, match="needs the raw input 'mask'"):
+        cl.split(Masked(), "one", example=example, labels="server")
+
+
 def test_whole_numbers_that_cross_bring_no_gradient_back():
     class Masked(nn.Module):
         def __init__(self) -> None:

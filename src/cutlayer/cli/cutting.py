@@ -66,6 +66,8 @@ def show_cuts(text: str, inputs: Sequence[str], output: Output, *, batch: int, r
     if rows:
         output.say(f"{type(model).__name__}: a step of {batch} samples, forwards and backwards")
         output.say(_table([_HEAD, *(_cells(one) for one in rows)]))
+    if any(one.raw for one in rows):
+        output.say("  RAW: the server gets this input as it is: cl.split refuses that (E331) unless release=[NAME]")
     for one in errors if refused else ():
         output.say(f"  not after {one.point}: {one.error.code} {one.error.what}" if one.error else "")
     document: dict[str, Any] = {"model": type(model).__name__, "batch": batch, "cuts": [_row(one) for one in rows]}
@@ -157,7 +159,8 @@ def _cells(one: CutCost) -> tuple[str, ...]:
     sides = ("", "", "", "")
     if client is not None and server is not None:
         sides = (_short(client.parameters), _short(client.flops), f"{_short(client.memory)}B", _short(server.flops))
-    return (one.point, f"{_short(one.up)}B", f"{_short(one.down)}B", *sides, ", ".join(one.tensors))
+    crossing = (*one.tensors, *(f"RAW {name}: {spec}" for name, spec in one.raw.items()))
+    return (one.point, f"{_short(one.up)}B", f"{_short(one.down)}B", *sides, ", ".join(crossing))
 
 
 def _short(number: int) -> str:

@@ -1,25 +1,40 @@
-"""Floating-point operations, by the formulas of `torch.utils.flop_counter`, without a change of what is computed.
+"""Floating-point operations, by the formulas of `torch.utils.flop_counter` and more; what is computed stays the same.
 
 `FlopCounterMode` takes some operations apart while it counts (the backward of SiLU, for one), and the parts round
 otherwise than the whole: the first step of a run would have other last bits than the same step uncounted. Outside
 inference mode autograd has taken apart all that has to be, so counting the operations as they come is enough.
+
+torch has no formula for the operations below, which come as one and would count as none. A multiplication with an
+addition is two:
+
+- LSTM, GRU and RNN: for each step of a sample, layer and direction, gates * (input + hidden) * hidden * 2, where gates
+  are 4, 3 and 1 and `input` is the size of what enters the layer; with a projection, gates * (input + projected) *
+  hidden * 2 + hidden * projected * 2. The backward is the same for what entered, and once more for the weights.
+- Attention on a CPU, forwards and backwards: as torch counts it on a GPU.
+- `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` in evaluation: 2 for each token and weight of their linear
+  layers, and 4 * width for each pair of tokens.
+- Products of a matrix and a vector, of two vectors, of a batch of matrices that is added up, of groups of rows
+  (mixtures of experts), and of a matrix with an activation after it: 2 for each product of two numbers.
+- `nn.Bilinear`: 3 for each product of three numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 __all__ = ["FlopCounter"]
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, within `with`, the operations for which torch knows a formula (matrix products, convolutions, attention).
+    """Counts, within `with`, the operations that have a formula (products, convolutions, attention, recurrence).
 
-    A multiplication with an addition counts as two.
+    A multiplication with an addition counts as two. What is done element by element, and a table's look-up, count as
+    none.
     """
 
     def __init__(self) -> None:
@@ -37,7 +52,77 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Carry out one operation, and count it."""
         given = dict(kwargs or {})
         result = func(*args, **given)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **given, out_val=result))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.total += int(flop_registry[packet](*args, **given, out_val=result))
+        elif str(packet) in _MORE:
+            self.total += int(_MORE[str(packet)](*args))
         return result
+
+
+def _recurrent(entered: Tensor, weights: Sequence[Tensor]) -> int:
+    """Return the operations of a recurrence over (time, batch, features), or (packed, features)."""
+    steps = entered.numel() // entered.shape[-1]
+    return 2 * steps * sum(one.numel() for one in weights if one.dim() > 1)
+
+
+def _layer(entered: Tensor, of_input: Tensor, of_hidden: Tensor, *_: object) -> int:
+    return _recurrent(entered, (of_input, of_hidden))
+
+
+def _layers(entered: Tensor, weights: Sequence[Tensor], *_: object) -> int:
+    return _recurrent(entered, weights)
+
+
+def _layers_backward(entered: Tensor, weights: Sequence[Tensor], *rest: Any) -> int:  # noqa: ANN401 - an operation's
+    wanted = rest[-1][3]  # the last is which gradients are: of what entered, of two states, of the weights
+    return _recurrent(entered, weights) * (2 if wanted else 1)
+
+
+def _encoder(tokens: Tensor, width: int, weights: Sequence[Tensor]) -> int:
+    """Return the operations of linear layers over all tokens, and of attention among those of each sample."""
+    samples = tokens.unbind() if tokens.is_nested else tokens
+    lengths = [one.shape[0] for one in samples]
+    linear = 2 * sum(lengths) * sum(one.numel() for one in weights)
+    return linear + 4 * width * sum(length**2 for length in lengths)
+
+
+def _trilinear(first: Tensor, second: Tensor, third: Tensor, *expanded: Any) -> int:  # noqa: ANN401
+    at_first, at_second, at_third = (set(dims) for dims in expanded[:3])
+    volume = 1
+    for dim in range(first.dim() + len(at_first)):
+        volume *= max(_size(one, at, dim) for one, at in ((first, at_first), (second, at_second), (third, at_third)))
+    return 3 * volume
+
+
+def _size(tensor: Tensor, expanded: set[int], dim: int) -> int:
+    return 1 if dim in expanded else tensor.shape[dim - sum(one < dim for one in expanded)]
+
+
+def _grouped(first: Tensor, second: Tensor, *_: object) -> int:
+    flat = first.dim() == 3 and second.dim() == 2  # groups of columns
+    return 2 * first.shape[-2] * second.numel() if flat else 2 * first.numel() * second.shape[-1]
+
+
+_MORE: dict[str, Callable[..., int]] = {
+    "aten.mkldnn_rnn_layer": _layer,
+    "aten.mkldnn_rnn_layer_backward": lambda *args: 2 * _layer(*args),
+    "aten._cudnn_rnn": _layers,
+    "aten._cudnn_rnn_backward": _layers_backward,
+    "aten.miopen_rnn": _layers,
+    "aten.miopen_rnn_backward": _layers_backward,
+    "aten._scaled_dot_product_flash_attention_for_cpu": sdpa_flop,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward_flop,
+    "aten._native_multi_head_attention": lambda *args: _encoder(args[0], args[3], (args[5], args[7])),
+    "aten._transformer_encoder_layer_fwd": lambda *args: _encoder(
+        args[0], args[1], (args[3], args[5], args[14], args[16])
+    ),
+    "aten._trilinear": _trilinear,
+    "aten.mv": lambda first, *_: 2 * first.numel(),
+    "aten.addmv": lambda _, first, *__: 2 * first.numel(),
+    "aten.dot": lambda first, *_: 2 * first.numel(),
+    "aten.vdot": lambda first, *_: 2 * first.numel(),
+    "aten.addbmm": lambda _, first, second, *__: 2 * first.numel() * second.shape[-1],
+    "aten._addmm_activation": lambda _, first, second, *__: 2 * first.numel() * second.shape[-1],
+    "aten._grouped_mm": _grouped,
+}

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.errors import CutlayerError
 from cutlayer.models.cut import Cut, Piece, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.output import Key
-from cutlayer.models.specs import port_specs
+from cutlayer.models.specs import input_specs, port_specs
 
 __all__ = ["CutCost", "Side", "candidates", "costs"]
 
@@ -41,8 +42,10 @@ class CutCost:
     Attributes:
         point: Qualified name of the submodule.
         error: Why the model cannot be cut there; None if it can. The other fields are empty then.
-        tensors: What crosses, as texts such as "float32[batch, 64, 8, 8]".
-        up: Bytes of values that cross in a step.
+        tensors: What crosses of what the client computes, as texts such as "float32[batch, 64, 8, 8]".
+        raw: Inputs that the server needs, and that cross as they are: name -> text. `cl.split` refuses them (E331)
+            unless `release` names them.
+        up: Bytes of values that cross in a step, raw inputs among them.
         down: Bytes of gradients that come back.
         client: The side with the data.
         server: The other.
@@ -51,6 +54,7 @@ class CutCost:
     point: str
     error: CutlayerError | None = None
     tensors: tuple[str, ...] = field(default=())
+    raw: Mapping[str, str] = field(default_factory=dict)
     up: int = 0
     down: int = 0
     client: Side | None = None
@@ -87,7 +91,7 @@ def costs(
             continue
         try:
             made = cut(model, name, example=example, output=output)
-            ports = port_specs(made, arguments)[0]
+            ports, raw = port_specs(made, arguments)[0], _raw(made, arguments)
         except CutlayerError as error:
             yield CutCost(name, error)
             continue
@@ -97,11 +101,18 @@ def costs(
         yield CutCost(
             name,
             tensors=tuple(str(spec) for spec in specs.values()),
-            up=sum(spec.nbytes(batch) for spec in specs.values()),
+            raw={name: str(spec) for name, spec in raw.items()},
+            up=sum(spec.nbytes(batch) for spec in (*specs.values(), *raw.values())),
             down=sum(spec.nbytes(batch) for spec in back),
             client=client,
             server=server,
         )
+
+
+def _raw(made: Cut, arguments: Arguments) -> dict[str, TensorSpec]:
+    """Return the spec of each input that the second piece needs. Raises `StageError` E319, it has no batch."""
+    names = [text.removeprefix("data.") for text in made.pieces[1].inputs if text.startswith("data.")]
+    return input_specs(Arguments({name: arguments.tensors[name] for name in names}, {}, arguments.batch))
 
 
 def _sides(made: Cut, arguments: Arguments) -> tuple[Side, Side]:

@@ -1,0 +1,160 @@
+"""Operations that torch's counter does not know, against the same arithmetic written with those that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutlayer.engine.flops import FlopCounter
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+
+
+class ByHand(nn.Module):
+    """One layer and direction of an LSTM, of two linear layers, or the products of a GRU or an RNN."""
+
+    def __init__(self, kind: type[nn.Module], size: int, hidden: int) -> None:
+        super().__init__()
+        self.gates, self.hidden = GATES[kind], hidden
+        self.entering = nn.Linear(size, self.gates * hidden)
+        self.returning = nn.Linear(hidden, self.gates * hidden)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """Go over x of shape (batch, time, size), from a state of shape (batch, hidden)."""
+        found, cell = [], torch.zeros_like(state)
+        for step in x.unbind(1):
+            both = self.entering(step) + self.returning(state)
+            if self.gates == 4:
+                enter, keep, new, out = both.chunk(4, 1)
+                cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+                state = out.sigmoid() * cell.tanh()
+            else:
+                state = sum(both.chunk(self.gates, 1)).tanh()
+            found.append(state)
+        return torch.stack(found, 1)
+
+
+def counted(counter: FlopCounter | FlopCounterMode, work: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the operations of a forward and of its backward."""
+
+    def total() -> int:
+        return counter.total if isinstance(counter, FlopCounter) else counter.get_total_flops()
+
+    with counter:
+        output = work()
+        forward = total()
+        output.sum().backward()
+    return forward, total() - forward
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", list(GATES))
+def test_a_recurrence_counts_as_its_linear_layers(kind: type[nn.RNNBase], device: str):
+    x = torch.randn(2, 5, 6, device=device, requires_grad=True)
+    state = torch.randn(2, 7, device=device, requires_grad=True)
+    fused = kind(6, 7, batch_first=True).to(device)
+    given = (state[None], torch.zeros_like(state)[None]) if kind is nn.LSTM else state[None]
+    hand = ByHand(kind, 6, 7).to(device)
+    expected = counted(FlopCounterMode(display=False), lambda: hand(x, state))
+    assert expected == (2 * 5 * GATES[kind] * 7 * (6 + 7) * 2, 2 * 5 * GATES[kind] * 7 * (6 + 7) * 4)
+    assert counted(FlopCounter(), lambda: fused(x, given)[0]) == expected
+
+
+def test_an_lstm_of_the_same_weights_gives_what_the_hand_written_one_gives():
+    fused, hand, x = nn.LSTM(6, 7, batch_first=True), ByHand(nn.LSTM, 6, 7), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        hand.entering.weight.copy_(fused.weight_ih_l0)
+        hand.returning.weight.copy_(fused.weight_hh_l0)
+        hand.entering.bias.copy_(fused.bias_ih_l0)
+        hand.returning.bias.copy_(fused.bias_hh_l0)
+    torch.testing.assert_close(fused(x)[0], hand(x, torch.zeros(2, 7)))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("projected", "packed"), [(0, False), (3, False), (0, True)])
+def test_layers_directions_and_projections(projected: int, packed: bool, device: str):
+    module = nn.LSTM(6, 7, num_layers=2, bidirectional=True, batch_first=True, proj_size=projected).to(device)
+    x: Tensor | nn.utils.rnn.PackedSequence = torch.randn(2, 5, 6, device=device, requires_grad=True)
+    steps, out = 2 * 5, projected or 7
+    if packed:
+        x, steps = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True), 5 + 3  # type: ignore[arg-type]
+    with FlopCounter() as counter:
+        module(x)
+    weights = sum(4 * (size + out) * 7 + projected * 7 for size in (6, 2 * out))
+    assert counter.total == 2 * 2 * steps * weights
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_counts_as_its_products(masked: bool):
+    q, k = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(2, 3, 5, 8, requires_grad=True)
+    mask = torch.ones(4, 5, dtype=torch.bool) if masked else None
+
+    def by_hand() -> Tensor:
+        return (q @ k.transpose(2, 3)).softmax(3) @ k
+
+    forward, backward = counted(FlopCounterMode(display=False), by_hand)
+    found = counted(FlopCounter(), lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    assert found == (forward, backward + forward // 2)  # the fused backward makes the scores again
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_fast_path_of_evaluation_counts_as_the_slow_one(nested: bool):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    module = nn.TransformerEncoder(layer, 2).eval()
+    with torch.no_grad(), FlopCounter() as fast:
+        module(x, src_key_padding_mask=padding if nested else None)
+    with FlopCounterMode(display=False) as slow:
+        module.train()(x)
+    assert fast.total == slow.get_total_flops() > 0
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    with torch.no_grad(), FlopCounter() as fast:
+        attention(x, x, x, need_weights=False)
+    with FlopCounterMode(display=False) as slow:
+        attention.train()(x, x, x)
+    assert fast.total == slow.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("work", "flops"),
+    [
+        (lambda x: x @ x[0, 0], 2 * 3 * 5 * 8),
+        (lambda x: x[0, 0] @ x[0, 1], 2 * 8),
+        (lambda x: torch.addmv(torch.zeros(5), x[0], x[0, 0]), 2 * 5 * 8),
+        (lambda x: torch.addbmm(torch.zeros(5, 5), x, x.transpose(1, 2)), 2 * 3 * 5 * 5 * 8),
+        (lambda x: torch._addmm_activation(torch.zeros(5), x[0], x[0].T), 2 * 5 * 5 * 8),
+        (lambda x: torch.einsum("bij,bkj->bik", x, x), 2 * 3 * 5 * 5 * 8),
+        (lambda x: F.bilinear(x, x[..., :2], torch.ones(4, 8, 2)), 3 * 3 * 5 * 4 * 8 * 2),
+        (lambda x: F.embedding(torch.zeros(3, 5, dtype=torch.long), x[0]), 0),
+    ],
+    ids=["matrix vector", "dot", "addmv", "addbmm", "addmm gelu", "einsum", "bilinear", "embedding"],
+)
+def test_products_of_other_shapes(work: Callable[[Tensor], Tensor], flops: int):
+    with FlopCounter() as counter:
+        work(torch.randn(3, 5, 8))
+    assert counter.total == flops
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "last", "flops"),
+    [
+        ((16, 8), (2, 8, 24), 16, 16 * 8 * 24),  # groups of rows
+        ((2, 16, 8), (8, 32), 32, 16 * 8 * 32),  # groups of columns
+        ((16, 32), (32, 8), 32, 16 * 32 * 8),  # groups of what is added up
+        ((2, 16, 8), (2, 8, 24), None, 2 * 16 * 8 * 24),
+    ],
+)
+def test_products_of_groups(first: tuple[int, ...], second: tuple[int, ...], last: int | None, flops: int):
+    one, two = (torch.ones(shape, dtype=torch.bfloat16) for shape in (first, second))
+    offsets = None if last is None else torch.tensor([8, last], dtype=torch.int32)
+    with FlopCounter() as counter:
+        torch._grouped_mm(one, two, offs=offsets)
+    assert counter.total == 2 * flops
