@@ -19,6 +19,7 @@ from torchmetrics.wrappers import LambdaInputTransformer, MinMaxMetric
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import TensorTable
+from cutlayer.engine.scoring import loss_error
 from cutlayer.errors import ConfigError, CutlayerError, DataError, NonFiniteError, StageError
 from cutlayer.run.party import Party
 from cutlayer.run.simulate import Result, simulate
@@ -68,6 +69,13 @@ LOSSES = {
     "double labels": (torch.ones(4), torch.ones(4).double(), nn.HuberLoss(), "label.float()"),
     "one column": (torch.ones(4, 1), torch.ones(4), nn.BCEWithLogitsLoss(), ".squeeze(-1)"),
     "a function": (torch.ones(4, 3), FOUR, lambda s, y: s @ y, "run the loss alone"),
+    "bool labels": (torch.ones(4, 1), torch.ones(4, 1).bool(), nn.BCEWithLogitsLoss(), "label.float()"),
+    "logits": (torch.full((4, 1), 2.0), torch.ones(4, 1), nn.BCELoss(), "take BCEWithLogitsLoss"),
+    "no share": (torch.full((4, 1), 0.5), torch.full((4, 1), 2.0), nn.BCELoss(), "give labels in 0..1"),
+    "one-hot": (torch.ones(4, 3), F.one_hot(FOUR), nn.CrossEntropyLoss(), "label.argmax(1)"),
+    "one-hot, NLL": (torch.ones(4, 3), F.one_hot(FOUR), nn.NLLLoss(), "label.argmax(1)"),
+    "one output": (torch.ones(4, 1), FOUR[:, None], nn.CrossEntropyLoss(), "take BCEWithLogitsLoss and label.float()"),
+    "row and column": (torch.ones(4, 1), torch.ones(4), nn.SoftMarginLoss(), ".squeeze(-1)"),
 }
 
 
@@ -80,6 +88,48 @@ def test_a_loss_that_does_not_fit_says_what_to_do(name):
     assert "the loss 'loss' does not take what it is given" in str(error)
     assert remedy in error.remedy
     assert f"float32{list(x.shape)}, " in error.got
+
+
+def test_a_prediction_that_is_no_number_is_not_taken_for_logits():
+    x, y = torch.full((4, 1), torch.nan), torch.ones(4, 1)
+    with pytest.raises(RuntimeError) as caught:
+        nn.BCELoss()(x, y)
+    assert "NaN or infinite" in loss_error("loss", [x, y], caught.value).remedy
+
+
+CURES = {
+    "label.long()": lambda x, y, loss: (x, y.long(), loss),
+    "label.argmax(1)": lambda x, y, loss: (x, y.argmax(1), loss),
+    "label.int().argmax(1)": lambda x, y, loss: (x, y.int().argmax(1), loss),
+    "label.squeeze(-1)": lambda x, y, loss: (x, y.squeeze(-1), loss),
+    "label.unsqueeze(-1)": lambda x, y, loss: (x, y.unsqueeze(-1), loss),
+    "label.float()": lambda x, y, loss: (x, y.float(), loss),
+    "BCEWithLogitsLoss": lambda x, y, loss: (x, y, nn.BCEWithLogitsLoss()),
+}
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.NLLLoss(), nn.BCELoss(), nn.BCEWithLogitsLoss()], ids=repr)
+def test_doing_what_is_said_ends(loss, dtype, shape):
+    """Whatever the labels: to do as told, again and again, comes to a loss that works, or to no word at all."""
+    for wide in [(4, 1), (4, 3)]:
+        x, function = torch.linspace(-2, 2, torch.Size(wide).numel()).reshape(wide), loss
+        y = torch.eye(3)[FOUR].to(dtype) if shape == (4, 3) else torch.ones(shape).to(dtype)
+        for _ in range(4):
+            try:
+                function(x, y)
+            except Exception as error:
+                remedy = loss_error("loss", [x, y], error).remedy
+            else:
+                break
+            cures = [cure for word, cure in CURES.items() if word in remedy]
+            if not cures:
+                break
+            for cure in cures[:1] if "one-hot" in remedy else cures:
+                x, y, function = cure(x, y, function)
+        else:
+            pytest.fail(f"{wide}: still {remedy!r}")
 
 
 def test_a_label_that_is_no_class_is_not_told():

@@ -231,17 +231,38 @@ def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
     prediction, label = inputs[0], inputs[-1]
     if outside:
         return "give the model one output for each class, or set the loss's ignore_index for labels to leave out"
+    if "class probabilities" in words or ("multi-target" in words and label.shape == prediction.shape):
+        return _of_classes(prediction, label)
     if "Long" in words and label.dtype != torch.int64 and "cast" not in words:
         return "give the labels as classes, int64: label.long() in the data set"
-    if ("cast" in words or "Found dtype" in words) and label.dtype != prediction.dtype:
+    if "between 0 and 1" in words:
+        return _of_probabilities(prediction, words)
+    plain = "can't be cast" in words or "Found dtype" in words or "bool tensor" in words
+    if plain and label.dtype != prediction.dtype:
         return "give the labels in the dtype of the prediction: label.float() in the data set"
     if label.dim() == prediction.dim() - 1 >= 2 and label.shape == prediction.shape[:-1]:
         return _classes_second(prediction, label)
     if prediction.shape != label.shape and prediction.numel() == label.numel():
         return _same_shape(prediction, label)
-    if label.dim() == prediction.dim() and label.shape[-1:] == (1,):
+    if label.dim() == prediction.dim() and label.shape != prediction.shape and label.shape[-1:] == (1,):
         return "give the labels without their last dimension: label.squeeze(-1)"
     return "run the loss alone on tensors of these dtypes and shapes"
+
+
+def _of_classes(prediction: Tensor, label: Tensor) -> str:
+    """Return what to do about labels with one number for each output, which a loss of classes does not take."""
+    if prediction.dim() < 2 or prediction.shape[1] == 1:
+        return "one output is no choice among classes: take BCEWithLogitsLoss and label.float(), or give more outputs"
+    whole = "label.int()" if label.dtype == torch.bool else "label"
+    return f"give one-hot labels as classes, {whole}.argmax(1); CrossEntropyLoss also takes label.float()"
+
+
+def _of_probabilities(prediction: Tensor, words: str) -> str:
+    if "target" in words:
+        return "give labels in 0..1 in the data set"
+    if not bool(prediction.isfinite().all()):
+        return "the prediction has NaN or infinite numbers: lower the learning rate, or look at the data"
+    return "the prediction is no probability: take BCEWithLogitsLoss, or let the model end with a sigmoid"
 
 
 def _classes_second(prediction: Tensor, label: Tensor) -> str:
