@@ -194,8 +194,7 @@ class Worker:
         """Advance schedulers that count epochs; note the metrics."""
         if self.mode == "train" and self.parts.scheduler_every == "epoch":
             for bundle in self.site.bundles.values():
-                if bundle.scheduler is not None:
-                    bundle.scheduler.step()
+                bundle.advance()
         for (stage, lane), book in self.site.books.items():
             values = book.values()
             if values:
@@ -266,7 +265,9 @@ def _unread(error: Exception, where: str) -> DataError:
         "the data set failed at a batch",
         where=where,
         got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-        remedy="read this batch's samples alone, as data[index]; check that its files are there and can be read",
+        remedy="give the DataLoader a collate_fn that pads samples to one length, as in docs/reference/data.md"
+        if "equal size" in str(error)
+        else "read this batch's samples alone, as data[index]; check that its files are there and can be read",
         code="E268",
     )
 
