@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
@@ -115,13 +115,15 @@ class Run:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write the trained weights of the uncut model as safetensors."""
+        """Write the trained weights of the uncut model as safetensors. A missing folder is made."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), safetensors.torch.save(self.state_dict()))
 
     def report(self, path: str | Path = "report.html") -> Path:
-        """Write the report, one file that loads nothing; return its path."""
+        """Write the report, one file that loads nothing; return its path. A missing folder is made."""
         from cutlayer.report.write import write_report
 
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             write_results(Path(folder), self.result)
             shutil.copyfile(write_report(folder, png=False).page, path)
@@ -156,12 +158,13 @@ def fit(
             argument of the model, by any name, or the one called "label" if there are several.
 
     Raises:
-        ConfigError: E235, the label is called as an argument of the model is; E236, an argument that neither `Training`
-            nor `Party` has, or loaders that do not fit.
+        ConfigError: E235, the label is called as an argument of the model is; E236, a model that is not cut, an
+            argument that neither `Training` nor `Party` has, or loaders that do not fit.
         DataError: E253, the data does not give the model's inputs and something that can be a label; E255, it has no
             length.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
+    _check_cut(split)
     held = _listed(data)
     names = ["client"] if len(held) == 1 else [f"client-{place + 1}" for place in range(len(held))]
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
@@ -185,6 +188,20 @@ def fit(
         modules = _modules(split, "client", loss, copied=place > 0)
         parties.append(Party(name, modules=modules, data=mine, evaluation=other, **client))
     return Run(split, simulate(plan, parties), tuple(parties), label)
+
+
+def _check_cut(split: object) -> None:
+    from cutlayer.models.split import Split
+
+    if not isinstance(split, Split):
+        raise ConfigError(
+            "fit trains a model that is cut, and this is none",
+            where="fit, its first argument",
+            expected="what cl.split gives",
+            got=type(split).__name__,
+            remedy="cut it first: cl.fit(cl.split(model, at=..., example=...), data, loss=...)",
+            code="E236",
+        )
 
 
 def _modules(
@@ -286,6 +303,7 @@ def _first(data: Data) -> Any:  # noqa: ANN401 - whatever the data gives
     """Return a batch of the first two samples, or of the only one twice."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     collate = data.collate_fn if isinstance(data, DataLoader) else collated
+    collate = collated if collate is default_collate else collate  # torch's own says nothing of what to do
     try:
         return collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
     except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cutlayer.core.topologies import u_shaped, vertical
 from cutlayer.data.sources import LoaderBatches, OrderedBatches, TensorTable
+from cutlayer.errors import ConfigError
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.simulate import roster_of, simulate
 from tests.small import C, Case, difference, float32, plain
@@ -93,3 +95,32 @@ def test_evaluation_data_keep_their_own_order():
     ]
     simulate(PLAN.with_training(drop_last=True), parties)
     assert seen == list(range(22))
+
+
+@pytest.mark.provokes("E227")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"device": "gpu"}, r"device of party 'a' is not here .party a, device.: expected one of cpu.*got 'gpu'"),
+        ({"device": "cuda:77"}, r"expected one of cpu.*got 'cuda:77'"),
+        ({"device": None}, r"device.*got 'None'"),
+        ({"seed": "a"}, r"the seed of party 'a' cannot be used .*a whole number, or None, got 'a'"),
+        ({"seed": True}, r"the seed .*got True"),
+        ({"seed": 0.5}, r"the seed .*got 0\.5"),
+        ({"threads": 0}, r"the threads of party 'a' cannot be used .*a whole number, 1 or more, got 0"),
+        ({"threads": None}, r"the threads .*got None"),
+        ({"metrics": {"loss": lambda p, y: (p == y).float().mean()}}, r"metrics of 'loss'.*a function of \(p, y\)"),
+    ],
+)
+def test_arguments_that_would_fail_later_are_refused_at_once(given: dict, told: str):
+    with pytest.raises(ConfigError, match=told):
+        Party("a", **given)
+
+
+def test_arguments_of_other_kinds_that_do_are_taken():
+    def make(kind: type = dict) -> dict:
+        return kind()
+
+    party = Party("a", seed=np.int64(3), threads=2, device=torch.device("cpu", 0), metrics={"loss": make, "b": dict})
+    assert (party.seed, party.threads) == (3, 2)
+    assert Party("b", seed=-1).seed == -1

@@ -33,6 +33,15 @@ def check_shared(graph: Graph, preprocessing: Sequence[Shared]) -> None:
     seen: set[tuple[str, str]] = set()
     for shared in preprocessing:
         holders = {party for stage in graph.stages for party in stage.places} | set(graph.by_name)
+        if not isinstance(shared.at, str):
+            raise PlanError(
+                f"the preprocessing of {shared.field!r} is at several places",
+                where=f"preprocessing of {shared.field!r}",
+                expected="one name: a party's, or that of a stage, for all parties that have it",
+                got=repr(shared.at),
+                remedy="name the stage at whose parties the field is held: they agree on one preprocessing",
+                code="E112",
+            )
         if shared.at not in holders:
             raise _choice(
                 f"preprocessing of {shared.field!r}", f"holder of {shared.field!r}", shared.at, tuple(sorted(holders))

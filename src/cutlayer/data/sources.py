@@ -299,7 +299,8 @@ def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set
             where="a batch of the data set",
             expected="samples whose fields are tensors of one shape, or numbers",
             got=str(error).partition("\n")[0][:200],
-            remedy="give a DataLoader with a collate_fn that pads them to one length and gives a mask beside",
+            remedy="give a DataLoader with a collate_fn that pads them to one length and gives a mask beside, as in "
+            "docs/reference/data.md; where the length changes by batch, name it: cl.split(..., longest={...})",
             code="E253",
         ) from error
 

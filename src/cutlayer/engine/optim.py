@@ -84,8 +84,25 @@ class Bundle:
             return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if each_step and self.scheduler is not None:
+        if each_step:
+            self.advance()
+
+    def advance(self) -> None:
+        """Advance the scheduler, if there is one. Raises `ConfigError` E221 if it cannot go on, as `OneCycleLR`."""
+        if self.scheduler is None:
+            return
+        try:
             self.scheduler.step()
+        except ValueError as error:
+            kind, total = type(self.scheduler).__name__, getattr(self.scheduler, "total_steps", None)
+            raise ConfigError(
+                f"the scheduler {kind} cannot be advanced any more",
+                where=f"stages {', '.join(self.stages)}, step {self.scheduler.last_epoch} of the scheduler",
+                expected="a scheduler for all steps of the run" if total is None else "total_steps for the whole run",
+                got=str(error) if total is None else f"total_steps={total}",
+                remedy="give it as many steps as there are: epochs * batches with scheduler_every='step', else epochs",
+                code="E221",
+            ) from error
 
     def drop_gradients(self) -> None:
         """Forget gradients, for a roll-back in mid-step."""

@@ -208,8 +208,7 @@ class Worker:
         """Advance schedulers that count epochs; note the metrics."""
         if self.mode == "train" and self.parts.scheduler_every == "epoch":
             for bundle in self.site.bundles.values():
-                if bundle.scheduler is not None:
-                    bundle.scheduler.step()
+                bundle.advance()
         for (stage, lane), book in self.site.books.items():
             values = book.values()
             if values:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cutlayer.errors import StageError
 from cutlayer.models.check import check, run_pieces, run_whole
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
-from cutlayer.models.names import Point, resolve
+from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key, picker
 from cutlayer.models.pieces import Piece, Pieces, sliced, traced
 from cutlayer.models.sequential import sliceable
@@ -82,8 +82,9 @@ def cut(
     Args:
         model: The user's model; it is not changed, and the pieces use its own parameters.
         at: One cut point or several, in any order. Each is the qualified name of a submodule ("layer2.0.conv1"), the
-            end of one if that is unique, or an index: of a child of an `nn.Sequential`, or of a block if the model has
-            one list of blocks; -1 is the last. The cut is *after* it: k points give k + 1 pieces.
+            end of one if that is unique, or the submodule itself; or an index: of a child of an `nn.Sequential`, or of
+            a block if the model has one list of blocks; -1 is the last. The cut is *after* it: k points give k + 1
+            pieces.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
             argument name; tensors of shape (batch, ...), any batch. With it, decisions by size are followed, writes in
             place are found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the
@@ -131,7 +132,7 @@ def cut_unchecked(
             code="E318",
         )
     arguments = arguments_of(model, example)
-    names = [resolve(model, point) for point in ([at] if isinstance(at, str | int) else at)]
+    names = [resolve(model, point) for point in points_of(model, at)]
     if not names:
         raise StageError(
             "no cut point", where="at=()", expected="at least one submodule", remedy="name one in at=", code="E327"

@@ -62,6 +62,9 @@ def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
         free = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in kinds]
         return Arguments(dict.fromkeys(free), {}, 0)
     given = _bind(signature, example)
+    arrays = [name for name, value in given.items() if isinstance(value, np.ndarray)]
+    if arrays:
+        raise _misfit(f"argument {arrays[0]!r} is a numpy array", "make it a tensor: torch.from_numpy(array)")
     nested = [name for name, value in given.items() if not isinstance(value, Tensor) and _holds_tensor(value)]
     if nested:
         raise _misfit(f"argument {nested[0]!r} is a {type(given[nested[0]]).__name__} that holds tensors")
@@ -77,7 +80,7 @@ def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
         if isinstance(example, Mapping):
             bound = signature.bind(**example)
         else:
-            bound = signature.bind(*([example] if isinstance(example, Tensor) else example))
+            bound = signature.bind(*([example] if isinstance(example, Tensor | np.ndarray) else example))
     except TypeError as error:
         raise _misfit(str(error)) from None
     given: dict[str, Any] = {}
@@ -104,14 +107,14 @@ def _batched(value: Tensor, batch: int) -> bool:
     return value.dim() > 0 and value.shape[0] == batch
 
 
-def _misfit(got: str) -> StageError:
+def _misfit(got: str, remedy: str = "") -> StageError:
     return StageError(
         "the example does not fit the model's forward",
         where="example",
         expected="one tensor, a tuple of positional arguments, or a dict of arguments by name, tensors with the batch "
         "first",
         got=got,
-        remedy="give each tensor as an argument of its own, named in forward, with at least one sample",
+        remedy=remedy or "give each tensor as an argument of its own, named in forward, with at least one sample",
         code="E325",
     )
 

@@ -12,9 +12,9 @@ from torch import nn
 from cutlayer.errors import StageError
 from cutlayer.models.stacks import PROVEN, Layout, layout_of
 
-__all__ = ["InStack", "Point", "in_stack", "names_of", "nearest", "resolve", "stacks_of"]
+__all__ = ["InStack", "Point", "in_stack", "names_of", "nearest", "points_of", "resolve", "stacks_of"]
 
-Point = str | int
+Point = str | int | nn.Module
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,27 @@ class InStack:
     before: int
 
 
+def points_of(model: nn.Module, at: Point | Sequence[Point]) -> list[str | int]:
+    """Return the cut points of an `at` as a list, a submodule itself by its name.
+
+    Raises:
+        StageError: a module that is none of the model's, or no such submodule (E310); one of them twice (E327).
+    """
+    given = [at] if isinstance(at, str | int | nn.Module) else list(at)
+    points: list[str | int] = [resolve(model, one) if isinstance(one, nn.Module) else one for one in given]
+    names = [resolve(model, one) for one in points]
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise StageError(
+            f"the cut after {twice[0]!r} is named twice",
+            where=f"at={tuple(points)!r}",
+            expected="each cut point once",
+            remedy="name it once, or another submodule",
+            code="E327",
+        )
+    return points
+
+
 def resolve(model: nn.Module, at: Point) -> str:
     """Return the qualified name of the submodule after which to cut.
 
@@ -34,13 +55,19 @@ def resolve(model: nn.Module, at: Point) -> str:
         model: The model.
         at: A submodule's qualified name, or the end of one if no other ends so ("h.3" for "transformer.h.3"); or an
             index: of a child if the model is an `nn.Sequential`, else of a block if the model has one list of blocks;
-            -1 is the last.
+            -1 is the last; or the submodule itself.
 
     Raises:
         StageError: there is no such submodule, or several (E310).
     """
     if isinstance(at, int) and not isinstance(at, bool):
         return _by_index(model, at)
+    if isinstance(at, nn.Module):
+        own = [name for name, module in model.named_modules() if module is at and name]
+        if own:
+            return str(own[0])
+        inside = [name for name, _ in model.named_children()][:3]
+        raise _unknown(model, type(at).__name__, "a module that is not in the model", inside)
     at = str(at)
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     found = [at] if at in names else [name for name in names if name.endswith(f".{at}")]

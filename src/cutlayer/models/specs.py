@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.tensors import dtype_name
-from cutlayer.errors import StageError
+from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.check import run_pieces
 from cutlayer.models.cut import Cut
 from cutlayer.models.example import Arguments, undisturbed
@@ -46,11 +46,11 @@ def port_specs(
 
     Raises:
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
-            a piece works for the example's length only.
+            a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
     large, small = (_run(cut, arguments.resized(batch), autocast) for batch in BATCHES)
     lengths = _Lengths.of(arguments, longest or {})
-    short = _run(cut, lengths.shorter(arguments.resized(BATCHES[0])), autocast) if lengths.names else large
+    short = _shorter(cut, arguments, lengths, autocast) if lengths.names else large
     return tuple(
         Ports(
             {
@@ -121,6 +121,33 @@ class _Lengths:
             return size
         name = "time" if size == self.size and grows == 1 else "length"
         return f"{name}<={size + grows * (self.bound - self.size)}"
+
+
+def _shorter(
+    cut: Cut, arguments: Arguments, lengths: _Lengths, autocast: torch.dtype | None
+) -> list[tuple[Tensor, ...]]:
+    """Run the pieces with inputs one shorter. Raises `StageError` E325 if they fail, as where one of two is named."""
+    try:
+        return _run(cut, lengths.shorter(arguments.resized(BATCHES[0])), autocast)
+    except CutlayerError:
+        raise
+    except Exception as error:
+        alike = [
+            name
+            for name, value in arguments.tensors.items()
+            if value is not None and value.dim() > 1 and value.shape[1] == lengths.size
+        ]
+        every = f"longest={dict.fromkeys(alike, lengths.bound)!r}"
+        raise StageError(
+            "the model does not take the inputs named in `longest` in another length",
+            where=f"longest={dict.fromkeys(sorted(lengths.names), lengths.bound)!r}",
+            expected="all inputs that are padded together",
+            got=f"those of length {lengths.size} in the example are {', '.join(alike)}; {error}",
+            remedy=f"name all that are padded together: {every}"
+            if set(alike) - lengths.names
+            else "leave longest out and pad to one length, or write a forward that takes other lengths",
+            code="E325",
+        ) from error
 
 
 def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:

@@ -5,6 +5,7 @@
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
 | E332 | PlanError | weights are tied across parties |
+| E326 | StageError | there is no example |
 | E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
 """
 
@@ -25,7 +26,7 @@ from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Example, arguments_of
-from cutlayer.models.names import Point, resolve
+from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key
 from cutlayer.models.specs import Ports, input_specs, port_specs
 
@@ -170,8 +171,9 @@ def split(
 
     Args:
         model: The model. Its `forward` names the data's fields. It is trained in place where its pieces run here.
-        at: One cut point or several; see `cutlayer.models.cut`. With labels="client" and one cut point, the tail begins
-            at the last submodule with parameters (`tail_point`), so that neither inputs nor labels leave the client.
+        at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
+            labels="client" and one cut point, the tail begins at the last submodule with parameters (`tail_point`), so
+            that neither inputs nor labels leave the client.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
@@ -183,8 +185,10 @@ def split(
     """
     output, autocast, longest = _read(**options)
     _check_labels(labels)
+    if example is None:
+        raise _no_example(model)
     refuse_compiled(model)
-    points: list[Point] = [at] if isinstance(at, str | int) else list(at)
+    points = points_of(model, at)
     second = _second(model, points[0]) if labels == CLIENT and len(points) == 1 else ""
     points += [second] if second else []
     if len(points) % 2 == (labels == CLIENT):
@@ -294,6 +298,17 @@ def tail_point(model: nn.Module) -> str:
     if place:
         return f"{parent}.{before[place - 1]}".lstrip(".")
     return str(own[-2][0])
+
+
+def _no_example(model: nn.Module) -> StageError:
+    return StageError(
+        "an example of the inputs is needed",
+        where=f"example of {type(model).__name__}",
+        expected="inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name",
+        got="None",
+        remedy="pass example=, such as the inputs of a first batch: they give the shapes of what crosses",
+        code="E326",
+    )
 
 
 def _check_labels(labels: str) -> None:

@@ -53,7 +53,7 @@ def connect(
     party: Party,
     *,
     network: NetworkSettings,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     notify: Notify | None = None,
     wait: float = WAIT,
 ) -> Connection:

@@ -41,7 +41,7 @@ __all__ = ["Part", "Round", "Session", "session"]
 
 
 def session(
-    plan: Plan, party: Party, *, others: Sequence[Party] = (), network: NetworkSettings | None = None
+    plan: Plan, party: Party, *, others: Party | Sequence[Party] = (), network: NetworkSettings | None = None
 ) -> Session:
     """Take part in a plan with a training loop of one's own.
 
@@ -66,14 +66,14 @@ def session(
         plan: The plan.
         party: This party; its `optimizer` makes the optimizers, which the loop steps. Clipping, autocast, schedulers
             and gradient scaling are the loop's own.
-        others: The other parties, to run in this process; or
+        others: The other parties, or the one other, to run in this process; or
         network: Where they are; each runs `cutlayer.join`, or a loop of its own.
 
     Raises:
         PlanError: E133, several replicas of a stage at this party, or a schedule that mixes microbatches.
         ConfigError: E244, neither `others` nor `network`, or both.
     """
-    return Session(plan, party, others, network)
+    return Session(plan, party, [others] if isinstance(others, Party) else others, network)
 
 
 class _Remote(torch.autograd.Function):

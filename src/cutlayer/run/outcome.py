@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -13,8 +13,11 @@ from cutlayer.core.program import Mode
 from cutlayer.engine.agree import Agreed
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.worker import Worker
+from cutlayer.errors import ConfigError
 
 __all__ = ["Result", "history_rows"]
+
+_MEASURED: Final[tuple[Mode, ...]] = ("train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,23 @@ class Result:
         return {name: dict(w.site.preprocess.agreed) for name, w in self.workers.items() if w.site.preprocess.agreed}
 
     def metrics(self, mode: Mode = "evaluate") -> dict[str, Any]:
-        """Return the metrics of the last round of a mode, by loss; of a replicated loss, those over all replicas."""
+        """Return the metrics of the last round of a mode, by loss; of a replicated loss, those over all replicas.
+
+        Args:
+            mode: "train" or "evaluate"; nothing is returned if there was no such round.
+
+        Raises:
+            ConfigError: E239, another mode.
+        """
+        if mode not in _MEASURED:
+            raise ConfigError(
+                f"a run has no metrics of the mode {mode!r}",
+                where="Result.metrics",
+                expected=f"one of {', '.join(_MEASURED)}",
+                got=repr(mode),
+                remedy="choose one of these",
+                code="E239",
+            )
         found: dict[str, Any] = {}
         for row in self.history:
             if row["mode"] == mode:
@@ -56,7 +75,7 @@ class Result:
     def summary(self) -> str:
         """Return the end of a run in a few lines: metrics and bytes by party."""
         lines = [f"{self.plan.name}: {self.seconds:.1f} s"]
-        for mode in ("train", "evaluate"):
+        for mode in _MEASURED:
             for loss, values in self.metrics(mode).items():
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 lines.append(f"  {mode:<9} {loss}: {shown}")

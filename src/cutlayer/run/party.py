@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class Party:
             are given (prediction, label): the first and the last input of the loss.
         fields: Names of the parts of tuple items.
         seed: Private seed of dropout and of randomness in the data; None: a new one, never told to anybody.
-        device: Where this party computes.
+        device: Where this party computes: one that torch finds here.
         threads: Threads that torch may use in a process of this party's own; more than one pays for large stages on a
             machine that runs nothing else, and changes the last bits.
         finite: Check that nothing which leaves holds a NaN or an infinity.
@@ -99,16 +101,9 @@ class Party:
                     remedy="give the function itself: it is called once the parameters exist",
                     code="E227",
                 )
-        made = [loss for loss, make in self.metrics.items() if isinstance(make, nn.Module) or not callable(make)]
-        if made:
-            raise ConfigError(
-                f"the metrics of {made[0]!r} at party {self.name!r} are no function",
-                where=f"party {self.name}, metrics",
-                expected="a function that makes them, such as lambda: {'accuracy': MulticlassAccuracy(3)}",
-                got=type(self.metrics[made[0]]).__name__,
-                remedy="give the function itself: each replica of the loss makes its own metrics",
-                code="E227",
-            )
+        _check_metrics(self)
+        _check_numbers(self)
+        _check_device(self)
         if self.scheduler_every not in ("epoch", "step"):
             raise ConfigError(
                 "unknown scheduler_every",
@@ -127,6 +122,73 @@ class Party:
                 remedy="choose one of these",
                 code="E227",
             )
+
+
+def _check_metrics(party: Party) -> None:
+    for loss, make in party.metrics.items():
+        wrong = isinstance(make, nn.Module) or not callable(make)
+        wanted = [] if wrong else _wanted(make)
+        if wrong or wanted:
+            raise ConfigError(
+                f"the metrics of {loss!r} at party {party.name!r} are no function that makes them",
+                where=f"party {party.name}, metrics",
+                expected="a function without arguments, such as lambda: {'accuracy': MulticlassAccuracy(3)}",
+                got=f"a function of ({', '.join(wanted)})" if wanted else type(make).__name__,
+                remedy="give a function that makes torchmetrics: each replica of the loss makes its own metrics, which "
+                "are then given (prediction, label); for a function of your own write a torchmetrics.Metric",
+                code="E227",
+            )
+
+
+def _wanted(make: Callable[..., object]) -> list[str]:
+    """Return the arguments without which a function cannot be called; none if it does not say."""
+    try:
+        given = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in given if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _check_numbers(party: Party) -> None:
+    for name in ("seed", "threads"):
+        value = getattr(party, name)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (whole or (name == "seed" and value is None)) or (name == "threads" and value < 1):
+            raise ConfigError(
+                f"the {name} of party {party.name!r} cannot be used",
+                where=f"party {party.name}, {name}",
+                expected="a whole number, or None" if name == "seed" else "a whole number, 1 or more",
+                got=repr(value),
+                remedy="give a number, or leave it out",
+                code="E227",
+            )
+
+
+def _check_device(party: Party) -> None:
+    """Raise `ConfigError` E227 for a device that torch does not find here."""
+    try:
+        device = torch.device(party.device)
+        if device.type == "cuda":
+            there = (device.index or 0) < torch.cuda.device_count()
+        else:
+            torch.empty(0, device=device)
+            there = True
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        there = False
+    if not there:
+        raise ConfigError(
+            f"the device of party {party.name!r} is not here",
+            where=f"party {party.name}, device",
+            expected=f"one of {', '.join(_devices())}",
+            got=repr(str(party.device)),
+            remedy="choose one of these; for a GPU see that cutlayer doctor shows it: torch with CUDA, and a driver",
+            code="E227",
+        )
+
+
+def _devices() -> list[str]:
+    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def counts(party: Party) -> dict[str, int]:

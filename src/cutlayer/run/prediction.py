@@ -66,7 +66,7 @@ def predict(
     plan: Plan,
     parties: Party | Sequence[Party],
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     network: NetworkSettings | None = None,
     served: bool = False,
     notify: Notify | None = None,
@@ -115,7 +115,7 @@ def predict(
 
 
 def predict_here(
-    plan: Plan, parties: Sequence[Party], *, weights: Path | None = None, notify: Notify | None = None
+    plan: Plan, parties: Sequence[Party], *, weights: str | Path | None = None, notify: Notify | None = None
 ) -> Result:
     """Predict with all parties in this process; see `predict`. The parties' modules keep their modes."""
     parties = [idle(party) for party in parties]
@@ -141,7 +141,7 @@ def predict_with_others(
     party: Party,
     *,
     network: NetworkSettings,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     notify: Notify | None = None,
     wait: float = WAIT,
 ) -> Result:
@@ -160,7 +160,7 @@ def ask(
     party: Party,
     *,
     network: NetworkSettings,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     notify: Notify | None = None,
     wait: float = WAIT,
 ) -> Result:
@@ -262,7 +262,7 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     return [("predict", 0)]
 
 
-def _prepare(weights: Path | None, without: frozenset[str] = frozenset()) -> Callable[[Worker], None]:
+def _prepare(weights: str | Path | None, without: frozenset[str] = frozenset()) -> Callable[[Worker], None]:
     def prepare(worker: Worker) -> None:
         if weights is not None:
             load_trained(worker.site, weights, without)

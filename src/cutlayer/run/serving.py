@@ -89,7 +89,7 @@ def serve(
     party: Party,
     *,
     network: NetworkSettings,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     serving: Serving | None = None,
     notify: Notify | None = None,
     stop: threading.Event | None = None,
@@ -135,7 +135,7 @@ class Service:
         party: Party,
         *,
         network: NetworkSettings,
-        weights: Path | None = None,
+        weights: str | Path | None = None,
         serving: Serving | None = None,
         notify: Notify | None = None,
     ) -> None:

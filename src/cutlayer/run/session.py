@@ -33,7 +33,9 @@ Notify = Callable[[str, Mapping[str, Any]], None]
 _RESETS_MAX = 1000
 
 
-def join(plan: Plan, party: Party, *, network: NetworkSettings, folder: Path, notify: Notify | None = None) -> Result:
+def join(
+    plan: Plan, party: Party, *, network: NetworkSettings, folder: str | Path, notify: Notify | None = None
+) -> Result:
     """Run one party of a plan; the others run in processes of their own.
 
     A party that was killed is started again with the same `folder`: all parties go back to the last checkpoint that
@@ -51,6 +53,7 @@ def join(plan: Plan, party: Party, *, network: NetworkSettings, folder: Path, no
         PeerError, DeadlineError, LinkError: a peer failed, never came or stayed away; its code and remedy are in it.
         CutlayerError: this party failed; the others are told the code and the remedy.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     party = replace(party, seed=_private_seed(folder, party))
     store = Store(folder / "checkpoints", party=party.name, digest=network.digest)

@@ -33,20 +33,22 @@ def roster_of(parties: Sequence[Party]) -> Roster:
     return Roster(samples)
 
 
-def simulate(plan: Plan, parties: Sequence[Party], *, notify: Notify | None = None) -> Result:
+def simulate(plan: Plan, parties: Party | Sequence[Party], *, notify: Notify | None = None) -> Result:
     """Train and evaluate a plan with all parties in this process.
 
     Uses as many torch threads as the caller has set; the bits are those of separate processes if both use as many.
 
     Args:
         plan: The plan.
-        parties: One `Party` for each of the plan's. Their modules are trained in place.
+        parties: One `Party` for each of the plan's, as a list. Their modules are trained in place.
         notify: Called as `notify("step" | "round", details)` as the run goes on; output only.
 
     Raises:
         ConfigError, DataError, PlanError: parties do not fit the plan.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
+    parties = [parties] if isinstance(parties, Party) else list(parties)
+    check_parties(plan, parties)
     roster = roster_of(parties)
     return run_phases(plan, parties, roster, agenda(plan, roster), notify=notify)
 

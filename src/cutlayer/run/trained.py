@@ -28,7 +28,7 @@ _LISTED = 4  # names that an error lists
 _JSON_MAX = 64 * 2**20
 
 
-def load_trained(site: Site, folder: Path, without: Collection[str] = ()) -> None:
+def load_trained(site: Site, folder: str | Path, without: Collection[str] = ()) -> None:
     """Give a party's stages the weights that a run has left in `folder`, and what it agreed on about preprocessing.
 
     Reads `<party>.safetensors`, and `<party>.preprocessing.json` if it is there. Where the folder has the run's
@@ -38,7 +38,7 @@ def load_trained(site: Site, folder: Path, without: Collection[str] = ()) -> Non
         CheckpointError: E811, the file is missing, damaged or another one than the run wrote; E812, its names, shapes
             or dtypes are not those of the stages. Nothing is loaded then.
     """
-    party = site.parts.party
+    party, folder = site.parts.party, Path(folder)
     path = folder / f"{party}.safetensors"
     try:
         _check_hash(folder, path, party)
