@@ -19,6 +19,7 @@ from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.example import Arguments
+from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
 from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
@@ -72,7 +73,8 @@ def trace(
     tracer = _Tracer(model, arguments, enter, stacks, pick)
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
-        with patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance)):
+        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance))
+        with asked, kept_whole():
             graph = tracer.trace(model)
     except CutlayerError:
         raise
