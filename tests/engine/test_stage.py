@@ -217,6 +217,72 @@ def test_a_batch_norm_on_one_sample_says_what_to_do():
     assert "drop_last" in caught.value.remedy
 
 
+FAILURES = {
+    "numpy's doubles": (nn.Linear(5, 3), torch.ones(4, 5).double(), "the module's weights, float32: .float() in"),
+    "images as bytes": (
+        nn.Conv2d(3, 4, 3),
+        torch.ones(4, 3, 8, 8).byte(),
+        "the module's weights, float32: .float() in",
+    ),
+    "doubles to a norm": (nn.LayerNorm(5), torch.ones(4, 5).double(), "the module's weights, float32: .float() in"),
+    "single to double": (nn.Linear(5, 3).double(), torch.ones(4, 5), "weights, float64: .double() in"),
+    "single to halves": (nn.Linear(5, 3).bfloat16(), torch.ones(4, 5), "weights, bfloat16: .to(torch.bfloat16) in"),
+    "a wide row": (nn.Linear(5, 3), torch.ones(4, 6), "have another size than a layer takes"),
+    "channels last": (nn.Conv2d(3, 4, 3), torch.ones(4, 8, 8, 3), "have another size than a layer takes"),
+    "a wide norm": (nn.LayerNorm(5), torch.ones(4, 6), "have another size than a layer takes"),
+    "more features": (nn.BatchNorm1d(5), torch.ones(4, 6), "have another size than a layer takes"),
+    "an id outside": (nn.Embedding(5, 3), torch.full((4, 2), 7), "give ids in 0..num_embeddings-1"),
+    "ids as floats": (nn.Embedding(5, 3), torch.ones(4, 2), "give the ids as int64, .long() in the data set"),
+    "an own bug": (Odd(lambda a: a.missing), torch.ones(4, 5), "run the module alone on inputs of these shapes"),
+    "an own dtype": (Odd(lambda a: a.double() @ torch.ones(5, 3)), torch.ones(4, 5), "run the module alone"),
+    "one sample": (nn.BatchNorm1d(3), torch.ones(1, 3), "BatchNorm needs two samples a microbatch"),
+    "memory": (Odd(lambda a: a.expand(10**6, 4, 5).repeat(10**6, 1, 1)), torch.ones(4, 5), "take more microbatches"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_has_the_remedy_that_fits_it(name):
+    module, x, remedy = FAILURES[name]
+    with pytest.raises(StageError) as caught:
+        stage_of(module).forward([x], context(batch=len(x), wanted=(False,)))
+    assert caught.value.code == "E304"
+    assert remedy in caught.value.remedy, caught.value
+    assert ("BatchNorm" in caught.value.remedy) == (name == "one sample")
+
+
+OTHERS = {
+    "another length": (lambda a: a, "", "float32[batch, 3]", "a length that changes with the batch needs longest="),
+    "longer than free": (lambda a: a, "", "float32[batch, time<=4]", "needs longest= of cl.split"),
+    "rows dropped": (lambda a: a[:2], "", "float32[batch, 5]", "output in the plan, or the module"),
+    "autocast here only": (
+        lambda a: a @ a.T,
+        "bfloat16",
+        "float32[batch, 4]",
+        "give cl.split(autocast='bfloat16') too",
+    ),
+    "autocast there only": (
+        lambda a: a,
+        "",
+        "bfloat16[batch, 5]",
+        "run the party under it: Party(autocast='bfloat16')",
+    ),
+    "doubles": (lambda a: a.double(), "", "float32[batch, 5]", "output in the plan, or the module"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_tensor_has_the_remedy_that_fits_it(name):
+    function, autocast, spec, remedy = OTHERS[name]
+    ports = {"": TensorSpec.parse(spec)}
+    stage = ModuleStage("body", Odd(function), ports=ports, seed=0, device=torch.device("cpu"), autocast=autocast)
+    with pytest.raises(StageError) as caught:
+        stage.forward([torch.ones(4, 5)], context())
+    assert caught.value.code == "E301"
+    assert remedy in caught.value.remedy, caught.value
+    assert ("longest=" in caught.value.remedy) == (name in ("another length", "longer than free"))
+    assert ("autocast" in caught.value.remedy) == name.startswith("autocast")
+
+
 @pytest.mark.provokes("E303")
 def test_each_forward_has_one_backward():
     stage = stage_of(nn.Linear(5, 3))

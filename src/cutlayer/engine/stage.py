@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.advice import after_failure, for_other_tensor
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.scoring import Pairs, loss_error
 from cutlayer.engine.tensors import check_spec, torch_dtype
@@ -269,8 +270,7 @@ class ModuleStage:
                 f"stage {self.name!r} failed in its {kind}",
                 where=f"stage {self.name}, inputs of shapes {_lists(shapes)}",
                 got=f"{type(error).__name__}: {error}",
-                remedy="run the module alone on inputs of these shapes; BatchNorm needs two samples a microbatch: set "
-                "drop_last, or fewer microbatches",
+                remedy=after_failure(self.module, inputs, error),
                 code="E304",
             ) from error
 
@@ -302,21 +302,16 @@ def _check_output(stage: ModuleStage, port: str, output: Tensor, batch: int, sha
     else:
         wrong = "" if output.numel() == 1 else f"shape {list(output.shape)}"
     if wrong:
-        where = f"stage {stage.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}"
-        raise _other_tensor(stage.name, where, f"{spec or 'a scalar'} for {batch} samples", wrong)
-
-
-def _other_tensor(name: str, where: str, expected: str, got: str) -> StageError:
-    return StageError(
-        f"stage {name!r} gives another tensor than the plan says",
-        where=where,
-        expected=expected,
-        got=got,
-        remedy="correct the stage's output in the plan, or the module"
-        if not expected.startswith("a scalar")
-        else "let the loss give one number: reduction='mean', or .mean() at its end",
-        code="E301",
-    )
+        raise StageError(
+            f"stage {stage.name!r} gives another tensor than the plan says",
+            where=f"stage {stage.name}{f', port {port}' if port else ''}, inputs of shapes {_lists(shapes)}",
+            expected=f"{spec or 'a scalar'} for {batch} samples",
+            got=wrong,
+            remedy=for_other_tensor(spec, output, batch, stage.autocast)
+            if spec is not None
+            else "let the loss give one number: reduction='mean', or .mean() at its end",
+            code="E301",
+        )
 
 
 def _other_values(name: str, ports: tuple[str, ...], given: object) -> StageError:
