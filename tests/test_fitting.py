@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torchmetrics.classification import MulticlassAccuracy
 
 import cutlayer as cl
-from cutlayer.errors import ConfigError, DataError, PlanError
+from cutlayer.errors import ConfigError, DataError, PlanError, StageError
 from cutlayer.fitting import adam, fit
 from cutlayer.models.split import split, tail_point
 from tests.oracle import sample_order
@@ -216,6 +216,27 @@ def test_tied_weights_stay_one_in_a_u_shape():
     assert caught.value.code == "E332"
     assert "are one weight, at two parties" in str(caught.value)
     assert "labels='client'" in str(caught.value)
+
+
+def test_the_parties_run_under_the_autocast_of_the_split():
+    def trained(at_split: str, party: dict[str, str]) -> dict[str, Tensor]:
+        parts = split(model(), "layer1", example=torch.zeros(2, 1, 8, 8), autocast=at_split)
+        return fit(parts, images(8), loss=nn.CrossEntropyLoss(), optimizer=sgd, party=party, batch_size=4).state_dict()
+
+    found = trained("bfloat16", {})
+    assert same(found, trained("bfloat16", {"autocast": "bfloat16"}))
+    assert not same(found, trained("", {}))
+    with pytest.raises(StageError, match=r"E301.*give cl.split\(autocast='bfloat16'\) too, or neither"):
+        trained("", {"autocast": "bfloat16"})
+
+
+def test_lengths_that_change_lead_to_longest():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    words = TensorDataset(torch.ones(4, 6).long(), torch.zeros(4, 6).long())
+    with pytest.raises(
+        StageError, match=r"E301.*float32\[4, 6, 4\] instead of float32\[4, 5, 4\].*longest= of cl.split"
+    ):
+        fit(split(net, 0, example=torch.ones(2, 5).long()), words, loss=nn.CrossEntropyLoss(), batch_size=4)
 
 
 def test_the_tail_is_the_last_layer_with_parameters():

@@ -150,7 +150,7 @@ def fit(
         loss: Called with (prediction, label); gives a scalar.
         optimizer: Makes each party's optimizer from its parameters.
         evaluation: The same as `data`, for evaluation.
-        party: More arguments of every `Party`: metrics, scheduler, autocast, device, seed...
+        party: More arguments of every `Party`: metrics, scheduler, device, seed... `autocast` is that of the split.
         training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... The batch size is that of
             the loaders, unless given. And `label`: its name in dictionaries; else it is the one field that is no
             argument of the model, by any name, or the one called "label" if there are several.
@@ -176,7 +176,8 @@ def fit(
         label_spec=_label_spec(sample, split),
         training=Training(**{**_of_loaders(held), **training}),
     )
-    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], **(party or {})}
+    fixed = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
+    given = {**fixed, **(party or {})}
     server = {**given, "metrics": {}} if split.labels == "client" else given
     client = given if split.labels == "client" else {**given, "metrics": {}}
     parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]

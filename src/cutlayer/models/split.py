@@ -49,6 +49,7 @@ class Split:
         labels: Where the labels and the loss are: "client" or "server".
         release: Model inputs that may leave the client, for pieces at the server.
         longest: Model input of shape (batch, length, ...) -> most that its length may be.
+        autocast: "bfloat16" or "float16", if the parties are to run under it; else empty.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Split:
     labels: str
     release: tuple[str, ...] = ()
     longest: Mapping[str, int] = field(default_factory=dict)
+    autocast: str = ""
 
     def plan(
         self,
@@ -144,7 +146,8 @@ class Options(TypedDict, total=False):
     Attributes:
         output: Field or index of what the model returns, if that is not one tensor: "pred", 0. The loss gets this one;
             `logits` is taken by itself.
-        autocast: "bfloat16" or "float16", if the parties are to run under it (`Party(autocast=...)`).
+        autocast: "bfloat16" or "float16", if the parties are to run under it: `cutlayer.fit` lets them; by hand it is
+            `Party(autocast=...)`.
         longest: Inputs of shape (batch, length, ...) that are padded to another length in each batch -> most that it
             may be, such as {"words": 512, "padding": 512}. Else all lengths are those of the example.
     """
@@ -207,6 +210,7 @@ def split(
         labels=labels,
         release=tuple(release),
         longest=dict(longest or {}),
+        autocast=autocast,
     )
 
 
