@@ -109,6 +109,15 @@ def test_a_cut_that_cannot_be(forward, at: str, code: str, words: str):
     assert caught.value.remedy
 
 
+def test_an_example_is_asked_for_only_where_there_is_none():
+    forward = Net(lambda self, x: self.three(torch.from_numpy(self.one(x).numpy())))
+    for example, asked in ((X, False), (None, True)):
+        with pytest.raises(StageError, match="E313") as caught:
+            cut(forward, "one", example=example)
+        assert ("pass example=" in caught.value.remedy) == asked
+        assert "into a submodule of its own" in caught.value.remedy
+
+
 @pytest.mark.provokes("E320")
 def test_another_value_crosses_in_evaluation():
     with pytest.raises(StageError, match=r"E320.*other values across the cut in evaluation than in training"):
