@@ -109,6 +109,15 @@ def test_a_cut_that_cannot_be(forward, at: str, code: str, words: str):
     assert caught.value.remedy
 
 
+def test_an_example_is_asked_for_only_where_there_is_none():
+    forward = Net(lambda self, x: self.three(torch.from_numpy(self.one(x).numpy())))
+    for example, asked in ((X, False), (None, True)):
+        with pytest.raises(StageError, match="E313") as caught:
+            cut(forward, "one", example=example)
+        assert ("pass example=" in caught.value.remedy) == asked
+        assert "into a submodule of its own" in caught.value.remedy
+
+
 @pytest.mark.provokes("E320")
 def test_another_value_crosses_in_evaluation():
     with pytest.raises(StageError, match=r"E320.*other values across the cut in evaluation than in training"):
@@ -295,6 +304,34 @@ def test_one_weight_at_two_parties():
     with pytest.raises(PlanError, match=r"E332.*'table.weight' and 'out.weight' are one weight, at two parties"):
         cl.split(Tied(), "table", example=WORDS, labels="server")
     assert cl.split(Tied(), "table", example=WORDS, labels="client").places == ("client", "server", "client")
+
+
+def test_one_weight_at_two_parties_of_a_u_shape():
+    """What is said to help does, and what is so already is not advised."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.two(self.one(x) * self.scale) * self.scale)
+
+    with pytest.raises(PlanError) as caught:
+        cl.split(Scaled(), "one", example=X)
+    assert caught.value.what == "two uses of 'scale' are one weight, at two parties"
+    assert caught.value.where == "piece 1 (server, after 'one' up to 'two') and piece 2 (client, after 'two')"
+    assert "labels='client'" not in caught.value.remedy
+    assert "labels='server', without the cut after 'two'" in caught.value.remedy
+    assert cl.split(Scaled(), "one", example=X, labels="server").places == ("client", "server")
+
+    class Early(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.two(self.one(x * self.scale) * self.scale.exp()))
+
+    with pytest.raises(PlanError, match=r"E332.*one party\. cut so that both are at one party, or give each its own"):
+        cl.split(Early(), "one", example=X)
 
 
 @pytest.mark.provokes("E331")

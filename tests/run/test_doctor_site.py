@@ -200,7 +200,7 @@ BUILDERS = {
         CODE.replace("randn(count, 4", "randn(count, 5"),
         "E304",
         "stage 'head' failed in its forward",
-        "these shapes",
+        "another size than a layer takes",
     ),
     "nan": ("", CODE.replace("TensorTable(x=x", "TensorTable(x=x / 0 * 0"), "E351", "NaN", ""),
 }

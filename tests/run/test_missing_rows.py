@@ -256,6 +256,14 @@ def test_a_head_that_is_not_told_who_is_present_says_so():
     assert caught.value.code == "E306"
 
 
+def test_a_plan_that_forgets_who_is_optional_is_told():
+    with pytest.raises(StageError, match=r"E306.*name the party in the plan's optional=\[...\]") as caught:
+        Present(nn.Linear(3, 4), (4,))(torch.ones(4, 3))
+    assert "got float32[4, 3]" in str(caught.value)
+    with pytest.raises(StageError, match=r"bool\[4\], got int64\[4\]. give the data's field 'present' as bool"):
+        Present(nn.Linear(3, 4), (4,))(torch.ones(4, 3), torch.ones(4).long())
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 

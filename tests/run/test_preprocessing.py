@@ -144,7 +144,7 @@ def test_a_prediction_uses_what_training_agreed_on():
     with pytest.raises(DataError) as caught:
         predict(plan(), [replace(party, agreed={}) for party in asked])
     assert caught.value.code == "E262"
-    assert "Party(agreed=result.agreed)" in str(caught.value)
+    assert "give Party(agreed=result.agreed['a'])" in str(caught.value)
 
 
 def test_what_is_told_is_said_and_counted():

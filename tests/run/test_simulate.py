@@ -128,6 +128,11 @@ def test_one_module_at_two_parties_is_refused():
             "optimizer .* is no function .party alpha, optimizer.*got SGD",
         ),
         (
+            {"scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), 1)},
+            "E227",
+            r"expected a function that makes it, such as lambda optimizer: torch.optim.lr_scheduler.StepLR\(optimizer",
+        ),
+        (
             {"scheduler_every": "epochs"},
             "E227",
             r"\(party alpha, scheduler_every\): expected epoch or step, got epochs",
@@ -135,7 +140,7 @@ def test_one_module_at_two_parties_is_refused():
         (
             {"metrics": {"los": dict}},
             "E223",
-            r"metrics for los, which is no loss of the plan \(party alpha, metrics\)\. name the loss",
+            r"los, which is no loss of the plan \(party alpha, metrics\)\. name a loss: metrics=\{'loss': lambda: ",
         ),
         (
             {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},

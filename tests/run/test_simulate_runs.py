@@ -245,7 +245,22 @@ def test_parties_of_one_lane_need_the_same_samples():
     short = TensorTable(x=case.data["b"]["x"][:20])
     error = raises(DataError, "E251", lambda: simulate(plan, changed(case, "b", data=short)))
     assert "b: 20" in error.got
-    raises(DataError, "E251", lambda: simulate(plan, changed(case, "b", data=None)))
+    assert error.remedy == "align the data by identifier first"
+    error = raises(DataError, "E251", lambda: simulate(plan, changed(case, "b", data=None)))
+    assert error.remedy == "nothing is given at b: give Party(data=...) there too"
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "names"), [("evaluate", "evaluation", "b, server"), ("predict", "prediction", "b")]
+)
+def test_data_that_one_party_alone_is_given_is_named(mode, name, names):
+    plan = vertical({"a": C, "b": C}, "server", output=C)
+    case = Case.of(plan)
+    given = TensorTable(**case.data["a"])
+    error = raises(DataError, "E251", lambda: simulate(plan, changed(case, "a", **{name: given})))
+    assert error.where == f"mode {mode}, lane 0"
+    assert f"nothing is given at {names}: give Party({name}=...) there too" in error.remedy
+    assert "or give it at no party: a training does not need it" in error.remedy
 
 
 def test_the_data_must_have_the_fields_of_the_plan():

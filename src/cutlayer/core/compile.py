@@ -32,6 +32,7 @@ __all__ = ["Roster", "agenda", "compile_plan"]
 
 BARRIER = 0  # the number of all barriers: their steps tell them apart
 AGREED_BYTES = 256  # most bytes of an entry of shared preprocessing
+_ARGUMENTS = {"train": "data", "evaluate": "evaluation", "predict": "prediction"}
 _SMALL = 64 * 1024  # most bytes of a message of scalars: norms, metric sums
 
 
@@ -69,11 +70,20 @@ class Roster:
                     where=f"mode {mode}, lane {lane}",
                     expected="the same samples, in the same order, at each",
                     got=", ".join(f"{party}: {count}" for party, count in found.items()),
-                    remedy="align the data by identifier first",
+                    remedy=_all_or_none(mode, found) or "align the data by identifier first",
                     code="E251",
                 )
             counts.append(next(iter(found.values())))
         return tuple(counts)
+
+
+def _all_or_none(mode: str, found: Mapping[str, int]) -> str:
+    """Return which parties of a lane miss an argument that others of it have, and what to do."""
+    names = [party for party, count in found.items() if not count]
+    if not names:
+        return ""
+    alone = "" if mode == "train" else ", or give it at no party: a training does not need it"
+    return f"nothing is given at {', '.join(names)}: give Party({_ARGUMENTS[mode]}=...) there too{alone}"
 
 
 def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:

@@ -103,7 +103,7 @@ class Preprocess:
                 f"the parties have not agreed on the preprocessing of {missing[0]!r}",
                 where=where,
                 expected="a training run before, or what it agreed on",
-                remedy="give Party(agreed=result.agreed) of the training run",
+                remedy=f"give Party(agreed=result.agreed[{self._party!r}]), with the result of the training run",
                 code="E262",
             )
         ready = {

@@ -44,7 +44,10 @@ class Present(nn.Module):
                 where=f"Present({type(self.module).__name__})",
                 expected=f"bool[{values[0].shape[0]}]" if values else "an input, then which of its rows are present",
                 got=f"{str(present.dtype).removeprefix('torch.')}{list(present.shape)}",
-                remedy='give the data a field "present": True where the row is there',
+                remedy="give the data's field 'present' as bool, True where the row is there"
+                if values and present.shape == values[0].shape[:1]
+                else "name the party in the plan's optional=[...], or by hand let 'data.present' be the stage's last "
+                "input; its data has a field 'present', True where the row is there",
                 code="E306",
             )
         if not bool(present.any()):

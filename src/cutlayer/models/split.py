@@ -203,7 +203,7 @@ def split(
         made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
-    _check_ties(made, places)
+    _check_ties(made, places, labels)
     return Split(
         model=model,
         cut=made,
@@ -346,13 +346,29 @@ def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> N
             )
 
 
-def _check_ties(made: Cut, places: Sequence[str]) -> None:
+def _check_ties(made: Cut, places: Sequence[str], labels: str) -> None:
+    last = len(places) - 1
     for first, one, second, other in made.ties:
         if places[one] != places[other]:
+            which = f"{first!r} and {second!r} are" if first != second else f"two uses of {first!r} are"
+            spans = [f"piece {piece} ({places[piece]}, {_span(made, piece)})" for piece in (one, other)]
+            ways = ["cut so that both are at one party", "give each its own weight"]
+            if labels == SERVER and places[one] == CLIENT and other == last:
+                ways.insert(0, "keep the last layers at the client (a U-shape: labels='client')")
+            if labels == CLIENT and places[one] == SERVER and other == last:
+                point = made.points[-1]
+                ways.insert(0, f"let the server have the labels too: labels='server', without the cut after {point!r}")
             raise PlanError(
-                f"{first!r} and {second!r} are one weight, at two parties",
-                where=f"pieces {one} ({places[one]}) and {other} ({places[other]})",
+                f"{which} one weight, at two parties",
+                where=" and ".join(spans),
                 expected="tied weights in pieces of one party",
-                remedy="cut so that both are at one party (a U-shape: labels='client'), or give each its own weight",
+                remedy=", or ".join(ways),
                 code="E332",
             )
+
+
+def _span(made: Cut, piece: int) -> str:
+    """Return where in the model a piece is: behind which cut and up to which."""
+    begin = f"after {made.points[piece - 1]!r}" if piece else ""
+    end = f"up to {made.points[piece]!r}" if piece < len(made.points) else ""
+    return " ".join(part for part in (begin, end) if part)

@@ -79,12 +79,13 @@ def trace(
     except CutlayerError:
         raise
     except Exception as error:
+        sizes = "" if arguments.batch else " pass example= so that sizes are known,"
         raise StageError(
             "the model's forward cannot be followed",
             where=line(error.__traceback__) or f"forward of {type(model).__name__}",
             got=f"{type(error).__name__}: {error}",
             remedy="put the operation into a submodule of its own (submodules without a cut point inside are not looked"
-            " into), pass example= so that sizes are known, or hand in the stages by hand",
+            f" into),{sizes} or hand in the stages by hand",
             code="E313",
         ) from error
     for owner, name, value in buffers:

@@ -34,6 +34,10 @@ from cutlayer.run.plugins import plugs_of
 __all__ = ["Party"]
 
 Data = Dataset[Any] | DataLoader[Any]
+_EXAMPLES = {
+    "optimizer": "lambda params: torch.optim.Adam(params, lr=1e-3)",
+    "scheduler": "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Party:
                 raise ConfigError(
                     f"the {name} of party {self.name!r} is no function",
                     where=f"party {self.name}, {name}",
-                    expected="a function that makes it, such as lambda params: torch.optim.Adam(params, lr=1e-3)",
+                    expected=f"a function that makes it, such as {_EXAMPLES[name]}",
                     got=type(value).__name__,
                     remedy="give the function itself: it is called once the parameters exist",
                     code="E227",
@@ -217,12 +221,13 @@ def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) ->
             remedy="check the stage's name and its `at` in the plan",
             code="E223",
         )
-    stray = party.metrics.keys() - {s.name for s in plan.stages if isinstance(s, Loss)}
+    losses = [s.name for s in plan.stages if isinstance(s, Loss)]
+    stray = party.metrics.keys() - set(losses)
     if stray:
         raise ConfigError(
             f"party {party.name!r} has metrics for {', '.join(sorted(stray))}, which is no loss of the plan",
             where=f"party {party.name}, metrics",
-            remedy="name the loss: metrics={'LOSS': lambda: {...}}",
+            remedy=f"name a loss: metrics={{{losses[0]!r}: lambda: {{...}}}}" if losses else "leave them out",
             code="E223",
         )
     seed = secrets.randbits(63) if party.seed is None else party.seed
