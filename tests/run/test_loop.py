@@ -423,6 +423,8 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
                 session.remote(head, head)
             if kind == "a wrong name":
                 session.remote(hed=head)
+            if kind == "an array":
+                session.remote(head.detach().numpy())
             if kind == "early step":
                 session.optimizer.step()
             back = session.remote(head)
@@ -451,6 +453,7 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
         ("no remote", r"expected remote\(...\) with the value of head, got the next batch"),
         ("two values", r"expected .*, got remote\(head, value 1\)"),
         ("a wrong name", r"expected remote\(...\) with the value of head, got remote\(hed\)"),
+        ("an array", r"expected the outputs of this party's stages, as they are, got ndarray.*not detached"),
         ("early step", r"expected remote\(...\) with the value of head, got optimizer.step\(\)"),
         ("twice", r"expected backward\(\) of the loss|stage 'tail' to be run"),
         ("another module", r"expected stage 'tail' to be run: call the module that was given to Party"),

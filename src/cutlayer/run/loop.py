@@ -29,7 +29,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError
 from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
-from cutlayer.run.missteps import again, no_round, outside
+from cutlayer.run.missteps import again, no_round, no_tensor, outside
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
 from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
@@ -272,6 +272,8 @@ class Session:
         if named or len(values) > len(origins):
             names = (*names, *named, *(f"value {n}" for n in range(len(origins), len(values))))
             given += list(named.values())
+        if not all(isinstance(one, Tensor) for one in given):
+            raise no_tensor(walk.hands.place, given)
         hold = _Hold(self, walk, names, Leg())
         handle = torch.zeros((), requires_grad=walk.training and torch.is_grad_enabled())
         found = _Remote.apply(hold, handle, *given)  # type: ignore[no-untyped-call]

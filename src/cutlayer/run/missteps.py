@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cutlayer.errors import ProgramError
 
-__all__ = ["again", "evaluating", "misplaced", "no_round", "outside"]
+__all__ = ["again", "evaluating", "misplaced", "no_round", "no_tensor", "outside"]
 
 
 def outside(party: str) -> ProgramError:
@@ -41,6 +43,18 @@ def no_round(party: str) -> ProgramError:
         where=f"party {party}",
         expected="a call within `for round in session.rounds()`",
         remedy="begin a round first",
+        code="E440",
+    )
+
+
+def no_tensor(place: str, given: Sequence[object]) -> ProgramError:
+    """Return the error of a call of `remote` with something that is no tensor."""
+    return ProgramError(
+        "remote sends tensors",
+        where=place,
+        expected="the outputs of this party's stages, as they are",
+        got=", ".join(type(one).__name__ for one in given),
+        remedy="give the tensors that the modules gave, not detached: the gradient comes back through them",
         code="E440",
     )
 
