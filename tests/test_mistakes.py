@@ -86,6 +86,7 @@ def padded(model: nn.Module, *names: str) -> Any:
             "E221",
             r"OneCycleLR cannot be advanced.*step 3 of the scheduler",
         ),
+        (lambda: trained(party=["seed"]), ConfigError, "E236", "party={...}.*got list of str.*give a dictionary"),
         (lambda: trained(party={"device": "gpu"}), ConfigError, "E227", "device of party 'server' is not here.*cpu"),
         (lambda: trained().result.metrics("eval"), ConfigError, "E239", "expected one of train, evaluate, got 'eval'"),  # type: ignore[arg-type]
         (lambda: made(example=None), StageError, "E326", "an example of the inputs is needed.*pass example="),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,13 +48,16 @@ def test_an_own_model_is_split_in_ten_lines():
     assert names["run"].result.metrics("train")["loss"]["loss"] < 2.1
 
 
-def test_the_page_on_loops_runs_as_it_stands():
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_page_on_loops_runs_as_it_stands(evaluated: bool):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "own-loop.md").read_text(), re.S)
+    block = block.replace("data=table,", "data=table, evaluation=table,") if evaluated else block
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(compile(block, "own-loop.md", "exec"), names)  # noqa: S102 - our own page
-    losses = [row["metrics"]["loss"] for row in names["session"].result().history]
-    assert len(losses) == 3
+    history = names["session"].result().history
+    assert [row["mode"] for row in history] == ["train"] * 3 + ["evaluate"] * evaluated
+    losses = [row["metrics"]["loss"] for row in history]
     assert losses[2] < 0.8 * losses[0]
 
 

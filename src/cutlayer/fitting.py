@@ -170,6 +170,8 @@ def fit(
     tried = _listed(evaluation) if evaluation is not None else [None] * len(held)
     if len(tried) != len(held):
         raise _odd("as many data sets for evaluation as for training", f"{len(tried)} and {len(held)}")
+    if party is not None and not isinstance(party, Mapping):
+        raise _odd("party={...}: names of Party's arguments -> their values", _kind(party), "give a dictionary")
     told = training.pop("label", "")
     _check_names(training, dict(party or {}))
     label, sample = _sample(next(one for one in held if sample_count(one)), split, told)

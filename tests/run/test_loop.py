@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -422,6 +423,8 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
                 session.remote(head, head)
             if kind == "a wrong name":
                 session.remote(hed=head)
+            if kind == "an array":
+                session.remote(head.detach().numpy())
             if kind == "early step":
                 session.optimizer.step()
             back = session.remote(head)
@@ -436,6 +439,9 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
             loss.backward()
             if kind == "no step":
                 continue
+            if kind == "own optimizer":
+                torch.optim.SGD(modules["tail"].parameters(), lr=0.1).step()
+                continue
             session.optimizer.step()
             session.optimizer.zero_grad()
 
@@ -447,11 +453,13 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
         ("no remote", r"expected remote\(...\) with the value of head, got the next batch"),
         ("two values", r"expected .*, got remote\(head, value 1\)"),
         ("a wrong name", r"expected remote\(...\) with the value of head, got remote\(hed\)"),
+        ("an array", r"expected the outputs of this party's stages, as they are, got ndarray.*not detached"),
         ("early step", r"expected remote\(...\) with the value of head, got optimizer.step\(\)"),
         ("twice", r"expected backward\(\) of the loss|stage 'tail' to be run"),
         ("another module", r"expected stage 'tail' to be run: call the module that was given to Party"),
         ("no backward", r"expected backward\(\) of the loss, or of what remote gave, got the next batch"),
-        ("no step", r"expected optimizer.step\(\), got the next batch.*training.microbatches.*a lower init_scale"),
+        ("no step", r"expected session.optimizer.step\(\), got the next.*training.microbatches.*a lower init_scale"),
+        ("own optimizer", r"expected session.optimizer.step\(\), got the next.*Party\(optimizer=lambda _: mine\)"),
     ],
 )
 def test_a_call_out_of_order_names_the_one_that_is_due(kind: str, words: str):
@@ -500,6 +508,68 @@ def test_a_field_that_is_not_there_names_those_that_are(make: Callable[..., plan
     session = cl.session(case.plan, case.build(name), others=others)
     with pytest.raises(ProgramError, match=f"E443.*no field 'foo' here.*{words}"), session:
         ask(session, "foo")
+
+
+def training_always(session: Any, party: cl.Party, kind: str) -> None:
+    head, tail, criterion = called(party.modules, ["head", "tail", "loss"])
+    for round in session.rounds():
+        for part in round:
+            loss = criterion(tail(session.remote(head(part["x"]))), part["y"])
+            if round.training or kind == "backward":
+                (loss * part.scale).backward()
+            if part.last:
+                session.optimizer.step()
+                session.optimizer.zero_grad()
+
+
+@pytest.mark.provokes("E440")
+@pytest.mark.parametrize("kind", ["backward", "optimizer.step()"])
+def test_nothing_is_trained_in_a_round_of_evaluation(kind: str):
+    case = plans.u_shaped(schedule="sequential", microbatches=1, epochs=1)
+    party = case.build("alpha")
+    party = replace(party, evaluation=party.data)
+    session = cl.session(case.plan, party, others=[case.build("server")])
+    words = rf"E440.*evaluate round \d.*, got {re.escape(kind)}\. .*if round.training:"
+    with pytest.raises(ProgramError, match=words), session:
+        training_always(session, party, kind)
+
+
+@pytest.mark.provokes("E440")
+def test_a_session_needs_a_with():
+    session, _, _ = opened()
+    for use in (session.rounds, lambda: session.optimizer, lambda: session.remote(torch.zeros(1))):
+        with pytest.raises(ProgramError, match=r"E440.*has not begun.*in a `with`"):
+            use()
+
+
+@pytest.mark.provokes("E440")
+def test_rounds_are_given_once():
+    """All rounds of the plan are in one call: a loop over epochs around it would train on, past the plan."""
+    session, _, party = opened()
+    with session:
+        u_shaped(session, party)
+        before = {name: value.clone() for name, value in party.modules["head"].state_dict().items()}
+        with pytest.raises(ProgramError, match=r"E440.*called again.*leave out the loop over epochs"):
+            u_shaped(session, party)
+    assert all(torch.equal(value, before[name]) for name, value in party.modules["head"].state_dict().items())
+
+
+@pytest.mark.provokes("E440")
+def test_rounds_are_given_once_over_the_network(tmp_path: Path):
+    case = plans.u_shaped(schedule="sequential")
+    trial, party = Trial(case.plan, tmp_path), case.build("alpha")
+
+    def mine() -> None:
+        with cl.session(case.plan, party, network=trial.settings("alpha")) as session:
+            for _ in range(2):
+                u_shaped(session, party)
+
+    def theirs() -> None:
+        cl.join(case.plan, case.build("server"), network=trial.settings("server"), folder=str(tmp_path / "run"))
+
+    found = trial.play({"alpha": mine, "server": theirs})
+    assert found["server"] is None
+    assert "[E440] session.rounds() was called again" in saw(str(found["alpha"]))
 
 
 @pytest.mark.provokes("E440")

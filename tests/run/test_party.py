@@ -109,6 +109,12 @@ def test_evaluation_data_keep_their_own_order():
         ({"seed": 0.5}, r"the seed .*got 0\.5"),
         ({"threads": 0}, r"the threads of party 'a' cannot be used .*a whole number, 1 or more, got 0"),
         ({"threads": None}, r"the threads .*got None"),
+        ({"metrics": dict}, r"the metrics of party 'a' have no loss.*got type.*metrics=\{'loss'"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.StepLR},
+            r"the scheduler .* needs more .*of the optimizer alone, got a function of \(optimizer, step_size\)",
+        ),
+        ({"optimizer": lambda parameters, rate: None}, r"the optimizer .*a function of \(parameters, rate\)"),
         ({"metrics": {"loss": lambda p, y: (p == y).float().mean()}}, r"metrics of 'loss'.*a function of \(p, y\)"),
     ],
 )
@@ -124,3 +130,11 @@ def test_arguments_of_other_kinds_that_do_are_taken():
     party = Party("a", seed=np.int64(3), threads=2, device=torch.device("cpu", 0), metrics={"loss": make, "b": dict})
     assert (party.seed, party.threads) == (3, 2)
     assert Party("b", seed=-1).seed == -1
+
+
+@pytest.mark.provokes("E227")
+def test_cards_are_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Party("a", device=name).device for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"one of cpu, cuda:0, cuda:1.*got 'cuda:2'"):
+        Party("a", device="cuda:2")

@@ -107,7 +107,7 @@ class Course:
         if isinstance(job, Backward | Send | Recv):
             return "backward() of the loss, or of what remote gave"
         if isinstance(job, Exchange | Step):
-            return "optimizer.step()"
+            return "session.optimizer.step()"
         return "the next batch" if job is not None else "the end of the round"
 
 

@@ -41,6 +41,11 @@ class Hands:
         """Return the number of the step in the round."""
         return self._party.step
 
+    @property
+    def place(self) -> str:
+        """Return party, mode, round and step, for errors."""
+        return f"party {self.worker.party}, {self.worker.mode} round {self.worker.round}, step {self.step}"
+
     def do(self, job: Item) -> None:
         """Do an instruction that the loop has no part in."""
         if isinstance(job, EndStep):

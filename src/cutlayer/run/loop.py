@@ -2,7 +2,6 @@
 
 | code | error | meaning |
 | --- | --- | --- |
-| E440 | ProgramError | a call outside of any round |
 | E441 | ProgramError | the loop ended before the rounds of the plan |
 | E133 | PlanError | the plan cannot be driven by a loop |
 | E244 | ConfigError | the other parties are neither here nor on a network |
@@ -30,6 +29,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError
 from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
+from cutlayer.run.missteps import again, no_round, no_tensor, outside
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
 from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
@@ -140,17 +140,17 @@ class Session:
         self._company: Company = There(plan, party, network) if network else Here(plan, party, others)
         self._walk: Walk | None = None
         self._hooks: Hooks | None = None
-        self._done, self._begin = False, 0.0
+        self._done, self._given, self._begin = False, False, 0.0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         """Meet the other parties."""
         self._company.meet()
+        self._begin = time.perf_counter()
         modules = {name for name, module in self.party.modules.items() if isinstance(module, nn.Module)}
         self._hooks = Hooks(self.worker, modules, self._check_loss)
         for one in self.optimizers:
             self._handles.append(one.register_step_pre_hook(self._before_step))
-        self._begin = time.perf_counter()
         return self
 
     def __exit__(
@@ -189,6 +189,8 @@ class Session:
     @property
     def worker(self) -> Worker:
         """Return the engine's worker of this party, which most users never need."""
+        if not self._begin:
+            raise outside(self.party.name)
         return self._company.worker
 
     @property
@@ -210,7 +212,19 @@ class Session:
         return found[0]
 
     def rounds(self) -> Iterator[Round]:
-        """Give each round of training and of evaluation, in the plan's order; do what comes before and after."""
+        """Give each round of training and of evaluation, in the plan's order; do what comes before and after.
+
+        Raises:
+            ProgramError: E440, it was called before, or outside of the `with`; E441, a round was left before its end.
+        """
+        if not self._begin:
+            raise outside(self.party.name)
+        if self._given:
+            raise again(self.party.name)
+        self._given = True
+        return self._rounds()
+
+    def _rounds(self) -> Iterator[Round]:
         for mode, number in agenda(self.plan, self._company.roster):
             self._company.begin(mode, number)
             if self._hooks is not None:
@@ -256,6 +270,8 @@ class Session:
         if named or len(values) > len(origins):
             names = (*names, *named, *(f"value {n}" for n in range(len(origins), len(values))))
             given += list(named.values())
+        if not all(isinstance(one, Tensor) for one in given):
+            raise no_tensor(walk.hands.place, given)
         hold = _Hold(self, walk, names, Leg())
         handle = torch.zeros((), requires_grad=walk.training and torch.is_grad_enabled())
         found = _Remote.apply(hold, handle, *given)  # type: ignore[no-untyped-call]
@@ -290,13 +306,7 @@ class Session:
 
     def _walking(self) -> Walk:
         if self._walk is None:
-            raise ProgramError(
-                "no round has begun",
-                where=f"party {self.party.name}",
-                expected="a call within `for round in session.rounds()`",
-                remedy="begin a round first",
-                code="E440",
-            )
+            raise no_round(self.party.name) if self._begin else outside(self.party.name)
         return self._walk
 
 

@@ -105,6 +105,15 @@ class Party:
                     remedy="give the function itself: it is called once the parameters exist",
                     code="E227",
                 )
+            if value is not None and len(wanted := _wanted(value)) > 1:
+                raise ConfigError(
+                    f"the {name} of party {self.name!r} needs more than it is called with",
+                    where=f"party {self.name}, {name}",
+                    expected=f"a function of {'the parameters' if name == 'optimizer' else 'the optimizer'} alone",
+                    got=f"a function of ({', '.join(wanted)})",
+                    remedy="give the rest in a function of one argument: lambda optimizer: StepLR(optimizer, 10)",
+                    code="E227",
+                )
         _check_metrics(self)
         _check_numbers(self)
         _check_device(self)
@@ -129,6 +138,15 @@ class Party:
 
 
 def _check_metrics(party: Party) -> None:
+    if not isinstance(party.metrics, Mapping):
+        raise ConfigError(
+            f"the metrics of party {party.name!r} have no loss",
+            where=f"party {party.name}, metrics",
+            expected="loss -> function that makes its metrics",
+            got=type(party.metrics).__name__,
+            remedy="name the loss: metrics={'loss': lambda: {'accuracy': MulticlassAccuracy(3)}}",
+            code="E227",
+        )
     for loss, make in party.metrics.items():
         wrong = isinstance(make, nn.Module) or not callable(make)
         wanted = [] if wrong else _wanted(make)

@@ -2,7 +2,6 @@
 
 | code | error | meaning |
 | --- | --- | --- |
-| E440 | ProgramError | the loop does something else than the program comes to next |
 | E443 | ProgramError | the loop asks for a field that the plan gives no stage of this party |
 """
 
@@ -18,6 +17,7 @@ from cutlayer.core.program import Backward, Credit, Exchange, Forward, Recv, Sen
 from cutlayer.errors import ProgramError
 from cutlayer.run.course import PARTS, Course, Item, Key
 from cutlayer.run.hands import Hands
+from cutlayer.run.missteps import evaluating, misplaced
 
 __all__ = ["Leg", "Walk"]
 
@@ -130,8 +130,11 @@ class Walk:
         """Send the gradients at what a leg got, and wait for those at what it sent: origin -> their sum in plan order.
 
         Raises:
-            ProgramError: E440, the program is not there: the loop goes back twice, or for another microbatch.
+            ProgramError: E440, the program is not there: the loop goes back twice, for another microbatch, or in a
+                round of evaluation.
         """
+        if not self.training:
+            raise evaluating(self.hands.place, "backward")
         due = self._due(leg) if self._key == leg.key else []
         if not due and any(edge.trained for edge in (*leg.sent, *leg.got)):
             raise self._unexpected("backward", self.course.next)
@@ -169,8 +172,10 @@ class Walk:
         """Do what comes before the optimizer's step: sums of replicas' gradients, the norm over all parties.
 
         Raises:
-            ProgramError: E440, gradients are not complete yet.
+            ProgramError: E440, gradients are not complete yet, or this is a round of evaluation.
         """
+        if not self.training:
+            raise evaluating(self.hands.place, "optimizer.step()")
         if self._stepped:
             return
         self.key("optimizer.step()")
@@ -219,18 +224,7 @@ class Walk:
         return self._key
 
     def _unexpected(self, call: str, job: Item | None) -> ProgramError:
-        worker = self.hands.worker
-        return ProgramError(
-            "the loop is not where the program is",
-            where=f"party {worker.party}, {worker.mode} round {worker.round}, step {self.hands.step}",
-            expected=self.course.comes(job),
-            got=call or "no call of it",
-            remedy="step at each part.last: to accumulate gradients set training.microbatches in the plan; "
-            "where a GradScaler skipped the step, give it a lower init_scale"
-            if isinstance(job, Exchange | Step)
-            else "call in the order of the plan; docs/how-to/own-loop.md has a loop for each kind of party",
-            code="E440",
-        )
+        return misplaced(self.hands.place, self.course.comes(job), call, stepping=isinstance(job, Exchange | Step))
 
 
 def _no_field(hands: Hands, name: str, names: Sequence[str]) -> ProgramError:
