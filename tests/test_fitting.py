@@ -8,7 +8,15 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torchmetrics.classification import MulticlassAccuracy
 
 import cutlayer as cl
@@ -103,6 +111,65 @@ def test_a_split_model_trains_as_the_uncut_one(at, labels, tmp_path):
     fresh = Net()
     fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "joined.safetensors"), strict=True)
     assert same(fresh.state_dict(), uncut)
+
+
+@pytest.mark.parametrize(("size", "drop_last"), [(64, False), (3, True), (5, False)])
+def test_an_evaluation_loader_of_another_batch_size_evaluates_the_same_samples(size: int, drop_last: bool):
+    def tried(evaluation):
+        net = model()
+        run = fit(
+            split(net, "layer1", example=EXAMPLE),
+            DataLoader(images(8), batch_size=4, drop_last=True),
+            loss=nn.CrossEntropyLoss(),
+            evaluation=evaluation,
+            party={"metrics": {"loss": lambda: {"accuracy": MulticlassAccuracy(num_classes=3, average="micro")}}},
+        )
+        return net.eval(), run.result.metrics("evaluate")["loss"]
+
+    data = images(10, seed=1)
+    net, plain = tried(data)
+    _, other = tried(DataLoader(data, batch_size=size, drop_last=drop_last))
+    assert other == plain
+    x, y = data.tensors
+    with torch.no_grad():
+        output = net(x)
+    assert other["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item())
+    assert other["loss"] == pytest.approx(nn.functional.cross_entropy(output, y).item())
+
+
+class Second(Sampler):
+    """Every second sample, backwards."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self):
+        return iter(range(14, -2, -2))
+
+
+def test_a_batch_size_that_is_given_counts_before_that_of_the_loaders():
+    net, data = model(), images(16)
+    loader = DataLoader(data, batch_size=7, sampler=Second())
+    fit(split(net, "layer1", example=EXAMPLE), loader, loss=nn.CrossEntropyLoss(), batch_size=3, drop_last=True)
+    rows = list(range(14, -2, -2))
+    batches = [data[rows[place : place + 3]] for place in (0, 3)]
+    assert same(net.state_dict(), trained(batches).state_dict())
+    held = [DataLoader(images(8, seed), batch_size=size) for seed, size in enumerate((4, 8))]
+    run = fit(split(model(), "layer1", example=EXAMPLE), held, loss=nn.CrossEntropyLoss(), batch_size=2)
+    assert run.result.plan.training.batch_size == 2
+
+
+class Own(DataLoader):
+    """A loader that makes its batches in its own way."""
+
+    def __iter__(self):
+        return super().__iter__()
+
+
+def test_a_loader_with_batches_of_its_own_making_is_not_made_anew():
+    with pytest.raises(DataError, match="the loader makes other batches than the plan") as caught:
+        fit(split(model(), "layer1", example=EXAMPLE), Own(images(8), 4), loss=nn.CrossEntropyLoss(), batch_size=2)
+    assert caught.value.code == "E256"
 
 
 def test_three_data_holders_take_turns():

@@ -100,15 +100,7 @@ class Run:
         names = [*self.split.cut.inputs, self.label][: _parts(held, self.split)]
         if isinstance(held, DataLoader):
             batch_size = held.batch_size or batch_size
-            held = DataLoader(
-                held.dataset,
-                batch_size=batch_size,
-                collate_fn=held.collate_fn,
-                num_workers=held.num_workers,
-                pin_memory=held.pin_memory,
-                worker_init_fn=held.worker_init_fn,
-                multiprocessing_context=held.multiprocessing_context,
-            )
+            held = _loader(held, batch_size)
         plan = self.split.plan(client.name, label=self.label, training=Training(batch_size=batch_size))
         parties = [server, replace(client, prediction=held, fields=names)]
         (found,) = predict(plan, parties).values()
@@ -151,11 +143,13 @@ def fit(
             which field was taken for the label.
         loss: Called with (prediction, label); gives a scalar.
         optimizer: Makes each party's optimizer from its parameters.
-        evaluation: The same as `data`, for evaluation.
+        evaluation: The same as `data`, for evaluation. A loader's batch size may be another: all its samples are
+            evaluated, in batches of the training's size, and metrics are those of the samples, whatever the batches.
         party: More arguments of every `Party`: metrics, scheduler, device, seed... `autocast` is that of the split.
-        training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... The batch size is that of
-            the loaders, unless given. And `label`: its name in dictionaries; else it is the one field that is no
-            argument of the model, by any name, or the one called "label" if there are several.
+        training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... `batch_size` and
+            `drop_last` are those of the loaders in `data`, unless given; a loader then keeps its sampler, and its
+            samples come in batches of the size given. And `label`: its name in dictionaries; else it is the one field
+            that is no argument of the model, by any name, or the one called "label" if there are several.
 
     Raises:
         ConfigError: E235, the label is called as an argument of the model is; E236, a model that is not cut, an
@@ -175,11 +169,12 @@ def fit(
     told = training.pop("label", "")
     _check_names(training, dict(party or {}))
     label, sample = _sample(next(one for one in held if sample_count(one)), split, told)
+    chosen = Training(**{**_of_loaders(held, training), **training})
     plan = split.plan(
         names[0] if len(names) == 1 else names,
         label=label,
         label_spec=_label_spec(sample, split),
-        training=Training(**{**_of_loaders(held), **training}),
+        training=chosen,
     )
     fixed = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
     given = {**fixed, **(party or {})}
@@ -188,7 +183,8 @@ def fit(
     parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]
     for place, (name, mine, other) in enumerate(zip(names, held, tried, strict=True)):
         modules = _modules(split, "client", loss, copied=place > 0)
-        parties.append(Party(name, modules=modules, data=mine, evaluation=other, **client))
+        trained, tested = _batched(mine, chosen, drop_last=chosen.drop_last), _batched(other, chosen, drop_last=False)
+        parties.append(Party(name, modules=modules, data=trained, evaluation=tested, **client))
     return Run(split, simulate(plan, parties), tuple(parties), label)
 
 
@@ -241,13 +237,47 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
     return held
 
 
-def _of_loaders(held: Sequence[Data]) -> dict[str, Any]:
-    """Return the batch size and drop_last of the loaders, which must be alike."""
+def _of_loaders(held: Sequence[Data], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch size and drop_last of the loaders, which must be alike unless they are given."""
     loaders = [one for one in held if isinstance(one, DataLoader)]
-    found = {(one.batch_size, one.drop_last) for one in loaders if one.batch_size is not None}
+    names = [name for name in ("batch_size", "drop_last") if loaders and name not in given]
+    found = {tuple(getattr(one, name) for name in names) for one in loaders}
     if len(found) > 1:
-        raise _odd("loaders with one batch_size and drop_last", ", ".join(str(pair) for pair in sorted(found)))
-    return {"batch_size": next(iter(found))[0], "drop_last": next(iter(found))[1]} if found else {}
+        values = "; ".join(str(list(one)) for one in sorted(found))
+        raise _odd(f"loaders with one {' and '.join(names)}", values, f"make them alike, or fit(..., {names[0]}=...)")
+    return dict(zip(names, found.pop(), strict=True)) if found else {}
+
+
+def _batched(data: Any, training: Training, *, drop_last: bool) -> Any:  # noqa: ANN401 - a data set, or None
+    """Return the data; a loader of other batches as one of the training's, with its sampler."""
+    if not isinstance(data, DataLoader) or (data.batch_size, data.drop_last) == (training.batch_size, drop_last):
+        return data
+    if type(data).__iter__ is not DataLoader.__iter__:
+        return data  # one that makes its batches in its own way: it is refused if they are others (E256)
+    return _loader(data, training.batch_size, data.sampler, drop_last=drop_last)
+
+
+def _loader(
+    loader: DataLoader[Any],
+    batch_size: int,
+    sampler: Any = None,  # noqa: ANN401 - a loader's
+    *,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """Return a loader of the same data with other batches; without a sampler, in the order of the data set."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        generator=loader.generator if sampler is not None else None,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def _sample(data: Data, split: Split, told: str) -> tuple[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -268,9 +269,10 @@ def test_a_plan_that_forgets_who_is_optional_is_told():
 
 
 def test_rows_are_put_in_the_places_of_their_people():
-    table = spread(
-        ["p1", "p2", "p3", "p4"], ["p4", "p9", "p1"], x=torch.tensor([[4.0], [9], [1]]), k=torch.tensor([4, 9, 1])
-    )
+    with pytest.warns(UserWarning, match="1 of 3 identifiers in 'own' are not in 'everyone': their rows are left out"):
+        table = spread(
+            ["p1", "p2", "p3", "p4"], ["p4", "p9", "p1"], x=torch.tensor([[4.0], [9], [1]]), k=torch.tensor([4, 9, 1])
+        )
     assert table.fields["present"].tolist() == [True, False, False, True]
     assert table.fields["k"].tolist() == [1, 0, 0, 4]
     assert table.fields["x"][[0, 3]].tolist() == [[1.0], [4.0]]
@@ -284,10 +286,23 @@ def test_rows_are_put_in_the_places_of_their_people():
 @pytest.mark.parametrize(
     ("everyone", "own", "words"),
     [([1, 1], [1, 2], "identifiers twice in 'everyone'"), ([1, 2], [2, 2], "identifiers twice in 'own'"),
-     ([1, 2], [1, 2, 3], "{'x': 2}")],
+     ([1, 2], [1, 2, 3], "{'x': 2}"),
+     ([1, 2], ["1", "2"], "2 others (str)"),
+     ([1, "2"], [3, "4"], "2 others (int, str)"),
+     ([1, 2], [1, "2"], "int, str"),
+     ([1, 2], [1.0, 2.0], "float")],
 )  # fmt: skip
 def test_rows_that_cannot_be_placed_are_refused(everyone, own, words):
     with pytest.raises(DataError) as caught:
         spread(everyone, own, x=torch.ones(2))
     assert caught.value.code == "E254"
     assert words in caught.value.got
+
+
+def test_whole_numbers_of_numpy_and_torch_are_those_of_python():
+    for own in (np.array([8, 7]), torch.tensor([8, 7]), [8, 7]):
+        assert spread(range(7, 10), own, x=torch.tensor([8, 7])).fields["x"].tolist() == [7, 8, 0]
+
+
+def test_a_party_with_nobody_has_a_table_without_rows_of_its_own():
+    assert spread(["p1", "p2"], [], x=torch.ones(0, 3)).fields["present"].tolist() == [False, False]

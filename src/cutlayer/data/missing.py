@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -21,28 +23,56 @@ def spread(everyone: Iterable[int | str] | Tensor, own: Iterable[int | str] | Te
 
     Args:
         everyone: Identifiers, in the order that is the same at all parties.
-        own: Identifiers of the party's rows, in their own order; those of nobody in `everyone` are left out.
+        own: Identifiers of the party's rows, in their own order, of the same type. Rows of nobody in `everyone` are
+            left out, with a `UserWarning` that says how many: a party may know more people than take part, but an
+            identifier that is written otherwise is lost in the same way.
         fields: Field -> tensor of shape (len(own), ...).
 
     Raises:
-        DataError: E254, an identifier is there twice, or a field has not a row for each of `own`.
+        DataError: E254, an identifier is there twice, a field has not a row for each of `own`, identifiers have
+            different types, or none of `own` is in `everyone`.
     """
     order, rows = _listed(everyone), _listed(own)
-    sizes = {name: len(value) for name, value in fields.items()}
-    twice = [name for name, ids in (("everyone", order), ("own", rows)) if len(set(ids)) != len(ids)]
-    if twice or set(sizes.values()) - {len(rows)}:
-        raise DataError(
-            "rows cannot be put in their places",
-            where=f"identifiers in {twice[0]!r}" if twice else "the fields",
-            expected=f"each identifier once, and {len(rows)} rows in each field",
-            got=f"identifiers twice in {twice[0]!r}" if twice else str(sizes),
-            remedy="give `own` and the fields one entry a row; put rows of one person together before",
-            code="E254",
+    _check(order, rows, {name: len(value) for name, value in fields.items()})
+    known = set(order)
+    unknown = sum(name not in known for name in rows)
+    if unknown:
+        warnings.warn(
+            f"spread: {unknown} of {len(rows)} identifiers in 'own' are not in 'everyone': their rows are left out",
+            stacklevel=2,
         )
     places = {name: place for place, name in enumerate(rows)}
     source = torch.tensor([places.get(name, -1) for name in order], dtype=torch.int64)
     present = source >= 0
     return TensorTable(**{name: _placed(value, source, present) for name, value in fields.items()}, present=present)
+
+
+def _check(order: list[int | str], rows: list[int | str], sizes: dict[str, int]) -> None:
+    """Raise `DataError` E254 for rows that have no place. No identifier is in its text."""
+    where, expected = "the fields", f"each identifier once, and {len(rows)} rows in each field"
+    remedy = "give `own` and the fields one entry a row; put rows of one person together before"
+    got = str(sizes) if set(sizes.values()) - {len(rows)} else ""
+    for name, ids in (("everyone", order), ("own", rows)):
+        if len(set(ids)) != len(ids):
+            where, got = f"identifiers in {name!r}", f"identifiers twice in {name!r}"
+            break
+    types = [sorted({_type(one) for one in ids}) for ids in (order, rows)]
+    if not got and rows and not set(rows) & set(order):
+        where, expected = "identifiers in 'own'", f"some of those in 'everyone' ({', '.join(types[0]) or 'none'})"
+        got = f"{len(rows)} others ({', '.join(types[1])})"
+        remedy = "write them alike at all parties: the same type, leading zeros, and case"
+    elif not got and rows and not set(types[1]) <= set(types[0]):
+        where, expected = "identifiers in 'own'", f"those of the type in 'everyone': {', '.join(types[0])}"
+        got = ", ".join(types[1])
+        remedy = "give both as whole numbers, or both as texts"
+    if got:
+        raise DataError(
+            "rows cannot be put in their places", where=where, expected=expected, got=got, remedy=remedy, code="E254"
+        )
+
+
+def _type(name: object) -> str:
+    return "int" if isinstance(name, Integral) else "str" if isinstance(name, str) else type(name).__name__
 
 
 def _placed(value: Tensor, source: Tensor, present: Tensor) -> Tensor:
