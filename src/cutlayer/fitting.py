@@ -170,14 +170,9 @@ def fit(
     _check_names(training, dict(party or {}))
     label, sample = _sample(next(one for one in held if sample_count(one)), split, told)
     chosen = Training(**{**_of_loaders(held, training), **training})
-    plan = split.plan(
-        names[0] if len(names) == 1 else names,
-        label=label,
-        label_spec=_label_spec(sample, split),
-        training=chosen,
-    )
-    fixed = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
-    given = {**fixed, **(party or {})}
+    spec = _label_spec(sample, split)
+    plan = split.plan(names[0] if len(names) == 1 else names, label=label, label_spec=spec, training=chosen)
+    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast, **(party or {})}
     server = {**given, "metrics": {}} if split.labels == "client" else given
     client = given if split.labels == "client" else {**given, "metrics": {}}
     parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]
