@@ -7,7 +7,9 @@ import inspect
 import pytest
 
 from cutlayer.core import topologies
+from cutlayer.core.parts import Shared
 from cutlayer.core.plan import Plan
+from cutlayer.errors import PlanError
 from tests.small import TOPOLOGIES, C, float32
 
 
@@ -55,6 +57,23 @@ def test_the_training_is_set_by_keywords(name):
     assert (plan.training.epochs, plan.training.schedule, plan.training.microbatches) == (7, "1f1b", 2)
     with pytest.raises(TypeError, match="epoch"):
         TOPOLOGIES[name](epoch=7)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_preprocessing_is_that_of_the_plan_by_hand(name):
+    plain = TOPOLOGIES[name](epochs=3)
+    shared = Shared("x", at=plain.stages[0].name)
+    plan = TOPOLOGIES[name](epochs=3, preprocessing=[shared])
+    more = {"training": plain.training, "releases": plain.releases, "name": plain.name}
+    by_hand = Plan(plain.stages, preprocessing=[shared], **more)
+    assert plan.preprocessing == (shared,)
+    assert plan.digest() == by_hand.digest() != plain.digest()
+
+
+def test_preprocessing_of_a_field_that_the_party_has_not_is_refused():
+    with pytest.raises(PlanError, match="cannot preprocess the field 'z'") as caught:
+        TOPOLOGIES["vertical"](preprocessing=[Shared("z", at="head-a")])
+    assert caught.value.code == "E112"
 
 
 def test_clients_may_be_many():

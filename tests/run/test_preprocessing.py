@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cutlayer.core.parts import Loss, Shared, Stage, Training
 from cutlayer.core.plan import Plan
+from cutlayer.core.topologies import vertical
 from cutlayer.data.sources import TensorTable
 from cutlayer.errors import DataError, PlanError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
@@ -284,6 +285,32 @@ def test_features_of_vertical_parties_are_their_own():
     result = simulate(made, people)
     assert result.agreed["a"]["x"].mean != result.agreed["b"]["x"].mean
     assert [key for key in result.ledgers["a"].flows if key[2:4] == ("start", "exchange") and key[4] != 0] == []
+
+
+def test_a_vertical_topology_with_preprocessing_trains_as_on_data_scaled_by_hand():
+    class Add(nn.Module):
+        def forward(self, one: Tensor, two: Tensor) -> Tensor:
+            return one + two
+
+    def trained(x: Tensor, z: Tensor, preprocessing: list[Shared]) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        heads = {"a": nn.Linear(2, 2), "b": nn.Linear(3, 2)}
+        cuts = dict.fromkeys(heads, "float32[batch, 2]")
+        made = vertical(cuts, "s", output="float32[batch, 2]", batch_size=5, epochs=2, preprocessing=preprocessing)
+        people = [
+            Party(name, data=TensorTable(x=data), modules={f"head-{name}": heads[name]}, optimizer=sgd)
+            for name, data in (("a", x), ("b", z))
+        ]
+        people.append(Party("s", data=TensorTable(y=torch.ones(10, 2)), modules={"body": Add(), "loss": nn.MSELoss()}))
+        simulate(made, people)
+        return {f"{name}.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()}
+
+    x, z = torch.randn(10, 2) * 9 + 4, torch.randn(10, 3)
+    scaled = (x - x.mean(0)) / x.std(0, correction=0)
+    found = trained(x, z, [Shared("x", at="head-a")])
+    for name, value in trained(scaled, z, []).items():
+        torch.testing.assert_close(found[name], value)
+        assert not torch.allclose(value, trained(x, z, [])[name], atol=1e-3)
 
 
 @pytest.mark.provokes(by="code")

@@ -123,7 +123,7 @@ class PartyFile:
             )
         source = self.path.parent / match["module"] if match["module"].endswith(".py") else None
         with _importable(source, where):
-            function = _function(source or match["module"], match["function"], where)
+            function = _function(source or match["module"], match["function"], where, "party_name")
             try:
                 party = function(self.name)
             except CutlayerError:
@@ -150,13 +150,15 @@ def call_function(text: str, home: Path) -> object:
         )
     source = home / match["module"] if match["module"].endswith(".py") else None
     with _importable(source, text):
-        function: Callable[[], object] = _function(source or match["module"], match["function"], text)  # type: ignore[assignment]
+        function: Callable[[], object] = _function(source or match["module"], match["function"], text, "")  # type: ignore[assignment]
         try:
             return function()
         except CutlayerError:
             raise
         except (Exception, SystemExit) as error:
-            raise _bad_builder("the function failed", text, "a model", _said(error)) from error
+            raise _bad_builder(
+                "the function failed", text, "a model from a call without arguments", _said(error)
+            ) from error
 
 
 def load_party_file(path: Path) -> PartyFile:
@@ -229,7 +231,7 @@ def _store(text: str, home: Path) -> str:
     return f"sqlite:///{home / text}" if text and "://" not in text else text
 
 
-def _function(source: Path | str, function: str, where: str) -> Callable[[str], object]:
+def _function(source: Path | str, function: str, where: str, arguments: str) -> Callable[[str], object]:
     try:
         loaded = _from_file(source) if isinstance(source, Path) else import_module(source)
     except CutlayerError:
@@ -239,7 +241,7 @@ def _function(source: Path | str, function: str, where: str) -> Callable[[str], 
     found = getattr(loaded, function, None)
     if not callable(found):
         raise _bad_builder(
-            f"the module has no function {function!r}", where, f"def {function}(party_name)", type(found).__name__
+            f"the module has no function {function!r}", where, f"def {function}({arguments})", type(found).__name__
         )
     return found  # type: ignore[no-any-return]
 
