@@ -84,6 +84,10 @@ CASES = {
     "E700": "exchange",
     "E800": "builder",
 }
+WITHIN = {
+    "E250": "party hospital, train round 1, batch 0: ",
+    "E300": "party hospital, train round 1, microbatch 0: ",
+}
 KINDS = {kind.default_code: kind for name in errors.__all__ if (kind := getattr(errors, name))}
 
 
@@ -103,7 +107,7 @@ def test_an_error_without_a_number_has_its_classs(call: Call, demo: Path, code: 
     assert result.code == exit_code(kind(""))
     assert result.err[-4:] == [
         f"{code} the study's rule is broken",
-        f"  where: {'party hospital, train round 1, batch 0: ' if place == 'data set' else ''}{place}",
+        f"  where: {WITHIN.get(code, '')}{place}",
         "  why:   see above",
         f"  do:    ask the study office (more: cutlayer explain {code})",
     ]

@@ -48,7 +48,7 @@ def office(cast: Cast) -> Office:
 
 
 def label(session: int) -> tuple[Tag, str, tuple[int, ...]]:
-    return tag_of(session, 0), "uint8", (1,)
+    return tag_of(session, 0), "uint8", (1,), ()
 
 
 def test_a_frame_of_the_open_session_is_admitted_and_one_of_an_older_is_dropped(office: Office):
