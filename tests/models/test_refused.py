@@ -233,6 +233,21 @@ def test_a_hook_that_the_pieces_do_not_call(kind: str):
     assert model._forward_hooks or model._forward_pre_hooks or model[1]._forward_hooks
 
 
+@pytest.mark.provokes("E321")
+@pytest.mark.parametrize("place", ["", "1"], ids=["the model", "a container"])
+@pytest.mark.parametrize("name", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("example", [X, None], ids=["example", "no example"])
+def test_a_backward_hook_that_the_pieces_do_not_call(place: str, name: str, example: Tensor | None):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
+    getattr(model[0], name)(lambda *_: None)  # stays whole: its piece calls it
+    assert cut(model, "1.0", example=example)
+    getattr(model.get_submodule(place), name)(lambda *_: None)
+    with pytest.raises(StageError, match=r"E321.*the pieces do not call a backward hook") as caught:
+        cut(model, "1.0", example=example)
+    assert caught.value.where == f"Sequential, backward hook or pre-hook of {place or 'the model itself'}"
+    assert cut(model, "1", example=example) if place else True
+
+
 def test_a_hook_that_changes_nothing_is_not_blamed():
     model = Net(lying)
     model.register_forward_hook(lambda *_: None)

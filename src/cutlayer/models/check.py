@@ -15,7 +15,7 @@ from cutlayer.errors import StageError
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.pieces import Piece
 
-__all__ = ["check", "run_pieces", "run_whole"]
+__all__ = ["check", "check_backward_hooks", "run_pieces", "run_whole"]
 
 
 def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -98,6 +98,28 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
                 "checks of tensors); cut elsewhere, or hand in the stages by hand",
                 code="E321",
             )
+
+
+def check_backward_hooks(model: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Refuse backward hooks that no piece calls: what they do to gradients shows in no output.
+
+    Raises:
+        StageError: E321, a module that is cut apart, or the model itself, has one.
+    """
+    left = set(_left_out(model, [piece.module for piece in pieces]))
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if module in left and (module._backward_hooks or module._backward_pre_hooks)
+    ]
+    if names:
+        raise StageError(
+            "the pieces do not call a backward hook",
+            where=f"{type(model).__name__}, backward hook or pre-hook of {', '.join(names)}",
+            expected="backward hooks on modules that stay whole, or on tensors within forward",
+            remedy="remove the hook before the cut, or put it on submodules that are not cut apart",
+            code="E321",
+        )
 
 
 def _left_out(model: nn.Module, pieces: Sequence[nn.Module]) -> list[nn.Module]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.errors import StageError
-from cutlayer.models.check import check, run_pieces, run_whole
+from cutlayer.models.check import check, check_backward_hooks, run_pieces, run_whole
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key, picker
@@ -105,6 +105,7 @@ def cut(
         if error.code == "E313" and example is not None:
             check_example(model, example)
         raise
+    check_backward_hooks(model, pieces.pieces)
     if arguments.batch:
         check(model, pieces.pieces, arguments, picker(model, output))
     return Cut(pieces.pieces, pieces.points, pieces.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
