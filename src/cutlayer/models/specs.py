@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,11 @@ class Ports:
     specs: Mapping[str, TensorSpec]
     detached: tuple[str, ...]
 
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient comes back to any of them: else nothing trains the piece."""
+        return any(spec.floating and port not in self.detached for port, spec in self.specs.items())
+
 
 def port_specs(
     cut: Cut,
@@ -48,7 +53,9 @@ def port_specs(
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
             a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
-    large, small = (_run(cut, arguments.resized(batch), autocast) for batch in BATCHES)
+    reached: set[int] = set()
+    large = _run(cut, arguments.resized(BATCHES[0]), autocast, reached)
+    small = _run(cut, arguments.resized(BATCHES[1]), autocast)
     lengths = _Lengths.of(arguments, longest or {})
     short = _shorter(cut, arguments, lengths, autocast) if lengths.names else large
     return tuple(
@@ -62,7 +69,7 @@ def port_specs(
             tuple(
                 port
                 for port, value in zip(piece.outputs, large[index], strict=True)
-                if value.is_floating_point() and not value.requires_grad
+                if value.is_floating_point() and id(value) not in reached
             ),
         )
         for index, piece in enumerate(cut.pieces)
@@ -150,14 +157,32 @@ def _shorter(
         ) from error
 
 
-def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:
+def _run(
+    cut: Cut, arguments: Arguments, autocast: torch.dtype | None, reached: set[int] | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Run the pieces; add to `reached` the identity of each output that a gradient comes back to."""
     modules = [piece.module for piece in cut.pieces]
     inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
     device = next(iter(inputs.values())).device.type
     with undisturbed(*modules), torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         for module in modules:
             module.train(True)
-        return run_pieces(cut.pieces, inputs)
+        outputs = run_pieces(cut.pieces, inputs)
+        if reached is not None:
+            reached |= {id(value) for value in _reached(outputs)}
+        return outputs
+
+
+def _reached(outputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the outputs of pieces that take part in the gradient of the last one."""
+    able, last = [value for found in outputs for value in found if value.requires_grad], outputs[-1][0]
+    if not last.requires_grad:
+        return able
+    try:
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(last, able, torch.ones_like(last), allow_unused=True)
+    except Exception:  # a backward of the model's own code: where it fails, training names the stage
+        return able
+    return [value for value, gradient in zip(able, gradients, strict=True) if gradient is not None]
 
 
 def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:

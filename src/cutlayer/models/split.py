@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
-| E332 | PlanError | weights are tied across parties |
+| E332 | PlanError | weights are tied across parties, or between a stage that trains and one that does not |
 | E326 | StageError | there is no example |
 | E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
 """
@@ -25,7 +25,7 @@ from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
-from cutlayer.models.example import Example, arguments_of
+from cutlayer.models.example import Arguments, Example, arguments_of
 from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key
 from cutlayer.models.specs import Ports, input_specs, port_specs
@@ -122,13 +122,13 @@ class Split:
         piece, ports = self.cut.pieces[index], self.ports[index]
         single = len(ports.specs) == 1
         detached = [""] if single and ports.detached else list(ports.detached)
-        frozen = not any(parameter.requires_grad for parameter in piece.module.parameters())
+        frozen = not (ports.trained and any(parameter.requires_grad for parameter in piece.module.parameters()))
         return Stage(
             self.names[index],
             at=at,
             inputs=[self._input(text, self.places[index]) for text in piece.inputs],
             output=next(iter(ports.specs.values())) if single else dict(ports.specs),
-            detached=[] if frozen and single else detached,
+            detached=[] if frozen and single and not index else detached,
             frozen=frozen,
             state_limit=max(STATE_LIMIT, _state_bound(piece.module)),
         )
@@ -170,7 +170,9 @@ def split(
     """Cut a model and place its pieces in turn at the client and at the server, beginning with the client.
 
     Args:
-        model: The model. Its `forward` names the data's fields. It is trained in place where its pieces run here.
+        model: The model. Its `forward` names the data's fields. It is trained in place where its pieces run here. A
+            stage that no gradient comes back to (`torch.no_grad()`, `detach()`) is frozen: it runs in train mode, and
+            its parameters need no gradient from then on.
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
             labels="client" and one cut point, the tail begins at the last submodule with parameters (`tail_point`), so
             that neither inputs nor labels leave the client.
@@ -209,7 +211,7 @@ def split(
         cut=made,
         names=_NAMES.get(len(places)) or tuple(f"part-{index}" for index in range(len(places))),
         places=places,
-        ports=port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest),
+        ports=_ports(made, arguments, autocast, longest),
         inputs=input_specs(arguments, longest),
         labels=labels,
         release=tuple(release),
@@ -365,6 +367,23 @@ def _check_ties(made: Cut, places: Sequence[str], labels: str) -> None:
                 remedy=", or ".join(ways),
                 code="E332",
             )
+
+
+def _ports(made: Cut, arguments: Arguments, autocast: str, longest: Mapping[str, int] | None) -> tuple[Ports, ...]:
+    """Return what the pieces give. Raises `PlanError` E332 for a weight in one that trains and in one that does not."""
+    ports = port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest)
+    for first, one, second, other in made.ties:
+        still, moves = (one, other) if ports[other].trained else (other, one)
+        weight = dict(made.pieces[one].module.named_parameters()).get(first)
+        if weight is not None and weight.requires_grad and ports[moves].trained and not ports[still].trained:
+            raise PlanError(
+                f"a stage trains the weight {second!r}, and another, to which no gradient comes back, has it too",
+                where=f"piece {still} ({_span(made, still)}) and piece {moves} ({_span(made, moves)})",
+                expected="a weight in one of them: all that runs under torch.no_grad() or is detached is frozen",
+                remedy="cut so that both uses are in one piece, or give each its own weight",
+                code="E332",
+            )
+    return ports
 
 
 def _span(made: Cut, piece: int) -> str:

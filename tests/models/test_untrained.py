@@ -1,0 +1,104 @@
+"""Parts of a model to which no gradient comes back: their stages are frozen, and the rest trains as uncut."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cutlayer as cl
+from cutlayer.errors import PlanError
+
+X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+
+
+class Net(nn.Module):
+    """A backbone with a norm, whose averages move in train mode, and two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
+        self.two, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+
+class Extractor(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.backbone(x)
+        return self.out(self.two(h).relu())
+
+
+class Detached(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.backbone(x).detach()).relu())
+
+
+class Between(Net):
+    """What is under no_grad lies in the middle; nothing of it, nor before it, trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.backbone(x)
+        with torch.no_grad():
+            h = self.two(h)
+        return self.out(h[:, :6])
+
+
+class Beside(Net):
+    """The same, but what lies before it trains by another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.backbone(x)
+        with torch.no_grad():
+            g = self.two(h)
+        return self.out(g + h)
+
+
+class Tied(Extractor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 6)
+        self.out.weight = self.backbone[0].weight
+
+
+def decayed(parameters: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "labels", "frozen"),
+    [
+        (Extractor, "backbone", "server", {"head"}),
+        (Extractor, "backbone", "client", {"head"}),
+        (Extractor, ("backbone.1", "backbone"), "client", {"head", "body"}),
+        (Detached, "backbone", "server", {"head"}),
+        (Detached, "backbone.1", "client", {"head"}),
+        (Between, ("backbone", "two"), "client", {"head", "body"}),
+        (Beside, ("backbone", "two"), "client", {"body"}),
+    ],
+)
+def test_it_trains_as_uncut(kind: type[nn.Module], at: str | tuple[str, str], labels: str, frozen: set[str]):
+    model, loss = kind(), nn.CrossEntropyLoss()
+    uncut = copy.deepcopy(model)
+    optimizer = decayed(uncut.parameters())
+    for _ in range(2):
+        for begin in range(0, 12, 4):
+            optimizer.zero_grad()
+            loss(uncut(X[begin : begin + 4]), Y[begin : begin + 4]).backward()
+            optimizer.step()
+    made = cl.split(model, at, example=X[:3], labels=labels)
+    assert {stage.name for stage in made.plan().stages if getattr(stage, "frozen", False)} == frozen
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
+    got = cl.fit(made, loader, loss=loss, optimizer=decayed, epochs=2, shuffle=False).state_dict()
+    assert [name for name, value in uncut.state_dict().items() if not torch.equal(value, got[name])] == []
+
+
+@pytest.mark.provokes("E332")
+def test_a_weight_that_is_trained_elsewhere_is_not_frozen():
+    with pytest.raises(PlanError, match=r"E332.*trains the weight 'out.weight', and another, to which no") as caught:
+        cl.split(Tied(), "backbone", example=X[:3])
+    assert caught.value.where == "piece 0 (up to 'backbone') and piece 2 (after 'two')"
+    assert caught.value.remedy == "cut so that both uses are in one piece, or give each its own weight"
