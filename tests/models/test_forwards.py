@@ -321,3 +321,21 @@ def test_a_stack_with_two_names_is_cut_by_either(at: str):
     assert torch.equal(compose(made, words), model(words))
     keys = [key for piece in made.pieces for key in piece.module.state_dict()]
     assert sorted(keys) == sorted(model.state_dict())
+
+
+class Converted(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.as_tensor(self.one(x))
+        h = torch.asarray(self.two(h), dtype=torch.float64, requires_grad=True) * torch.tensor(x.shape[1])
+        return self.three(torch.as_tensor(h, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_what_makes_tensors_of_anything_takes_a_tensor(at: str):
+    model = Converted()
+    made = cut(model, at, example=X)
+    assert torch.equal(compose(made, X), model(X))
+    compose(made, X).sum().backward()
+    grad, model.one.weight.grad = model.one.weight.grad, None
+    model(X).sum().backward()
+    assert torch.equal(grad, model.one.weight.grad)

@@ -29,7 +29,7 @@ from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
 
-# Functions that make a tensor from sizes alone: torch would not show them a traced size.
+# Functions that make a tensor from sizes or from what they are given: torch would not show them a traced value.
 _MAKERS = tuple(
     getattr(torch, name)
     for name in [
@@ -44,6 +44,9 @@ _MAKERS = tuple(
         "randn",
         "randint",
         "tril_indices",
+        "as_tensor",
+        "asarray",
+        "tensor",
     ]
 )
 
