@@ -339,3 +339,15 @@ def test_what_makes_tensors_of_anything_takes_a_tensor(at: str):
     grad, model.one.weight.grad = model.one.weight.grad, None
     model(X).sum().backward()
     assert torch.equal(grad, model.one.weight.grad)
+
+
+class Renewed(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        return self.three(self.two(torch.Tensor(h) if isinstance(h, Tensor) else h))
+
+
+@pytest.mark.provokes("E313")
+def test_what_takes_only_tensors_of_its_own_is_refused_without_harm():
+    with pytest.raises(StageError, match=r"E313.*cannot be followed.*torch.Tensor\(h\).*put the operation into a sub"):
+        cut(Renewed(), "one", example=X)

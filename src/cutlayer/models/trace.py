@@ -8,6 +8,7 @@ With an example, each step is computed at once while tracing. So sizes are known
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import hold
-from cutlayer.models.whereabouts import from_einops, line, step_name
+from cutlayer.models.whereabouts import from_einops, in_isinstance, line, step_name
 
 __all__ = ["trace"]
 
@@ -123,7 +124,9 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """A tensor's class where an example tells that it is one: for the model's own `isinstance`."""
+        """A tensor's class where an example tells that it is one: for `isinstance` in Python, and for nothing else."""
+        if not in_isinstance(sys._getframe(1)):
+            return _Proxy
         value = self.tracer.found.values.get(self.node.name)  # type: ignore[attr-defined]
         return Tensor if isinstance(value, Tensor) else _Proxy
 
