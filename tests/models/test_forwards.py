@@ -341,6 +341,38 @@ def test_what_makes_tensors_of_anything_takes_a_tensor(at: str):
     assert torch.equal(grad, model.one.weight.grad)
 
 
+class Extra(Three):
+    """Has a state of its own beside its parameters."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([1])
+
+    def set_extra_state(self, state: Tensor) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x)))
+
+
+@pytest.mark.provokes("E321")
+def test_an_extra_state_is_kept_by_a_module_that_stays_whole():
+    whole = nn.Sequential(nn.Linear(6, 6), Extra())
+    made = cut(whole, "0", example=X)
+    assert "1._extra_state" in made.pieces[1].module.state_dict()
+    with pytest.raises(
+        StageError, match=r"E321.*extra state of a module that is cut apart.*Extra.get_extra_state of 1"
+    ):
+        cut(whole, "1.one", example=X)
+    with pytest.raises(StageError, match=r"Extra.get_extra_state of the model itself.*keep it in a buffer, self.reg"):
+        cut(Extra(), "one", example=X)
+
+
+@pytest.mark.provokes("E327")
+@pytest.mark.parametrize("at", [None, 1.5])
+def test_a_cut_point_that_is_none(at: object):
+    with pytest.raises(StageError, match=rf"E327.*at= is no cut point \(at={at}\).*name of a submodule.*candidates"):
+        cl.split(Extra(), at, example=X)  # type: ignore[arg-type]
+
+
 class Renewed(Three):
     def forward(self, x: Tensor) -> Tensor:
         h = self.one(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -33,6 +33,14 @@ def points_of(model: nn.Module, at: Point | Sequence[Point]) -> list[str | int]:
     Raises:
         StageError: a module that is none of the model's, or no such submodule (E310); one of them twice (E327).
     """
+    if not isinstance(at, str | int | nn.Module | Iterable):
+        raise StageError(
+            "at= is no cut point",
+            where=f"at={at!r}",
+            expected="the name of a submodule, an index or a submodule, or several of them",
+            remedy="name one in at=; cutlayer.models.candidates(model, example) lists them",
+            code="E327",
+        )
     given = [at] if isinstance(at, str | int | nn.Module) else list(at)
     points: list[str | int] = [resolve(model, one) if isinstance(one, nn.Module) else one for one in given]
     names = [resolve(model, one) for one in points]

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from cutlayer.errors import StageError
 from cutlayer.models.steps import PieceModule, every_module, lend
 
 __all__ = ["adopt", "attach", "frozen_paths", "same_mode", "ties"]
+
+_EXTRA = "_extra_state"  # torch's name in a state_dict for what get_extra_state gives
 
 
 def attach(piece: nn.Module, model: nn.Module, modules: Mapping[str, nn.Module], states: Iterable[str]) -> None:
@@ -71,10 +74,18 @@ def adopt(pieces: Sequence[nn.Module], model: nn.Module) -> None:
     """Give parameters and buffers that no piece has to one: to the piece with the same tensor, else to the last.
 
     These are second names of a shared tensor, and what the model's forward does not use.
+
+    Raises:
+        StageError: E321, a module that no piece has whole keeps an extra state.
     """
     held = {key for piece in pieces for key in piece.state_dict()}
     for key, value in model.state_dict(keep_vars=True).items():
-        if key in held or not isinstance(value, Tensor):
+        if key in held:
+            continue
+        path, _, last = key.rpartition(".")
+        if last == _EXTRA:
+            raise _extra_state(model, path)
+        if not isinstance(value, Tensor):
             continue
         owners = [piece for piece in pieces if any(value is other for other in _tensors(piece))]
         owner = owners[0] if owners else pieces[-1]
@@ -84,6 +95,16 @@ def adopt(pieces: Sequence[nn.Module], model: nn.Module) -> None:
     for piece in pieces:
         if isinstance(piece, PieceModule) and "lender" not in piece.__dict__:
             _in_order(piece, model)
+
+
+def _extra_state(model: nn.Module, owner: str) -> StageError:
+    return StageError(
+        "the pieces do not keep the extra state of a module that is cut apart",
+        where=f"{type(model.get_submodule(owner)).__name__}.get_extra_state of {owner or 'the model itself'}",
+        expected="state in parameters and buffers, or in submodules that stay whole",
+        remedy="keep it in a buffer, self.register_buffer(...), or in a submodule that is not cut apart",
+        code="E321",
+    )
 
 
 def _tensors(piece: nn.Module) -> list[Tensor]:
