@@ -383,3 +383,28 @@ class Renewed(Three):
 def test_what_takes_only_tensors_of_its_own_is_refused_without_harm():
     with pytest.raises(StageError, match=r"E313.*cannot be followed.*torch.Tensor\(h\).*put the operation into a sub"):
         cut(Renewed(), "one", example=X)
+
+
+class Nested(Three):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.block(self.one(x)))
+
+
+@pytest.mark.provokes("E321")
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("name", ["full_backward_hook", "full_backward_pre_hook", "backward_hook"])
+def test_a_backward_hook_of_a_container_that_is_looked_into(name: str, example: Tensor | None):
+    model = Nested()
+    getattr(model.block, f"register_{name}")(lambda *_: None)
+    hooks = {**model.block._backward_hooks, **model.block._backward_pre_hooks}
+    assert cut(model, "block", example=example).points == ("block",)  # one piece has it whole, hook and all
+    with pytest.raises(
+        StageError, match=r"E321.*do not call a backward hook \(Nested, backward hook or pre-hook of bl"
+    ):
+        cut(model, "block.0", example=example)
+    assert {**model.block._backward_hooks, **model.block._backward_pre_hooks} == hooks != {}

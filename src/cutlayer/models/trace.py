@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -78,7 +80,7 @@ def trace(
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance))
-        with asked, kept_whole():
+        with asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
             graph = tracer.trace(model)
     except CutlayerError:
         raise
@@ -95,6 +97,16 @@ def trace(
     for owner, name, value in buffers:
         _put_back(owner, name, value, tracer.record)
     return tracer.record.result(graph)
+
+
+@contextmanager
+def _without_backward_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take away the backward hooks of modules that are looked into: torch would put them on values that have none."""
+    with ExitStack() as stack:
+        for module in modules:
+            for table in ("_backward_hooks", "_backward_pre_hooks"):
+                stack.enter_context(patch.object(module, table, OrderedDict()))
+        yield
 
 
 def _is(values: Mapping[str, Any], asked: Callable[[Any, Any], bool], obj: Any, kind: Any) -> bool:  # noqa: ANN401
