@@ -376,7 +376,7 @@ def test_a_cut_point_that_is_none(at: object):
 class Renewed(Three):
     def forward(self, x: Tensor) -> Tensor:
         h = self.one(x)
-        return self.three(self.two(torch.Tensor(h) if isinstance(h, Tensor) else h))
+        return self.three(self.two(torch.Tensor(h)))
 
 
 @pytest.mark.provokes("E313")

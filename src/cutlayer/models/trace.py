@@ -8,7 +8,6 @@ With an example, each step is computed at once while tracing. So sizes are known
 from __future__ import annotations
 
 import operator
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import hold
-from cutlayer.models.whereabouts import from_einops, in_isinstance, line, step_name
+from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
 
@@ -132,15 +131,10 @@ def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorde
 
 
 class _Proxy(fx.Proxy):
-    """A value while tracing. Python may ask for its size or its number where an example tells them."""
+    """A value while tracing. Python may ask for its size or its number where an example tells them.
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """A tensor's class where an example tells that it is one: for `isinstance` in Python, and for nothing else."""
-        if not in_isinstance(sys._getframe(1)):
-            return _Proxy
-        value = self.tracer.found.values.get(self.node.name)  # type: ignore[attr-defined]
-        return Tensor if isinstance(value, Tensor) else _Proxy
+    It must not give itself out as a tensor (`__class__`, for `isinstance`): torch's C code would read it as one.
+    """
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return self.tracer.attribute(self, name)  # type: ignore[attr-defined]

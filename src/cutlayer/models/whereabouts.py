@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dis
 import linecache
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from traceback import walk_tb
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import fx
 
 from cutlayer.models.steps import Ref
 
-__all__ = ["ambient", "contexts", "from_einops", "in_isinstance", "line", "step_name", "with_refs"]
+__all__ = ["ambient", "contexts", "from_einops", "line", "step_name", "with_refs"]
 
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
@@ -58,23 +56,6 @@ def _outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
     while frame is not None:
         yield frame, frame.f_lineno
         frame = frame.f_back
-
-
-def in_isinstance(frame: FrameType) -> bool:
-    """Say whether the call that a frame is in is one of `isinstance`.
-
-    Torch's own code in C asks for classes too, and reads what says that it is a tensor as one: the process would end.
-    """
-    return _calls_isinstance(frame.f_code, frame.f_lasti)
-
-
-@lru_cache(maxsize=1024)
-def _calls_isinstance(code: CodeType, offset: int) -> bool:
-    if "isinstance" not in code.co_names:
-        return False
-    places = [(line, column) for line, _, column, _ in code.co_positions()]
-    named = (one.offset for one in dis.get_instructions(code) if one.argval == "isinstance")
-    return any(places[start // 2] == places[offset // 2] for start in named)
 
 
 def step_name(path: str) -> str | None:
