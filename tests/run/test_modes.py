@@ -92,3 +92,21 @@ def test_each_round_of_training_begins_as_if_the_model_were_told_to_train(case):
             expected, 0.0
         )
     assert expected["norm.num_batches_tracked"] == (0 if case == "train() overridden" else 4)
+
+
+def test_a_prediction_finds_its_model_in_evaluation_mode_and_leaves_it_alone():
+    told = []
+
+    class Told(Net):
+        def train(self, mode: bool = True) -> Net:
+            told.append(mode)
+            return super().train(mode)
+
+    net = Told(frozen=False).eval()
+    plan = cl.vanilla("a", "s", cut="float32[batch, 3]", output="float32[batch, 3]", batch_size=4)
+    modules = {"body": nn.Identity(), "loss": nn.CrossEntropyLoss()}
+    parties = [cl.Party("a", modules={"head": net}, prediction=cl.TensorTable(x=X)), cl.Party("s", modules=modules)]
+    told.clear()
+    [found] = cl.predict(plan, parties).values()
+    assert torch.allclose(found, net(X))
+    assert told == []

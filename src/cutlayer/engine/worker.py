@@ -80,10 +80,11 @@ class Worker:
     def begin(self, mode: Mode, number: int) -> None:
         """Begin a round of a mode: metrics start at zero, stages are told to train or to evaluate, all of them anew.
 
-        So one round's modes do not depend on whether another came before it.
+        So one round's modes do not depend on whether another came before it. Predictions leave that to the stages'
+        forwards: those of a server are shared by sessions that begin at any time.
         """
         self.mode, self.round = mode, number
-        for stage in self.site.stages.values():
+        for stage in self.site.stages.values() if mode in ("train", "evaluate") else ():
             stage.module.train(mode == "train")
         for book in self.site.books.values():
             book.reset()
