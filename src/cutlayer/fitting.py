@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
-from cutlayer.data.sources import collated, sample_count
+from cutlayer.data.sources import again, collated, sample_count
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.checkpoint import write_atomic
@@ -100,7 +100,7 @@ class Run:
         names = [*self.split.cut.inputs, self.label][: _parts(held, self.split)]
         if isinstance(held, DataLoader):
             batch_size = held.batch_size or batch_size
-            held = _loader(held, batch_size)
+            held = again(held, batch_size=batch_size)
         plan = self.split.plan(client.name, label=self.label, training=Training(batch_size=batch_size))
         parties = [server, replace(client, prediction=held, fields=names)]
         (found,) = predict(plan, parties).values()
@@ -249,29 +249,8 @@ def _batched(data: Any, training: Training, *, drop_last: bool) -> Any:  # noqa:
         return data
     if type(data).__iter__ is not DataLoader.__iter__:
         return data  # one that makes its batches in its own way: it is refused if they are others (E256)
-    return _loader(data, training.batch_size, data.sampler, drop_last=drop_last)
-
-
-def _loader(
-    loader: DataLoader[Any],
-    batch_size: int,
-    sampler: Any = None,  # noqa: ANN401 - a loader's
-    *,
-    drop_last: bool = False,
-) -> DataLoader[Any]:
-    """Return a loader of the same data with other batches; without a sampler, in the order of the data set."""
-    return DataLoader(
-        loader.dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=drop_last,
-        generator=loader.generator if sampler is not None else None,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        prefetch_factor=loader.prefetch_factor,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
+    return again(
+        data, batch_size=training.batch_size, sampler=data.sampler, drop_last=drop_last, generator=data.generator
     )
 
 

@@ -21,7 +21,7 @@ from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
 from cutlayer.errors import DataError
 
-__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "batches", "collated", "sample_count"]
+__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "again", "batches", "collated", "sample_count"]
 
 
 @runtime_checkable
@@ -207,7 +207,7 @@ class OrderedBatches:
         rows = [
             self._indices[batch_slice(i, self.order.count, self.order.training.batch_size)] for i in range(len(sizes))
         ]
-        return _again(loader, batch_sampler=rows)
+        return again(loader, batch_sampler=rows)
 
 
 class LoaderBatches:
@@ -253,7 +253,7 @@ class LoaderBatches:
         """
         loader, order = self.loader, self.order
         if loader.batch_size is not None and loader.drop_last:
-            loader = _again(loader, sampler=loader.sampler, batch_size=loader.batch_size, generator=loader.generator)
+            loader = again(loader, sampler=loader.sampler, batch_size=loader.batch_size, generator=loader.generator)
             order = replace(order, drop_last=False)
         sizes = lane_batches(self.count, order.training.batch_size, order.drop_last)
         return _one_pass(LoaderBatches(loader, order), sizes)
@@ -276,11 +276,12 @@ def _one_pass(source: OrderedBatches | LoaderBatches, sizes: Sequence[int]) -> I
         yield source.load(lane=0, epoch=0, index=index, size=size)
 
 
-def _again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa: ANN401 - arguments of DataLoader
+def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa: ANN401 - arguments of DataLoader
     """Return a loader of the same data set, collate function and workers, with another choice of samples."""
     return DataLoader(
         loader.dataset,
         num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
