@@ -36,12 +36,14 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         batch: Samples in the microbatch.
         training: Train mode, with gradients; else evaluation mode, without.
         wanted: For each input, whether its gradient will be asked for.
+        after: The stage whose output is the one wanted input, if both may be one graph of autograd; see `goes_on`.
     """
 
     key: Key
     batch: int
     training: bool
     wanted: tuple[bool, ...]
+    after: ModuleStage | None = None
 
 
 @runtime_checkable
@@ -112,6 +114,7 @@ class _Kept(msgspec.Struct):
     leaves: list[Tensor]
     sink: list[Tensor | None]
     shapes: _Shapes
+    after: ModuleStage | None
 
 
 class ModuleStage:
@@ -175,10 +178,15 @@ class ModuleStage:
         training, sink = context.training, list[Tensor | None]([None] * len(inputs))
         leaves, entered, catching = list[Tensor](), list[Tensor](), list[_Hooks]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
+        live, after = None, context.after
+        if after is not None and training and ("backward", shapes) in self._flops:  # alone until its FLOPs are known
+            live = after.live(context.key)
         for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True)):
             leaf = (value if value.device == self.device else value.to(self.device)).detach()
             leaves.append(leaf)
-            if wanted and training:
+            if live is not None:
+                leaf = live if wanted else leaf
+            elif wanted and training:
                 catching.append(OrderedDict(((_HOOK, partial(sink.__setitem__, place)),)))
                 leaf = _enter(leaf.requires_grad_(), catching[-1])
             entered.append(leaf)
@@ -189,7 +197,9 @@ class ModuleStage:
                 hooks[_HOOK] = hooks.pop(_HOOK)
         outputs = self._named(given, context.batch, shapes)
         if training:
-            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes)
+            self._kept[context.key] = _Kept(
+                outputs, context.wanted, leaves, sink, shapes, None if live is None else after
+            )
         return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
@@ -206,12 +216,28 @@ class ModuleStage:
                 code="E303",
             )
         roots, seeds = self._roots(kept, gradients)
+        if kept.after is not None:
+            self.spent = self._flops["backward", kept.shapes]
+            return kept.after.goes_on(context_key, roots[0], seeds[0], kept.wanted)
         if roots:
             self._guarded("backward", kept.shapes, kept.leaves, _go_back, tuple(roots), tuple(seeds))
         for place, gradient in enumerate(kept.sink):
             if gradient is None and kept.wanted[place]:
                 kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use
         return kept.sink
+
+    def live(self, key: Key) -> Tensor | None:
+        """Return the one output of a forward as autograd knows it; None if no gradient goes back from it."""
+        (output,) = self._kept[key].outputs
+        return output if output.requires_grad else None
+
+    def goes_on(self, key: Key, root: Tensor, seed: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        """Let a forward's graph end at `root`, a loss of this stage's output; return what its backward is to be given.
+
+        The gradients are those of a backward for each, with one run of autograd's engine fewer.
+        """
+        self._kept[key].outputs = (root,)
+        return [seed if one else None for one in wanted]
 
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""

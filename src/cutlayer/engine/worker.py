@@ -21,7 +21,7 @@ from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
 from cutlayer.engine.preprocess import unread
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
-from cutlayer.engine.stage import Context, Gradients, StageProtocol
+from cutlayer.engine.stage import Context, Gradients, ModuleStage, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
 from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
@@ -41,13 +41,14 @@ class Parcel(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Role:
-    """What calls of a stage need, found once. `book` and `reduction`: of a loss."""
+    """What calls of a stage need, found once. `book`, `reduction`, `after` (see `Context`): of a loss."""
 
     stage: StageProtocol
     edges: tuple[Edge, ...]
     wanted: tuple[bool, ...]
     book: MetricBook | None
     reduction: str
+    after: ModuleStage | None
 
 
 class Worker:
@@ -110,7 +111,8 @@ class Worker:
         """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
         role = self._role(job.stage, job.lane)
         inputs = self.values.inputs(job.stage, job.lane, job.micro)
-        context = Context(key=(job.lane, job.micro), batch=job.size, training=self.mode == "train", wanted=role.wanted)
+        key, training = (job.lane, job.micro), self.mode == "train"
+        context = Context(key=key, batch=job.size, training=training, wanted=role.wanted, after=role.after)
         try:
             outputs = role.stage.forward(inputs, context)
         except StageError as error:
@@ -234,8 +236,21 @@ class Worker:
                 wanted=tuple(edge.trained for edge in edges),
                 book=self.site.books.get(place),
                 reduction=part.reduction if isinstance(part, Loss) else "",
+                after=_joined(self, stage, lane) if isinstance(part, Loss) else None,
             )
         return role
+
+
+def _joined(worker: Worker, loss: str, lane: int) -> ModuleStage | None:
+    """Return the stage that a loss may be one graph with: one output, which only the loss takes, and at this party."""
+    graph, stages, own = worker.graph, worker.site.stages, worker.site.stages[worker.site.place(loss, lane)]
+    trained = [edge for edge in graph.inputs_of[loss] if edge.trained]
+    if len(trained) != 1 or graph.is_cut(trained[0], lane) or not isinstance(own, ModuleStage) or own.parameters():
+        return None
+    source = trained[0].source.stage
+    stage = stages[worker.site.place(source, lane)]
+    alone = len(graph.consumers_of[source]) == len(graph.by_name[source].ports) == 1
+    return stage if alone and isinstance(stage, ModuleStage) and stage.device == own.device else None
 
 
 def _place(worker: Worker, job: Forward | Backward) -> str:
