@@ -90,6 +90,29 @@ def test_steps_are_closed_one_by_one():
     assert ledger.total("sent") == 48
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_step_that_ended_is_closed_later_and_apart_from_the_next(looks):
+    """Whoever looks at the sums meanwhile sees all of both, and takes nothing away from them."""
+    ledger = Ledger("a")
+    frame = Frame(Tag(0, "train", 1, 2, 3, 0, 1, "up"), "float32", (2, 3), bytes(24))
+    for seconds in (1.0, 2.0):
+        ledger.sent("b", frame)
+        ledger.spend("forward", "head", seconds)
+        ledger.compute("forward", "head", 5)
+        if looks:
+            assert ledger.seconds["forward", "head"] == seconds * (seconds + 1) / 2
+            assert ledger.total("sent") == 24 * seconds
+        ledger.end_step()
+    ledger.spend("step", "", 4.0)
+    rows = [ledger.close_step() for _ in range(3)]
+    assert [row["seconds"] for row in rows] == [{"forward head": 1.0}, {"forward head": 2.0}, {"step": 4.0}]
+    assert [row["bytes"] for row in rows] == [{"sent up 3": 24}, {"sent up 3": 24}, {}]
+    assert [row["flops"] for row in rows] == [{"forward head": 5}, {"forward head": 5}, {}]
+    assert ledger.seconds == {("forward", "head"): 3.0, ("step", ""): 4.0}
+    assert ledger.flops == {("forward", "head"): 10}
+    assert ledger.total("sent", "messages") == 2
+
+
 def test_a_ledger_goes_back_to_a_document():
     _, ledgers = ran("u_shaped")
     ledger = ledgers["a"]

@@ -113,3 +113,18 @@ def test_what_an_exchange_says_leaves_at_once():
 
 def test_what_a_program_sends_last_is_sent():
     assert noted(sending(0)) == ["Send", "server gets 0"]
+
+
+def test_before_each_wait_and_at_no_other_time_it_does_what_could_wait():
+    def talk() -> Generator[Effect, Any, None]:
+        yield from sending(0)
+        yield EndStep(0, "lane 0")
+        yield from sending(1)
+        yield Take("server", frame(2).tag)
+
+    link = Noted()
+    drive(talk(), link, Ledger("clinic"), link.handle, lambda: link.seen.append("idle"))
+    assert link.seen == [
+        *("Send", "server gets 0", "flush", "EndStep"),
+        *("Send", "server gets 1", "idle", "server is waited for"),
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,55 +22,77 @@ class Row:
     messages: int = 0
 
 
-@dataclass
+_Note = tuple[str, Any, float, Tag | None, int]  # part, key, amount; of a frame its tag and framing
+_Flow = tuple[str, str, str, str, int]  # way, peer, mode, direction, edge
+_Sums = dict[tuple[str, str], float]  # by kind and stage
+StepRow = dict[str, dict[str, float]]
+
+
 class Ledger:
     """Counts of one party.
 
-    `flows` is keyed by (way, peer, mode, direction, edge); `seconds` and `flops` by (kind, stage). The "edge" of an
-    exchange is its number; `exchanges` says what it is: its name and stage. `step` lists what the current step has
-    added, as (part, name, amount); a driver takes it with `close_step`, or clears it.
+    What is noted is added up later, when a step is closed or somebody looks: a party that computes is not kept by it.
+    The "edge" of an exchange is its number; `exchanges` says what it is: its name and stage.
     """
 
-    party: str
-    flows: dict[tuple[str, str, str, str, int], Row] = field(default_factory=dict)
-    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
-    flops: dict[tuple[str, str], int] = field(default_factory=dict)
-    exchanges: dict[int, tuple[str, str]] = field(default_factory=dict)
-    step: list[tuple[str, tuple[str | int, ...], float]] = field(default_factory=list)
+    def __init__(self, party: str) -> None:
+        """Begin at zero."""
+        self.party = party
+        self.exchanges: dict[int, tuple[str, str]] = {}
+        self._flows: dict[_Flow, Row] = {}
+        self._sums: dict[str, _Sums] = {"seconds": {}, "flops": {}}
+        self._notes: list[_Note] = []  # of the current step
+        self._ended: list[list[_Note]] = []  # of steps that ended
+        self._row, self._rows = _step_row(), list[StepRow]()  # what was added of the current step, and of those
+
+    @property
+    def flows(self) -> dict[_Flow, Row]:
+        """Return what left and entered, by (way, peer, mode, direction, edge)."""
+        self._settle()
+        return self._flows
+
+    @property
+    def seconds(self) -> dict[tuple[str, str], float]:
+        """Return the seconds, by (kind, stage)."""
+        self._settle()
+        return self._sums["seconds"]
+
+    @property
+    def flops(self) -> dict[tuple[str, str], int]:
+        """Return the floating-point operations, by (kind, stage)."""
+        self._settle()
+        return {key: int(amount) for key, amount in self._sums["flops"].items()}
 
     def sent(self, to: str, frame: Frame) -> None:
         """Count a frame that leaves."""
-        self._count("sent", to, frame)
+        self._notes.append(("sent", to, frame.nbytes, frame.tag, frame.framing))
 
     def received(self, source: str, frame: Frame) -> None:
         """Count a frame that came in."""
-        self._count("received", source, frame)
+        self._notes.append(("received", source, frame.nbytes, frame.tag, frame.framing))
 
     def spend(self, kind: str, stage: str, seconds: float) -> None:
         """Add seconds of computing (kind "forward", "backward", "step", "load"...) or waiting ("wait")."""
-        key = (kind, stage)
-        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-        self.step.append(("seconds", key, seconds))
+        self._notes.append(("seconds", (kind, stage), seconds, None, 0))
 
     def compute(self, kind: str, stage: str, flops: int) -> None:
         """Add floating-point operations, two per multiply-add."""
-        key = (kind, stage)
-        self.flops[key] = self.flops.get(key, 0) + flops
-        self.step.append(("flops", key, flops))
+        self._notes.append(("flops", (kind, stage), flops, None, 0))
 
-    def close_step(self) -> dict[str, dict[str, float]]:
-        """Return the step that ends, and begin the next.
+    def end_step(self) -> None:
+        """Begin the next step. The one that ends is closed when there is time for it."""
+        self._ended.append(self._notes)
+        self._notes = []
+
+    def close_step(self) -> StepRow:
+        """Return the first step that ended and was not closed; if there is none, the current one, which ends.
 
         "bytes" and "messages" by "way direction edge"; "seconds" and "flops" by "kind stage".
         """
-        row: dict[str, dict[str, float]] = {"bytes": {}, "messages": {}, "seconds": {}, "flops": {}}
-        for part, names, amount in self.step:
-            name, sums = _label(names), row[part]
-            sums[name] = sums.get(name, 0) + amount
-            if part == "bytes":
-                row["messages"][name] = row["messages"].get(name, 0) + 1
-        self.step.clear()
-        return row
+        if not (self._ended or self._rows):
+            self.end_step()
+        self._settle(current=False)
+        return self._rows.pop(0)
 
     def total(self, way: str, part: str = "payload") -> int:
         """Return all bytes "sent" or "received": their "payload", "framing", or number of "messages"."""
@@ -100,26 +122,49 @@ class Ledger:
 
     def restore(self, document: Mapping[str, Any]) -> None:
         """Set the counts back to those of a `document`, after a roll-back."""
-        self.flows = {
+        self._flows = {
             (r["way"], r["peer"], r["mode"], r["direction"], r["edge"]): Row(r["payload"], r["framing"], r["messages"])
             for r in document["flows"]
         }
-        self.seconds = {(r["kind"], r["stage"]): r["seconds"] for r in document["seconds"]}
-        self.flops = {(r["kind"], r["stage"]): r["flops"] for r in document["flops"]}
+        self._sums = {part: {(r["kind"], r["stage"]): r[part] for r in document[part]} for part in ("seconds", "flops")}
         self.exchanges = {r["number"]: (r["name"], r["stage"]) for r in document.get("exchanges", ())}
-        self.step.clear()
+        self._notes, self._ended = [], []
+        self._row, self._rows = _step_row(), []
 
-    def _count(self, way: str, peer: str, frame: Frame) -> None:
-        tag: Tag = frame.tag
-        key = (way, peer, tag.mode, tag.direction, tag.edge)
-        row = self.flows.get(key)
-        if row is None:
-            row = self.flows[key] = Row()
-        size = frame.nbytes
-        row.payload += size
-        row.framing += frame.framing
-        row.messages += 1
-        self.step.append(("bytes", (way, tag.direction, tag.edge), size))
+    def _settle(self, *, current: bool = True) -> None:
+        """Add up all that was noted of steps that ended, and of the current one."""
+        for notes in self._ended:
+            _add(notes, self._row, self._flows, self._sums)
+            self._rows.append(self._row)
+            self._row = _step_row()
+        self._ended.clear()
+        if current:
+            _add(self._notes, self._row, self._flows, self._sums)
+            self._notes.clear()
+
+
+def _add(notes: list[_Note], row: StepRow, flows: dict[_Flow, Row], totals: dict[str, _Sums]) -> None:
+    """Add notes to the row of their step and to the sums of the run."""
+    for part, key, amount, tag, framing in notes:
+        if tag is None:
+            sums, step, name = totals[part], row[part], _label(key)
+            sums[key] = sums.get(key, 0) + amount
+            step[name] = step.get(name, 0) + amount
+            continue
+        place = part, key, tag.mode, tag.direction, tag.edge
+        flow = flows.get(place)
+        if flow is None:
+            flow = flows[place] = Row()
+        flow.payload += int(amount)
+        flow.framing += framing
+        flow.messages += 1
+        name = _label((part, tag.direction, tag.edge))
+        row["bytes"][name] = row["bytes"].get(name, 0) + amount
+        row["messages"][name] = row["messages"].get(name, 0) + 1
+
+
+def _step_row() -> StepRow:
+    return {"bytes": {}, "messages": {}, "seconds": {}, "flops": {}}
 
 
 @lru_cache(maxsize=4096)  # a run has few names, and notes about forty amounts a step

@@ -7,7 +7,7 @@ for), and knows no transport, clock, file or device. Whoever drives it fulfils t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -32,7 +32,7 @@ from cutlayer.engine.wire import BYTES, Buffer, Frame
 from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.errors import ContractError
 
-_OWN = (Forward, Backward, Step)  # what a party does without any other
+_OWN = {Forward: "forward", Backward: "backward", Step: "step"}  # what a party does without any other
 _TIMED: tuple[type, ...] = (Load, Forward, Backward, Send, Recv, Step, Checkpoint)
 _KINDS = {kind: kind.__name__.lower() for kind in _TIMED}
 
@@ -92,13 +92,14 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
     party = Interpreter(program, cursor, worker)
     for block in party.rest():
         loads, spot = _ahead(block)
+        jobs = [(job, Do(job) if type(job) in _OWN else None) for job in block.instructions]
         for left in reversed(range(block.repeat)):
-            for place, job in enumerate(block.instructions):
+            for place, (job, alone) in enumerate(jobs):
                 if place == spot and left:
                     for load in loads:
                         yield Do(load, party.batches.get(load.lane, 0), ahead=True)
-                if isinstance(job, _OWN):
-                    yield Do(job)
+                if alone is not None:
+                    yield alone  # made once: it is the same in each step
                 elif isinstance(job, Send):
                     parcel: Parcel = yield Do(job, party.step)
                     yield party.post(job.to, party.tag(job), parcel)
@@ -107,7 +108,7 @@ def interpret(program: Program, cursor: Cursor, worker: Worker) -> Talk:
                     yield Do(job, 0, party.taken(job.source, frame))
                 elif isinstance(job, Load):
                     yield Do(job, party.batch(job.lane))
-                else:
+                elif isinstance(job, Credit | Exchange | Checkpoint):
                     yield from party.talk(job)
             yield EndStep(party.step, block.name)
             party.step += 1
@@ -244,21 +245,19 @@ def fulfil(worker: Worker, effect: Do, clock: Callable[[], float]) -> Parcel | N
     A batch is noted once: a `Load` whose batch was read ahead is not.
     """
     job, begin = effect.instruction, clock()
-    result: Parcel | None = None
-    if isinstance(job, Forward):
-        worker.forward(job)
-    elif isinstance(job, Backward):
-        worker.backward(job)
-    elif isinstance(job, Send):
-        result = worker.parcel(job, effect.index)
-    elif isinstance(job, Recv) and effect.parcel is not None:
-        worker.deliver(job, effect.parcel)
-    elif isinstance(job, Step):
-        worker.step(job)
-    elif isinstance(job, Load):
-        if worker.load(job, effect.index, ahead=effect.ahead):
+    kind, stage, result = type(job), "", None
+    own = _OWN.get(kind)
+    if own is not None:
+        getattr(worker, own)(job)
+        stage = getattr(job, "stage", "")
+    elif kind is Send:
+        result = worker.parcel(cast("Send", job), effect.index)
+    elif kind is Recv and effect.parcel is not None:
+        worker.deliver(cast("Recv", job), effect.parcel)
+    elif kind is Load:
+        if worker.load(cast("Load", job), effect.index, ahead=effect.ahead):
             return None
     elif isinstance(job, Checkpoint) and job.last:
         worker.end_round()
-    worker.ledger.spend(_KINDS[type(job)], getattr(job, "stage", ""), clock() - begin)
+    worker.ledger.spend(_KINDS[kind], stage, clock() - begin)
     return result

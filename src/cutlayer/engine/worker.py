@@ -245,7 +245,7 @@ def _joined(worker: Worker, loss: str, lane: int) -> ModuleStage | None:
     """Return the stage that a loss may be one graph with: one output, which only the loss takes, and at this party."""
     graph, stages, own = worker.graph, worker.site.stages, worker.site.stages[worker.site.place(loss, lane)]
     trained = [edge for edge in graph.inputs_of[loss] if edge.trained]
-    if len(trained) != 1 or graph.is_cut(trained[0], lane) or not isinstance(own, ModuleStage) or own.parameters():
+    if len(trained) != 1 or graph.is_cut(trained[0], lane) or not isinstance(own, ModuleStage):
         return None
     source = trained[0].source.stage
     stage = stages[worker.site.place(source, lane)]

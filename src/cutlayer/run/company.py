@@ -171,7 +171,10 @@ class There:
 
 
 def _walk(program: Program, cursor: Cursor, worker: Worker, link: Transport, hooks: Hooks | None) -> Walk:
-    hands = Hands(program, cursor, worker, link, lambda _step: worker.ledger.step.clear())
+    def told(_step: int) -> None:
+        worker.ledger.close_step()
+
+    hands = Hands(program, cursor, worker, link, told)
     ran = hooks.ran if hooks is not None else lambda _stage: True
     walk = Walk(Course(program, worker.graph), hands, ran, training=program.mode == "train")
     if hooks is not None:

@@ -18,39 +18,51 @@ _SMALL: Final = 2**18  # bytes; from here on frames are on their way while the n
 
 
 def drive(
-    talk: Generator[Effect, Any, None], link: Transport, ledger: Ledger, handle: Callable[[Do | EndStep], object]
+    talk: Generator[Effect, Any, None],
+    link: Transport,
+    ledger: Ledger,
+    handle: Callable[[Do | EndStep], object],
+    idle: Callable[[], None] = lambda: None,
 ) -> None:
     """Fulfil a party's effects until its generator ends: `handle` does what is no frame.
 
     Small frames of sends that follow each other are handed over together, for a link to put them into one message.
+    `idle` is called before each wait: what keeps nobody waiting is done then.
     """
     answer: object = None
-    held, sending = list[Post](), False
+    held, size, sending = list[Post](), 0, False
     try:
         while True:
             effect = talk.send(answer)
             answer = None
             if isinstance(effect, Post):
                 held.append(effect)
-                if not sending or sum(post.frame.nbytes for post in held) > _SMALL:
-                    _hand_over(held, link)
+                size += effect.frame.nbytes
+                if not sending or size > _SMALL:
+                    size = _hand_over(held, link)
                 continue
             sending = isinstance(effect, Do) and isinstance(effect.instruction, Send)
             if held and not sending:
-                _hand_over(held, link)
+                size = _hand_over(held, link)
                 if not isinstance(effect, Take):
                     link.flush()
-            answer = waited(link, ledger, effect.source, effect.tag) if isinstance(effect, Take) else handle(effect)
+            if isinstance(effect, Take):
+                idle()
+                answer = waited(link, ledger, effect.source, effect.tag)
+            else:
+                answer = handle(effect)
     except StopIteration:
         _hand_over(held, link)
     finally:
         talk.close()
 
 
-def _hand_over(posts: list[Post], link: Transport) -> None:
+def _hand_over(posts: list[Post], link: Transport) -> int:
+    """Send them all; return the bytes that are left to be sent, 0."""
     for post in posts:
         link.send(post.to, post.frame)
     posts.clear()
+    return 0
 
 
 def waited(link: Transport, ledger: Ledger, source: str, tag: Tag) -> Frame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ __all__ = ["Task", "join", "run_session", "take_part"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 _RESETS_MAX = 1000
+_UNTOLD = 8  # steps that may end before one hears of them: a party that only sends never waits
 
 
 def join(
@@ -232,14 +233,18 @@ def _work(run: _Run, worker: Worker, session: _Session) -> None:
             _save(run, worker, session, identifiers[place, job.number], Position(place, job.number, job.last))
 
         observer = _Observer(run, worker, mode, number, session.programs[mode].steps, saved)
-        drive(interpret(session.programs[mode], cursor, worker), run.link, worker.ledger, observer.handle)
+        talk = interpret(session.programs[mode], cursor, worker)
+        try:
+            drive(talk, run.link, worker.ledger, observer.handle, observer.tell)
+        finally:
+            observer.tell()
         rows = [row for row in worker.history if (row["mode"], row["round"]) == (mode, number)]
         run.tell("round", {"party": run.party.name, "mode": mode, "round": number, "history": rows})
 
 
 @dataclass(frozen=True)
 class _Observer:
-    """Fulfils instructions, saves checkpoints, tells of steps."""
+    """Fulfils instructions, saves checkpoints, tells of steps: of each while the party waits in the next."""
 
     run: _Run
     worker: Worker
@@ -247,18 +252,28 @@ class _Observer:
     number: int
     steps: int
     saved: Callable[[Checkpoint], None]
+    ended: list[int] = field(default_factory=list)
 
     def handle(self, effect: Do | EndStep) -> object:
         if isinstance(effect, EndStep):
             self.worker.end_step()
-            place = {"mode": self.mode, "round": self.number, "step": effect.step, "steps": self.steps}
-            details = {"party": self.run.party.name, **place, **self.worker.ledger.close_step()}
-            self.run.tell("step", details)
+            self.worker.ledger.end_step()
+            self.ended.append(effect.step)
+            if len(self.ended) > _UNTOLD:
+                self.tell()
             return None
         result = fulfil(self.worker, effect, time.perf_counter)
         if isinstance(effect.instruction, Checkpoint):
+            self.tell()
             self.saved(effect.instruction)
         return result
+
+    def tell(self) -> None:
+        """Tell of the steps that have ended."""
+        for step in self.ended:
+            place = {"mode": self.mode, "round": self.number, "step": step, "steps": self.steps}
+            self.run.tell("step", {"party": self.run.party.name, **place, **self.worker.ledger.close_step()})
+        self.ended.clear()
 
 
 def _save(run: _Run, worker: Worker, session: _Session, identifier: int, position: Position) -> None:

@@ -106,7 +106,7 @@ def handler(
             moved = workers[party].ledger.close_step()
             notify("step", {"party": party, "mode": mode, "round": number, "step": effect.step, **moved})
         else:
-            workers[party].ledger.step.clear()
+            workers[party].ledger.close_step()
         return None
 
     return handle

@@ -164,9 +164,8 @@ class Network:
     def send(self, to: str, frame: Frame) -> None:
         """Queue a frame; see `base.Transport.send`."""
         steward = self._steward
-        steward.check()
         if not steward.opened or frame.tag.session != steward.opened:
-            steward.check()  # the session may have ended just now
+            steward.check()  # the session may have ended
             raise no_session(self._settings.party)
         peer = steward.peers.get(to)
         if peer is not None:

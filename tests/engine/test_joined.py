@@ -1,0 +1,108 @@
+"""A loss and the stage before it at one party are one graph of autograd, where that changes no bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cutlayer.core.parts import Loss, Stage, Training
+from cutlayer.core.plan import Plan
+from cutlayer.core.spec import TensorSpec
+from cutlayer.engine import stage as stages
+from cutlayer.errors import CutlayerError
+from tests.small import Case, difference, float32, modules_for
+
+CPU, KEY = torch.device("cpu"), (0, 0)
+
+
+class Called(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def plan_of(*more: Stage | Loss, loss_at: str = "a", **training: object) -> Plan:
+    stages_ = [
+        Stage("head", at="a", inputs=["data.x"], output=float32(4)),
+        Stage("tail", at="a", inputs=["head"], output=float32(3)),
+        Loss("loss", at=loss_at, inputs=["tail", "data.y"]),
+        *more,
+    ]
+    return Plan(stages_, training=Training(**{"batch_size": 8, "microbatches": 2, **training}))
+
+
+def runs_of_autograd(case: Case, monkeypatch: pytest.MonkeyPatch) -> int:
+    calls = []
+    known = stages._go_back
+    monkeypatch.setattr(stages, "_go_back", lambda *given: (calls.append(1), known(*given))[1])
+    assert difference(case.cut(), case.uncut()) == 0.0
+    return len(calls)
+
+
+def test_one_run_of_autograd_goes_through_the_loss_and_the_stage_before_it(monkeypatch):
+    """Batches of 8, 8 and 6 in halves: two shapes, 4 and 3, whose FLOPs are counted alone first."""
+    microbatches = 6
+    assert runs_of_autograd(Case.of(plan_of()), monkeypatch) == 3 * microbatches - (microbatches - 2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (Loss("second", at="a", inputs=["tail", "data.y"]),),
+        (Stage("side", at="a", inputs=["tail"], output=float32(3)), Loss("second", at="a", inputs=["side", "data.y"])),
+    ],
+    ids=["a second loss", "a second stage"],
+)
+def test_an_output_that_others_take_too_is_a_graph_of_its_own(more, monkeypatch):
+    """The side has one consumer, its loss, and is joined with it."""
+    alone = 3 + len(more)
+    joined = len(more) - 1
+    assert runs_of_autograd(Case.of(plan_of(*more)), monkeypatch) == alone * 6 - joined * 4
+
+
+def test_a_loss_that_stops_giving_gradients_is_an_error_in_a_later_step_too():
+    calls = []
+
+    def loss(output, label):
+        calls.append(1)
+        value = nn.functional.cross_entropy(output, label)
+        return value if len(calls) < 4 else value.detach()
+
+    case = Case.of(plan_of(), modules={**modules_for(plan_of()), "loss": Called(loss)})
+    with pytest.raises(CutlayerError, match="gives no gradient") as caught:
+        case.cut()
+    assert caught.value.code == "E340"
+    assert len(calls) == 4
+
+
+def test_a_loss_may_change_its_prediction_in_place():
+    """As it may where it is a graph of its own."""
+
+    def loss(output, label):
+        return nn.functional.cross_entropy(output.mul_(2.0), label)
+
+    torch.manual_seed(0)
+    head, tail = nn.Linear(5, 4), nn.Linear(4, 3)
+    whole = copy.deepcopy(nn.Sequential(head, tail))
+    batches = [(torch.randn(4, 5), torch.randint(0, 3, (4,))) for _ in range(3)]
+    made = stages.ModuleStage("tail", tail, ports={"": TensorSpec.parse("float32[batch, 3]")}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    for x, y in batches:
+        value = head(x)
+        (output,) = made.forward([value.detach()], stages.Context(key=KEY, batch=4, training=True, wanted=(True,)))
+        given = stages.Context(key=KEY, batch=4, training=True, wanted=(True, False), after=made)
+        scored.forward([output, y], given)
+        seed, _ = scored.backward(1.0, KEY)
+        (gradient,) = made.backward([seed], KEY)
+        value.backward(gradient)
+        loss(whole(x), y).backward()
+    for own, other in zip([*head.parameters(), *tail.parameters()], whole.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
