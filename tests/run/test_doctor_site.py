@@ -13,7 +13,6 @@ from cutlayer.transport.pki import create_authority, issue
 from tests.cli.conftest import CODE
 from tests.run.practice import LONG_AGO, SECRET, Practice, by_name
 
-NOW = datetime.now(UTC)
 PARTY = "check of hospital"
 
 
@@ -22,9 +21,13 @@ def practice(tmp_path: Path) -> Practice:
     return Practice(tmp_path)
 
 
-def check(practice: Practice, name: str = "hospital", now: datetime = NOW) -> list[tuple[str, str, str, str]]:
+def soon() -> datetime:
+    return datetime.now(UTC) + timedelta(days=9)
+
+
+def check(practice: Practice, name: str = "hospital") -> list[tuple[str, str, str, str]]:
     """Return (status, code, seen, do) of what is found of a party's certificate, code and data."""
-    rows = list(check_rows(practice.contract, practice.file(name), now=now))
+    rows = list(check_rows(practice.contract, practice.file(name), now=datetime.now(UTC)))
     assert rows[0].name == "contract"
     assert {row.name for row in rows[1:]} == {f"check of {name}"}
     for row in rows:
@@ -135,7 +138,12 @@ def anothers(practice: Practice) -> None:
 
 BAD_FILES = {
     "expired": (lambda p: p.certify("hospital", days=2, now=LONG_AGO), "E661", "has expired", "new certificate"),
-    "not yet": (lambda p: p.certify("hospital", now=NOW + timedelta(days=9)), "E662", "not valid yet", "clock"),
+    "not yet": (
+        lambda p: p.certify("hospital", now=soon()),
+        "E662",
+        "not valid yet",
+        "clock",
+    ),
     "foreign key": (mixed, "E663", "does not belong", "same folder"),
     "foreign authority": (foreign, "E664", "not signed by this run's authority", "new certificate"),
     "another's": (anothers, "E665", "another party's", "in the name hospital"),
