@@ -8,6 +8,7 @@ With an example, each step is computed at once while tracing. So sizes are known
 from __future__ import annotations
 
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,9 @@ from cutlayer.models.steps import hold
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
+
+_ONE = threading.RLock()  # tracing replaces methods of `nn.Module` for the whole process: one thread at a time
+_ASKED = torch.jit.isinstance
 
 # Functions that make a tensor from sizes or from what they are given: torch would not show them a traced value.
 _MAKERS = tuple(
@@ -78,8 +82,8 @@ def trace(
     tracer = _Tracer(model, arguments, enter, stacks, pick)
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
-        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance))
-        with asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
+        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, _ASKED))
+        with _ONE, asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
             graph = tracer.trace(model)
     except CutlayerError:
         raise
@@ -224,7 +228,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # noqa: ANN401
         """Note the call of a submodule as one step, or look into it."""
-        if self.record.running:
+        if self.record.away:
             return forward(*args, **kwargs)
         if m not in self.names:
             return _made_inside(m, forward)(*args, **kwargs)
@@ -241,7 +245,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401, ARG002
         """Fetch a parameter or buffer as a step of its own, each time: it must not outlive an in-place write."""
-        if self.record.running or isinstance(attr_val, fx.Proxy):
+        if self.record.away or isinstance(attr_val, fx.Proxy):
             return attr_val
         return super().getattr(attr, attr_val, {})
 
