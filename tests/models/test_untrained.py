@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -64,6 +65,26 @@ class Tied(Extractor):
         self.out.weight = self.backbone[0].weight
 
 
+class Dropped(nn.Module):
+    """A layer that is left out by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.training and random.random() < 0.5 else self.layer(x)
+
+
+class Chance(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Dropped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.backbone(x)))
+
+
 def decayed(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)  # type: ignore[arg-type]
 
@@ -102,3 +123,15 @@ def test_a_weight_that_is_trained_elsewhere_is_not_frozen():
         cl.split(Tied(), "backbone", example=X[:3])
     assert caught.value.where == "piece 0 (up to 'backbone') and piece 2 (after 'two')"
     assert caught.value.remedy == "cut so that both uses are in one piece, or give each its own weight"
+
+
+def test_what_is_left_out_by_chance_is_not_frozen():
+    for seed in range(6):
+        random.seed(seed)
+        model = Chance()
+        before, seeded = model.backbone[0].weight.detach().clone(), random.getstate()
+        made = cl.split(model, "backbone", example=X[:3], labels="server")
+        assert random.getstate() == seeded
+        assert not any(getattr(stage, "frozen", False) or stage.detached for stage in made.plan().stages)
+    cl.fit(made, DataLoader(TensorDataset(X, Y), batch_size=2), loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)

@@ -18,6 +18,8 @@ from cutlayer.models.sizes import BATCHES
 
 __all__ = ["Ports", "input_specs", "port_specs"]
 
+_CHANCES = 10  # runs, until a gradient has come back to each output
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -53,7 +55,7 @@ def port_specs(
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
             a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
-    reached: set[int] = set()
+    reached: set[tuple[int, str]] = set()
     large = _run(cut, arguments.resized(BATCHES[0]), autocast, reached)
     small = _run(cut, arguments.resized(BATCHES[1]), autocast)
     lengths = _Lengths.of(arguments, longest or {})
@@ -69,7 +71,7 @@ def port_specs(
             tuple(
                 port
                 for port, value in zip(piece.outputs, large[index], strict=True)
-                if value.is_floating_point() and id(value) not in reached
+                if value.is_floating_point() and (index, port) not in reached
             ),
         )
         for index, piece in enumerate(cut.pieces)
@@ -158,31 +160,46 @@ def _shorter(
 
 
 def _run(
-    cut: Cut, arguments: Arguments, autocast: torch.dtype | None, reached: set[int] | None = None
+    cut: Cut, arguments: Arguments, autocast: torch.dtype | None, reached: set[tuple[int, str]] | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """Run the pieces; add to `reached` the identity of each output that a gradient comes back to."""
+    """Run the pieces; add to `reached` each (piece, port) that a gradient comes back to.
+
+    It does so if it does in one of several runs: a submodule may leave a branch out by chance.
+    """
     modules = [piece.module for piece in cut.pieces]
     inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
     device = next(iter(inputs.values())).device.type
     with undisturbed(*modules), torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         for module in modules:
             module.train(True)
-        outputs = run_pieces(cut.pieces, inputs)
-        if reached is not None:
-            reached |= {id(value) for value in _reached(outputs)}
+        outputs = found = run_pieces(cut.pieces, inputs)
+        for _ in range(_CHANCES if reached is not None else 0):
+            able, got = _reached(cut, found)
+            reached |= got
+            if able <= reached:
+                break
+            found = run_pieces(cut.pieces, inputs)
         return outputs
 
 
-def _reached(outputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the outputs of pieces that take part in the gradient of the last one."""
-    able, last = [value for found in outputs for value in found if value.requires_grad], outputs[-1][0]
+def _reached(cut: Cut, outputs: list[tuple[Tensor, ...]]) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
+    """Return the (piece, port) that a gradient could come back to, and those it does come back to from the last one."""
+    values = {
+        (index, port): value
+        for index, piece in enumerate(cut.pieces)
+        for port, value in zip(piece.outputs, outputs[index], strict=True)
+        if value.requires_grad
+    }
+    able, last = set(values), outputs[-1][0]
     if not last.requires_grad:
-        return able
+        return able, able
     try:
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(last, able, torch.ones_like(last), allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            last, list(values.values()), torch.ones_like(last), allow_unused=True
+        )
     except Exception:  # a backward of the model's own code: where it fails, training names the stage
-        return able
-    return [value for value, gradient in zip(able, gradients, strict=True) if gradient is not None]
+        return able, able
+    return able, {name for name, gradient in zip(values, gradients, strict=True) if gradient is not None}
 
 
 def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:
