@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class _Lengths:
             name: value[:, :-1].contiguous() if value is not None and name in self.names else value
             for name, value in arguments.tensors.items()
         }
-        return Arguments(tensors, arguments.constants, arguments.batch)
+        return replace(arguments, tensors=tensors)
 
     def dim(self, size: int, shorter: int) -> int | str:
         """Return a dimension's size, or its bound if it follows the length."""

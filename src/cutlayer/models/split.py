@@ -176,7 +176,7 @@ def split(
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
             labels="client" and one cut point, the tail begins at the last submodule with parameters (`tail_point`), so
             that neither inputs nor labels leave the client.
-        example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name.
+        example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict; see `cutlayer.models.cut`.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
         **options: `output`, `autocast` and `longest`; see `Options`.

@@ -215,7 +215,7 @@ class _Tracer(fx.Tracer):
         """Make an input of each tensor argument; the others are constants."""
         del is_module, concrete_args
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors}
-        given = {**self.arguments.constants, **proxies}
+        given = self.arguments.called(proxies)
         if "" in self.stacks:
             return lambda: self.pick(self._open(self._stack("", (), given))), []
         return lambda: self.pick(self._open(root_fn(self.model, **given))), []
