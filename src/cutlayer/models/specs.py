@@ -173,7 +173,9 @@ def _run(
         for module in modules:
             module.train(True)
         outputs = found = run_pieces(cut.pieces, inputs)
-        for _ in range(_CHANCES if reached is not None else 0):
+        if reached is None:
+            return outputs
+        for _ in range(_CHANCES):
             able, got = _reached(cut, found)
             reached |= got
             if able <= reached:
