@@ -203,8 +203,9 @@ def test_classes_are_numbered_and_an_unknown_one_is_an_error():
 def test_the_largest_numbers_have_a_finite_deviation():
     far = [torch.full((9,), sign * 1e130, dtype=torch.float64) for sign in (1, -1)]
     agreed = agreed_of(SCALE, [[far[0]], [far[1]]])
-    assert (agreed.count, agreed.mean, agreed.deviation) == ((18,), (0.0,), (1e130,))
-    assert apply(SCALE, agreed, far[1], "here").tolist() == [-1.0] * 9
+    assert (agreed.count, agreed.mean) == ((18,), (0.0,))
+    assert agreed.deviation == pytest.approx((1e130,))
+    assert apply(SCALE, agreed, far[1], "here").tolist() == pytest.approx([-1.0] * 9)
 
 
 @pytest.mark.provokes("E261")

@@ -191,8 +191,8 @@ def _moments(shared: Shared, batches: Iterable[object], where: str, least: int) 
         rows = table.movedim(1, -1).reshape(-1, table.shape[1])
         here = ~rows.isnan()
         if bool((rows.abs() > _MOST).any()):
-            remedy = f"remove an infinity; divide a column of numbers beyond {_MOST:.0e} by a power of ten"
-            raise _unfit(shared, where, f"numbers up to {_MOST:.0e}, or NaN for a missing value", "a larger one", remedy)
+            most = f"numbers up to {_MOST:.0e}, or NaN for a missing value"
+            raise _unfit(shared, where, most, "a larger one", "remove it, or divide the column by a power of ten")
         count = here.sum(0)
         mean = rows.nansum(0) / count.clamp(min=1)
         mean = mean + torch.where(here, rows - mean, 0.0).sum(0) / count.clamp(min=1)  # equal values: exactly theirs
