@@ -264,6 +264,8 @@ class Asks(Three):
         x = self.one(x)
         if torch.jit.isinstance(x, Tensor) and not torch.jit.isinstance(x, list[Tensor]):
             x = self.two(x).relu()
+        if torch.jit.isinstance([x, x], list[Tensor]) and not torch.jit.isinstance((x, 1), tuple[Tensor, Tensor]):
+            x = x * 2
         return self.three(x)
 
 

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
@@ -113,8 +114,12 @@ def _without_backward_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _is(values: Mapping[str, Any], asked: Callable[[Any, Any], bool], obj: Any, kind: Any) -> bool:  # noqa: ANN401
-    """Answer `torch.jit.isinstance` for a value by what it is for the example."""
-    return asked(values.get(obj.node.name, obj) if isinstance(obj, fx.Proxy) else obj, kind)
+    """Answer `torch.jit.isinstance` for values, also in lists or dictionaries, by what they are for the example."""
+
+    def known(one: Any) -> Any:  # noqa: ANN401
+        return values.get(one.node.name, one) if isinstance(one, fx.Proxy) else one
+
+    return asked(map_aggregate(obj, known), kind)
 
 
 def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorder) -> None:
