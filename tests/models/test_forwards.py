@@ -276,6 +276,13 @@ def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str):
     assert torch.equal(compose(made, X), model(X))
 
 
+def test_a_forward_of_the_object_alone_is_followed():
+    model = Three()
+    model.forward = lambda x: model.three(model.two(model.one(x)) ** 2)
+    made = cut(model, "two", example=X)
+    assert torch.equal(compose(made, X), model(X))
+
+
 class SharedTanh(Three):
     """Two blocks with one activation between them, which the model holds itself and in each block."""
 

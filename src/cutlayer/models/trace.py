@@ -218,12 +218,12 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Any, list[Any]]:
         """Make an input of each tensor argument; the others are constants."""
-        del is_module, concrete_args
+        del root_fn, is_module, concrete_args  # a forward may be the object's own, not its class's
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors}
         given = self.arguments.called(proxies)
         if "" in self.stacks:
             return lambda: self.pick(self._open(self._stack("", (), given))), []
-        return lambda: self.pick(self._open(root_fn(self.model, **given))), []
+        return lambda: self.pick(self._open(self.model.forward(**given))), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
