@@ -135,3 +135,30 @@ def test_what_is_left_out_by_chance_is_not_frozen():
         assert not any(getattr(stage, "frozen", False) or stage.detached for stage in made.plan().stages)
     cl.fit(made, DataLoader(TensorDataset(X, Y), batch_size=2), loss=nn.CrossEntropyLoss(), optimizer=decayed)
     assert not torch.equal(model.backbone[0].weight, before)
+
+
+@pytest.mark.provokes("E333")
+def test_what_is_unfrozen_after_the_cut_is_refused():
+    model, loader = Net(), DataLoader(TensorDataset(X, Y), batch_size=4)
+    model.forward = lambda x: model.out(model.two(model.backbone(x)).relu())
+    model.backbone.requires_grad_(False)
+    made = cl.split(model, "backbone", example=X[:3], labels="server")
+    cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    before = model.backbone[0].weight.detach().clone()
+    model.backbone[0].requires_grad_(True)
+    with pytest.raises(PlanError, match=r"E333.*'backbone.0.weight' was frozen.*cut the model again"):
+        cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    again = cl.split(model, "backbone", example=X[:3], labels="server")
+    cl.fit(again, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)
+
+
+def test_unfreezing_where_gradients_come_anyway_needs_no_new_cut():
+    model, loader = Net(), DataLoader(TensorDataset(X, Y), batch_size=4)
+    model.forward = lambda x: model.out(model.two(model.backbone(x)).relu())
+    model.backbone[0].requires_grad_(False)
+    made = cl.split(model, "backbone", example=X[:3], labels="server")
+    before = model.backbone[0].weight.detach().clone()
+    model.backbone[0].requires_grad_(True)
+    cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)

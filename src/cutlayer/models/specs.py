@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.tensors import dtype_name
-from cutlayer.errors import CutlayerError, StageError
+from cutlayer.errors import CutlayerError, PlanError, StageError
 from cutlayer.models.check import run_pieces
-from cutlayer.models.cut import Cut
+from cutlayer.models.cut import Cut, Piece
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.sizes import BATCHES
 
@@ -23,15 +23,32 @@ _CHANCES = 10  # runs, until a gradient has come back to each output
 
 @dataclass(frozen=True)
 class Ports:
-    """The outputs of one piece: port -> spec, in order; and the ports that no gradient comes back to."""
+    """The outputs of one piece: port -> spec, in order; the ports that no gradient comes back to; frozen parameters."""
 
     specs: Mapping[str, TensorSpec]
     detached: tuple[str, ...]
+    still: frozenset[str] = frozenset()
 
     @property
     def trained(self) -> bool:
         """Whether a gradient comes back to any of them: else nothing trains the piece."""
         return any(spec.floating and port not in self.detached for port, spec in self.specs.items())
+
+    def check_still(self, piece: Piece, stage: str) -> None:
+        """Refuse to train what was frozen when it was cut: the gradients for it might not come back.
+
+        Raises:
+            PlanError: E333, a parameter that needed no gradient needs one now, and a port has none.
+        """
+        moved = [name for name, one in piece.module.named_parameters() if one.requires_grad and name in self.still]
+        if moved and self.detached:
+            raise PlanError(
+                f"the weight {moved[0]!r} was frozen when the model was cut, and is to be trained now",
+                where=f"stage {stage}, output {', '.join(self.detached)}: no gradient comes back to it",
+                expected="requires_grad as it was, or True before the cut",
+                remedy="cut the model again, with cl.split, each time that a part of it is unfrozen",
+                code="E333",
+            )
 
 
 def port_specs(
@@ -73,6 +90,7 @@ def port_specs(
                 for port, value in zip(piece.outputs, large[index], strict=True)
                 if value.is_floating_point() and (index, port) not in reached
             ),
+            frozenset(name for name, one in piece.module.named_parameters() if not one.requires_grad),
         )
         for index, piece in enumerate(cut.pieces)
     )
