@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 from cutlayer.core.batching import permutation
 from cutlayer.core.parts import Training
-from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, batches, sample_count
+from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, again, batches, sample_count
 from cutlayer.errors import DataError
 
 COUNT = 11
@@ -313,6 +313,13 @@ def test_a_loader_of_whole_batches_is_taken():
     assert ids(epoch_of(source)) == [row for batch in rows for row in batch]
 
 
+def test_another_loader_of_the_same_data_keeps_how_they_are_read():
+    kept = {"num_workers": 1, "timeout": 9, "prefetch_factor": 3, "collate_fn": list}
+    made = again(DataLoader(Dicts(), batch_size=4, shuffle=True, **kept), batch_size=2)
+    assert {name: getattr(made, name) for name in kept} == kept
+    assert (made.batch_size, list(made.sampler)) == (2, list(range(COUNT)))
+
+
 LAST = {"drop_last": True}
 RARE = torch.tensor([0.0, *[1.0] * (COUNT - 2), 1e6])  # the last is drawn again and again, the first never
 
@@ -337,8 +344,8 @@ def test_a_pass_over_every_sample_leaves_out_none_and_disturbs_no_epoch(data, al
     found = ids(list(source.every()))
     assert sorted(found) == sorted(expected) if isinstance(expected, set) else found == list(expected)
     rest = [source.load(lane=0, epoch=1, index=1, size=4)] if len(data) > 1 else []
-    again = batches(data, order(drop_last=True), alone=alone)
-    assert same([first, *rest], [again.load(lane=0, epoch=1, index=place, size=4) for place in range(1 + len(rest))])
+    other = batches(data, order(drop_last=True), alone=alone)
+    assert same([first, *rest], [other.load(lane=0, epoch=1, index=place, size=4) for place in range(1 + len(rest))])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -169,6 +169,24 @@ def test_one_that_is_given_a_part_of_the_model():
     assert cut(plain, "one", example=X).checked
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("old", [True, False])
+def test_averages_within_a_checkpoint_move_once(old: bool):
+    """PyTorch runs the norm again in the backward, and moves them twice: the one thing that is not as uncut."""
+
+    def body(self: Net, x: Tensor) -> Tensor:
+        return self.three(checkpoint(lambda y: self.norm(self.two(y)), self.one(x), use_reentrant=old))
+
+    model = Net(body)
+    model.norm = nn.BatchNorm1d(6)
+    made = cut(model, "one", example=X)
+    wanted = gradients(model, lambda: model(X))
+    assert model.norm.num_batches_tracked == 2
+    got = gradients(model, lambda: compose(made, X))
+    assert model.norm.num_batches_tracked == 3
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items() if value is not None)
+
+
 @pytest.mark.provokes("E313")
 def test_checkpoints_of_old_need_an_example():
     with pytest.raises(StageError, match=r"E313.*needs an example; or set use_reentrant=False"):

@@ -304,6 +304,7 @@ def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa:
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
         **sampling,
     )
 
