@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,8 +73,8 @@ def port_specs(
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
             a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
-    reached: set[tuple[int, str]] = set()
-    large = _run(cut, arguments.resized(BATCHES[0]), autocast, reached)
+    reached = _reached(cut, arguments.resized(BATCHES[0]), autocast)
+    large = _run(cut, arguments.resized(BATCHES[0]), autocast)
     small = _run(cut, arguments.resized(BATCHES[1]), autocast)
     lengths = _Lengths.of(arguments, longest or {})
     short = _shorter(cut, arguments, lengths, autocast) if lengths.names else large
@@ -88,7 +89,7 @@ def port_specs(
             tuple(
                 port
                 for port, value in zip(piece.outputs, large[index], strict=True)
-                if value.is_floating_point() and (index, port) not in reached
+                if value.is_floating_point() and f"{index}.{port}" not in reached
             ),
             frozenset(name for name, one in piece.module.named_parameters() if not one.requires_grad),
         )
@@ -177,49 +178,62 @@ def _shorter(
         ) from error
 
 
-def _run(
-    cut: Cut, arguments: Arguments, autocast: torch.dtype | None, reached: set[tuple[int, str]] | None = None
-) -> list[tuple[Tensor, ...]]:
-    """Run the pieces; add to `reached` each (piece, port) that a gradient comes back to.
-
-    It does so if it does in one of several runs: a submodule may leave a branch out by chance.
-    """
-    modules = [piece.module for piece in cut.pieces]
+def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:
     inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
+    with _training(cut, inputs, autocast):
+        return run_pieces(cut.pieces, inputs)
+
+
+@contextmanager
+def _training(cut: Cut, inputs: Mapping[str, Tensor], autocast: torch.dtype | None) -> Iterator[None]:
+    """Put the pieces into train mode; at the end all is as it was."""
+    modules = [piece.module for piece in cut.pieces]
     device = next(iter(inputs.values())).device.type
     with undisturbed(*modules), torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         for module in modules:
             module.train(True)
-        outputs = found = run_pieces(cut.pieces, inputs)
-        if reached is None:
-            return outputs
+        yield
+
+
+def _reached(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> set[str]:
+    """Return each "PIECE.PORT" that a gradient comes back to, over a cut, in one of several runs.
+
+    Several, because a submodule may leave a branch out by chance.
+    """
+    inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
+    reached: set[str] = set()
+    with _training(cut, inputs, autocast):
         for _ in range(_CHANCES):
-            able, got = _reached(cut, found)
-            reached |= got
+            able, found = _reached_once(cut, inputs)
+            reached |= found
             if able <= reached:
                 break
-            found = run_pieces(cut.pieces, inputs)
-        return outputs
+    return reached
 
 
-def _reached(cut: Cut, outputs: list[tuple[Tensor, ...]]) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
-    """Return the (piece, port) that a gradient could come back to, and those it does come back to from the last one."""
-    values = {
-        (index, port): value
-        for index, piece in enumerate(cut.pieces)
-        for port, value in zip(piece.outputs, outputs[index], strict=True)
-        if value.requires_grad
-    }
-    able, last = set(values), outputs[-1][0]
-    if not last.requires_grad:
+def _reached_once(cut: Cut, inputs: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Return each "PIECE.PORT" that a gradient could come back to, and those it comes back to from the last output."""
+    known = {f"data.{name}": value for name, value in inputs.items()}
+    crossed: list[tuple[str, Tensor]] = []
+    able: set[str] = set()
+    for index, piece in enumerate(cut.pieces):
+        taken = [known[source].clone() for source in piece.inputs]  # what a piece does itself with it is another way
+        crossed += [pair for pair in zip(piece.inputs, taken, strict=True) if pair[1].requires_grad]
+        given = piece.module(*taken)
+        outputs = dict(zip(piece.outputs, given if isinstance(given, tuple) else (given,), strict=True))
+        known |= {f"{index}.{port}": value for port, value in outputs.items()}
+        able |= {f"{index}.{port}" for port, value in outputs.items() if value.requires_grad}
+    last = outputs[cut.pieces[-1].outputs[0]]
+    if not (last.requires_grad and crossed):
         return able, able
     try:
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            last, list(values.values()), torch.ones_like(last), allow_unused=True
+            last, [value for _, value in crossed], torch.ones_like(last), allow_unused=True
         )
     except Exception:  # a backward of the model's own code: where it fails, training names the stage
         return able, able
-    return able, {name for name, gradient in zip(values, gradients, strict=True) if gradient is not None}
+    got = {source for (source, _), gradient in zip(crossed, gradients, strict=True) if gradient is not None}
+    return able, got | {f"{len(cut.pieces) - 1}.{cut.pieces[-1].outputs[0]}"}
 
 
 def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:
