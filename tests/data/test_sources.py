@@ -6,11 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from cutlayer.core.batching import permutation
 from cutlayer.core.parts import Training
-from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, batches, sample_count
+from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, again, batches, sample_count
 from cutlayer.errors import DataError
 
 COUNT = 11
@@ -305,7 +313,15 @@ def test_a_loader_of_whole_batches_is_taken():
     assert ids(epoch_of(source)) == [row for batch in rows for row in batch]
 
 
+def test_another_loader_of_the_same_data_keeps_how_they_are_read():
+    kept = {"num_workers": 1, "timeout": 9, "prefetch_factor": 3, "collate_fn": list}
+    made = again(DataLoader(Dicts(), batch_size=4, shuffle=True, **kept), batch_size=2)
+    assert {name: getattr(made, name) for name in kept} == kept
+    assert (made.batch_size, list(made.sampler)) == (2, list(range(COUNT)))
+
+
 LAST = {"drop_last": True}
+RARE = torch.tensor([0.0, *[1.0] * (COUNT - 2), 1e6])  # the last is drawn again and again, the first never
 
 
 @pytest.mark.parametrize(
@@ -315,16 +331,21 @@ LAST = {"drop_last": True}
         (Dicts(), False, range(COUNT)),
         (DataLoader(Dicts(), batch_size=4, num_workers=1, **LAST), False, range(COUNT)),
         (DataLoader(Dicts(), batch_size=4, sampler=Backwards(), **LAST), True, range(COUNT - 1, -1, -1)),
-        (DataLoader(Dicts(), batch_sampler=[[3, 1, 2, 0], [4, 5, 7, 6]]), True, [3, 1, 2, 0, 4, 5, 7, 6]),
+        (DataLoader(Dicts(), batch_sampler=[[3, 1, 2, 0], [4, 5, 3, 6]]), True, [3, 1, 2, 0, 4, 5, 6]),
+        (DataLoader(Dicts(), batch_size=4, sampler=WeightedRandomSampler(RARE, 40), **LAST), True, range(1, COUNT)),
+        (DataLoader(Dicts(), batch_size=4, sampler=RandomSampler(Dicts(), num_samples=8), **LAST), True, range(COUNT)),
+        (DataLoader(Dicts(), batch_size=4, sampler=SubsetRandomSampler([3, 3, 3, 5]), **LAST), True, {3, 5}),
     ],
-    ids=["table", "data set", "loader with others", "loader alone", "batch sampler"],
+    ids=["table", "data set", "loader with others", "loader alone", "batches", "weighted", "random", "subset"],
 )
 def test_a_pass_over_every_sample_leaves_out_none_and_disturbs_no_epoch(data, alone: bool, expected):
     source = batches(data, order(drop_last=True), alone=alone)
     first = source.load(lane=0, epoch=1, index=0, size=4)
-    assert ids(list(source.every())) == list(expected)
-    rest = [source.load(lane=0, epoch=1, index=1, size=4)]
-    assert same([first, *rest], epoch_of(batches(data, order(drop_last=True), alone=alone)))
+    found = ids(list(source.every()))
+    assert sorted(found) == sorted(expected) if isinstance(expected, set) else found == list(expected)
+    rest = [source.load(lane=0, epoch=1, index=1, size=4)] if len(data) > 1 else []
+    other = batches(data, order(drop_last=True), alone=alone)
+    assert same([first, *rest], [other.load(lane=0, epoch=1, index=place, size=4) for place in range(1 + len(rest))])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

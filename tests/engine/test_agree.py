@@ -200,13 +200,22 @@ def test_classes_are_numbered_and_an_unknown_one_is_an_error():
     assert "expected one of 3 classes, got 2 others in a batch" in str(caught.value)
 
 
+def test_the_largest_numbers_have_a_finite_deviation():
+    far = [torch.full((9,), sign * 1e130, dtype=torch.float64) for sign in (1, -1)]
+    agreed = agreed_of(SCALE, [[far[0]], [far[1]]])
+    assert (agreed.count, agreed.mean) == ((18,), (0.0,))
+    assert agreed.deviation == pytest.approx((1e130,))
+    assert apply(SCALE, agreed, far[1], "here").tolist() == pytest.approx([-1.0] * 9)
+
+
 @pytest.mark.provokes("E261")
 @pytest.mark.parametrize(
     ("shared", "batches", "words"),
     [
         (SCALE, [torch.tensor([1, 2])], "expected a floating tensor"),
         (SCALE, [["a"]], "expected a floating tensor, got list"),
-        (SCALE, [torch.tensor([1.0, float("inf")])], "got an infinity"),
+        (SCALE, [torch.tensor([1.0, float("inf")])], "got a larger one"),
+        (SCALE, [torch.tensor([1.0, -1e200], dtype=torch.float64)], "expected numbers up to 1e+130"),
         (Shared("age", at="a", limit=2, least=1), [torch.ones(2, 3)], "expected at most 2 columns, got 3"),
         (Shared("x", at="a", kind="categories", least=1), [torch.ones(2)], "whole numbers or texts"),
         (Shared("x", at="a", kind="categories", limit=2, least=1), [["a", "b", "c"]], "at most 2 values, got 3"),

@@ -34,6 +34,7 @@ def frames(draw: st.DrawFn) -> Frame:
     size = math.prod(shape) * DTYPES.get(dtype, 1)
     kind = draw(st.sampled_from([bytes, bytearray, lambda data: memoryview(bytes(data))]))
     order = tuple(draw(st.permutations(range(len(shape))))) if draw(st.booleans()) else ()
+    order = tuple(~dim if draw(st.booleans()) else dim for dim in order)
     return Frame(tag, dtype, shape, kind(bytes(size)), order)
 
 
@@ -183,7 +184,7 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_wire_errors():
         assert math.prod(shape) * DTYPES.get(dtype, 1) == 24
         numbers = (tag.session, tag.round, tag.step, tag.edge, tag.lane, tag.micro, *shape)
         assert all(0 <= number < 2**63 for number in numbers)
-        assert order in ((), *permutations(range(len(shape))))
+        assert tuple(max(dim, ~dim) for dim in order) in ((), *permutations(range(len(shape))))
         again = parse_control(Frame(tag, dtype, shape, bytes(24), order).control, 24)
         assert again == (tag, dtype, shape, order)
     assert 5_000 < refused < 10_000

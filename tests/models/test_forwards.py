@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import cutlayer as cl
 from cutlayer.errors import PlanError, StageError
@@ -264,6 +267,8 @@ class Asks(Three):
         x = self.one(x)
         if torch.jit.isinstance(x, Tensor) and not torch.jit.isinstance(x, list[Tensor]):
             x = self.two(x).relu()
+        if torch.jit.isinstance([x, x], list[Tensor]) and not torch.jit.isinstance((x, 1), tuple[Tensor, Tensor]):
+            x = x * 2
         return self.three(x)
 
 
@@ -271,6 +276,13 @@ class Asks(Three):
 def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str):
     model = Asks()
     made = cut(model, at, example=X)
+    assert torch.equal(compose(made, X), model(X))
+
+
+def test_a_forward_of_the_object_alone_is_followed():
+    model = Three()
+    model.forward = lambda x: model.three(model.two(model.one(x)) ** 2)
+    made = cut(model, "two", example=X)
     assert torch.equal(compose(made, X), model(X))
 
 
@@ -408,3 +420,33 @@ def test_a_backward_hook_of_a_container_that_is_looked_into(name: str, example: 
     ):
         cut(model, "block.0", example=example)
     assert {**model.block._backward_hooks, **model.block._backward_pre_hooks} == hooks != {}
+
+
+class Joined(nn.Module):
+    """What is joined by features has gradients with gaps: slices of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = (nn.Sequential(nn.Linear(6, 17), nn.BatchNorm1d(17)) for _ in range(2))
+        self.out = nn.Linear(34, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(torch.cat([self.one(x), self.two(y)], 1))
+
+
+def test_gradients_with_gaps_train_as_uncut():
+    x, label = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+    model = Joined()
+    uncut = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(uncut.parameters(), lr=0.1)
+    for first in (0, 32):
+        optimizer.zero_grad()
+        rows = slice(first, first + 32)
+        nn.functional.cross_entropy(uncut(x[rows], -x[rows]), label[rows]).backward()
+        optimizer.step()
+    made = cl.split(model, "one", example=(x[:3], x[:3]), labels="server", release=["y"])
+    data, sgd = TensorDataset(x, -x, label), partial(torch.optim.SGD, lr=0.1)
+    run = cl.fit(made, data, loss=nn.CrossEntropyLoss(), optimizer=sgd, epochs=1, shuffle=False, batch_size=32)
+    trained = run.state_dict()
+    assert [name for name, value in uncut.state_dict().items() if not torch.equal(value, trained[name])] == []

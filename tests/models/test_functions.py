@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -167,7 +169,55 @@ def test_one_that_is_given_a_part_of_the_model():
     assert cut(plain, "one", example=X).checked
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("old", [True, False])
+def test_averages_within_a_checkpoint_move_once(old: bool):
+    """PyTorch runs the norm again in the backward, and moves them twice: the one thing that is not as uncut."""
+
+    def body(self: Net, x: Tensor) -> Tensor:
+        return self.three(checkpoint(lambda y: self.norm(self.two(y)), self.one(x), use_reentrant=old))
+
+    model = Net(body)
+    model.norm = nn.BatchNorm1d(6)
+    made = cut(model, "one", example=X)
+    wanted = gradients(model, lambda: model(X))
+    assert model.norm.num_batches_tracked == 2
+    got = gradients(model, lambda: compose(made, X))
+    assert model.norm.num_batches_tracked == 3
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items() if value is not None)
+
+
 @pytest.mark.provokes("E313")
 def test_checkpoints_of_old_need_an_example():
     with pytest.raises(StageError, match=r"E313.*needs an example; or set use_reentrant=False"):
         cut(Net(checkpointed), "one")
+
+
+def test_cuts_in_several_threads_and_training_beside_them():
+    model, done = Net(reversal), Event()
+
+    def trained(net: Net) -> dict[str, Tensor | None]:
+        return gradients(net, lambda: net(X))
+
+    def cuts(net: Net) -> list[dict[str, Tensor | None]]:
+        made = [cut(net, "two", example=X[:2]) for _ in range(5)]
+        return [gradients(net, lambda one=one: compose(one, X)) for one in made]
+
+    def beside(net: Net) -> list[dict[str, Tensor | None]]:
+        found = [trained(net)]
+        while not done.is_set():
+            found.append(trained(net))
+        return found
+
+    wanted = trained(model)
+    with ThreadPoolExecutor(3) as threads:
+        training = threads.submit(beside, Net(reversal))
+        cutting = [threads.submit(cuts, Net(reversal)) for _ in range(2)]
+        try:
+            got = [one for each in cutting for one in each.result()]
+        finally:
+            done.set()
+        got += training.result()
+    assert len(got) > 10
+    used = [name for name, value in wanted.items() if value is not None]
+    assert all(torch.equal(wanted[name], one[name]) for one in got for name in used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -57,11 +58,44 @@ class Beside(Net):
         return self.out(g + h)
 
 
+class Aside(nn.Module):
+    """What crosses beside the convolution's output is detached there, but trains through the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.turn, self.out = nn.BatchNorm1d(4), nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x[:, None] * torch.ones(4, 1)) * 2
+        return self.out((self.turn(h.transpose(1, 2)).transpose(1, 2).relu() + 0.1 * h.detach()).mean(1))
+
+
 class Tied(Extractor):
     def __init__(self) -> None:
         super().__init__()
         self.out = nn.Linear(6, 6)
         self.out.weight = self.backbone[0].weight
+
+
+class Dropped(nn.Module):
+    """A layer that is left out by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.training and random.random() < 0.5 else self.layer(x)
+
+
+class Chance(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Dropped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.backbone(x)))
 
 
 def decayed(parameters: object) -> torch.optim.Optimizer:
@@ -78,6 +112,7 @@ def decayed(parameters: object) -> torch.optim.Optimizer:
         (Detached, "backbone.1", "client", {"head"}),
         (Between, ("backbone", "two"), "client", {"head", "body"}),
         (Beside, ("backbone", "two"), "client", {"body"}),
+        (Aside, "turn", "server", set()),
     ],
 )
 def test_it_trains_as_uncut(kind: type[nn.Module], at: str | tuple[str, str], labels: str, frozen: set[str]):
@@ -96,9 +131,56 @@ def test_it_trains_as_uncut(kind: type[nn.Module], at: str | tuple[str, str], la
     assert [name for name, value in uncut.state_dict().items() if not torch.equal(value, got[name])] == []
 
 
+def test_no_gradient_of_zeros_comes_back_to_what_is_detached_after_the_cut():
+    """Such zeros would be added in another order of memory, and change the last bits."""
+    made = cl.split(Aside(), "turn", example=X[:3], labels="server")
+    (head, body) = made.ports
+    assert (head.detached, head.trained, body.detached) == (("mul_1",), True, ())
+    assert made.plan().stages[0].detached == ("mul_1",)
+
+
 @pytest.mark.provokes("E332")
 def test_a_weight_that_is_trained_elsewhere_is_not_frozen():
     with pytest.raises(PlanError, match=r"E332.*trains the weight 'out.weight', and another, to which no") as caught:
         cl.split(Tied(), "backbone", example=X[:3])
     assert caught.value.where == "piece 0 (up to 'backbone') and piece 2 (after 'two')"
     assert caught.value.remedy == "cut so that both uses are in one piece, or give each its own weight"
+
+
+def test_what_is_left_out_by_chance_is_not_frozen():
+    for seed in range(6):
+        random.seed(seed)
+        model = Chance()
+        before, seeded = model.backbone[0].weight.detach().clone(), random.getstate()
+        made = cl.split(model, "backbone", example=X[:3], labels="server")
+        assert random.getstate() == seeded
+        assert not any(getattr(stage, "frozen", False) or stage.detached for stage in made.plan().stages)
+    cl.fit(made, DataLoader(TensorDataset(X, Y), batch_size=2), loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)
+
+
+@pytest.mark.provokes("E333")
+def test_what_is_unfrozen_after_the_cut_is_refused():
+    model, loader = Net(), DataLoader(TensorDataset(X, Y), batch_size=4)
+    model.forward = lambda x: model.out(model.two(model.backbone(x)).relu())
+    model.backbone.requires_grad_(False)
+    made = cl.split(model, "backbone", example=X[:3], labels="server")
+    cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    before = model.backbone[0].weight.detach().clone()
+    model.backbone[0].requires_grad_(True)
+    with pytest.raises(PlanError, match=r"E333.*'backbone.0.weight' was frozen.*cut the model again"):
+        cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    again = cl.split(model, "backbone", example=X[:3], labels="server")
+    cl.fit(again, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)
+
+
+def test_unfreezing_where_gradients_come_anyway_needs_no_new_cut():
+    model, loader = Net(), DataLoader(TensorDataset(X, Y), batch_size=4)
+    model.forward = lambda x: model.out(model.two(model.backbone(x)).relu())
+    model.backbone[0].requires_grad_(False)
+    made = cl.split(model, "backbone", example=X[:3], labels="server")
+    before = model.backbone[0].weight.detach().clone()
+    model.backbone[0].requires_grad_(True)
+    cl.fit(made, loader, loss=nn.CrossEntropyLoss(), optimizer=decayed)
+    assert not torch.equal(model.backbone[0].weight, before)

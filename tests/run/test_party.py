@@ -114,7 +114,7 @@ def test_evaluation_data_keep_their_own_order():
             {"scheduler": torch.optim.lr_scheduler.StepLR},
             r"the scheduler .* needs more .*of the optimizer alone, got a function of \(optimizer, step_size\)",
         ),
-        ({"optimizer": lambda parameters, rate: None}, r"the optimizer .*a function of \(parameters, rate\)"),
+        ({"optimizer": lambda parameters, rate: None}, r"\(parameters, rate\)\. .*lambda params: torch.optim.Adam"),
         ({"metrics": {"loss": lambda p, y: (p == y).float().mean()}}, r"metrics of 'loss'.*a function of \(p, y\)"),
     ],
 )

@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler, default_collate
 
 from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
@@ -179,7 +180,8 @@ class OrderedBatches:
         """Yield all samples once, in batches, unshuffled; also those that `drop_last` leaves out of an epoch."""
         order = replace(self.order, shuffle=False, drop_last=False)
         own = OrderedBatches(self._dataset if self._loader is None else self._loader, order)
-        return _one_pass(own, lane_batches(self.count, order.training.batch_size, drop_last=False))
+        for index, size in enumerate(lane_batches(self.count, order.training.batch_size, drop_last=False)):
+            yield own.load(lane=0, epoch=0, index=index, size=size)
 
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
@@ -247,16 +249,24 @@ class LoaderBatches:
         return _named(batch, self.order.fields)
 
     def every(self) -> Iterator[Mapping[str, Tensor]]:
-        """Yield all samples that the sampler gives, once, in batches; also those that `drop_last` leaves out.
+        """Yield all samples that the sampler may give, each once, in batches; also those that `drop_last` leaves out.
 
-        A batch sampler of the user's own gives what it gives in an epoch.
+        A sampler that draws at random, or again what it has drawn, would count some people several times, and others
+        not. A sampler of the user's own gives what it gives in an epoch, and so does a loader that batches by itself.
         """
-        loader, order = self.loader, self.order
-        if loader.batch_size is not None and loader.drop_last:
-            loader = again(loader, sampler=loader.sampler, batch_size=loader.batch_size, generator=loader.generator)
-            order = replace(order, drop_last=False)
-        sizes = lane_batches(self.count, order.training.batch_size, order.drop_last)
-        return _one_pass(LoaderBatches(loader, order), sizes)
+        own, loader, size = _Random(), self.loader, self.order.training.batch_size
+        own.seed(self.order.seed, 0)
+        with own:
+            if loader.batch_sampler is not None and type(loader).__iter__ is DataLoader.__iter__:
+                rows = list(dict.fromkeys(_drawn(loader)))
+                loader = again(loader, batch_sampler=[rows[at : at + size] for at in range(0, len(rows), size)])
+            iterator = iter(loader)
+        while True:
+            with own:
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield _named(batch, self.order.fields)
 
     def _restart(self, epoch: int, index: int) -> None:
         self._random.seed(self.order.seed, epoch)
@@ -271,9 +281,17 @@ class LoaderBatches:
                 next(self._iterator, None)
 
 
-def _one_pass(source: OrderedBatches | LoaderBatches, sizes: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
-    for index, size in enumerate(sizes):
-        yield source.load(lane=0, epoch=0, index=index, size=size)
+def _drawn(loader: DataLoader[Any]) -> Iterator[int]:
+    """Yield the places of the samples that a loader may draw."""
+    sampler: Any = loader.sampler
+    if loader.batch_size is None:
+        yield from chain.from_iterable(cast("Any", loader.batch_sampler))
+    elif isinstance(sampler, WeightedRandomSampler):
+        yield from sampler.weights.nonzero().flatten().tolist()
+    elif isinstance(sampler, RandomSampler):
+        yield from range(sample_count(loader.dataset))
+    else:
+        yield from sampler
 
 
 def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa: ANN401 - arguments of DataLoader
@@ -286,6 +304,7 @@ def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa:
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
         **sampling,
     )
 

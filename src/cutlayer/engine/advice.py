@@ -49,7 +49,8 @@ def after_failure(module: nn.Module, inputs: Sequence[Tensor], error: Exception)
     weights = next((one.dtype for one in module.parameters() if one.is_floating_point()), None)
     if weights is not None and _UNLIKE.search(words) and _named(inputs, weights, words.lower()):
         cast = _CASTS.get(weights, f".to({weights})")
-        return f"give the inputs in the dtype of the module's weights, {dtype_name(weights)}: {cast} in the data set"
+        where = f"{cast} in the data set, or in the stage before"
+        return f"give the inputs in the dtype of the module's weights, {dtype_name(weights)}: {where}"
     if _UNFIT.search(words):
         return "the inputs have another size than a layer takes: compare them with the data, the plan and the module"
     return "run the module alone on inputs of these shapes"

@@ -24,6 +24,7 @@ __all__ = ["Agreed", "Entry", "Summary", "apply", "check_told", "merge", "read",
 
 Entry = int | str
 _TEXT_MAX = 200  # bytes of an entry of a list
+_MOST = 1e130  # largest number to scale: sums of squares stay finite over all samples of all parties
 _ROUNDING = 16 * 2.0**-52  # a deviation that rounding alone may give, as a share of the mean
 
 
@@ -189,12 +190,13 @@ def _moments(shared: Shared, batches: Iterable[object], where: str, least: int) 
         table = value.double() if value.ndim > 1 else value.double()[:, None]
         rows = table.movedim(1, -1).reshape(-1, table.shape[1])
         here = ~rows.isnan()
+        if bool((rows.abs() > _MOST).any()):
+            most = f"numbers up to {_MOST:.0e}, or NaN for a missing value"
+            raise _unfit(shared, where, most, "a larger one", "remove it, or divide the column by a power of ten")
         count = here.sum(0)
         mean = rows.nansum(0) / count.clamp(min=1)
         mean = mean + torch.where(here, rows - mean, 0.0).sum(0) / count.clamp(min=1)  # equal values: exactly theirs
         squares = torch.where(here, rows - mean, 0.0).square().sum(0)
-        if not bool(torch.isfinite(mean).all()):
-            raise _unfit(shared, where, "finite numbers, or NaN where a value is missing", "an infinity", "remove it")
         own = Agreed("scale", tuple(count.tolist()), tuple(mean.tolist()), tuple(squares.tolist()))
         total = own if total is None else _together(shared, total, own, where)
         samples = samples + (~table.isnan()).unsqueeze(-1).flatten(2).any(2).sum(0)

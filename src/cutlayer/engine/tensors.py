@@ -39,24 +39,35 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def memory_order(value: Tensor) -> tuple[int, ...]:
-    """Return a transposed tensor's dimensions as they follow in memory; () if it is contiguous, or has gaps.
+    """Return a tensor's dimensions as they follow in memory, from the one with the largest stride on; () for C order.
 
-    Operations add in the order of memory: a tensor that arrives with other strides gives other last bits.
+    A dimension is given as `~dim` if there is a gap in memory between its steps, as in a slice of a larger tensor.
+    Operations add in the order of memory, and choose another way over gaps: a tensor that arrives with other strides
+    gives other last bits. An expanded tensor, whose numbers share memory, has none: ().
     """
     if value.is_contiguous():
         return ()
-    strides = value.stride()
-    order = tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))
-    return order if value.permute(order).is_contiguous() else ()
+    shape, strides, filled = value.shape, value.stride(), 1
+    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
+    for place in range(value.ndim - 1, -1, -1):
+        dim = order[place]
+        if shape[dim] == 1:
+            continue
+        if strides[dim] < filled:
+            return ()
+        if strides[dim] > filled:
+            order[place] = ~dim
+        filled = strides[dim] * shape[dim]
+    return tuple(order)
 
 
 def to_payload(value: Tensor, order: tuple[int, ...] = ()) -> memoryview:
-    """Return a tensor's bytes, its dimensions in this order; () means C order.
+    """Return a tensor's bytes without gaps, its dimensions in this order of `memory_order`; () means C order.
 
     Shares memory with the tensor where it lies so on the CPU already.
     """
     if order:
-        value = value.permute(order)
+        value = value.permute([max(dim, ~dim) for dim in order])
     if value.requires_grad:
         value = value.detach()
     if value.device.type != "cpu":
@@ -70,16 +81,29 @@ def to_payload(value: Tensor, order: tuple[int, ...] = ()) -> memoryview:
     return value.numpy().data.cast("B")
 
 
+def _with_gaps(value: Tensor, gaps: list[bool]) -> Tensor:
+    """Return a copy with a gap of one number between the steps of the dimensions that have one."""
+    filled, strides = 1, [0] * value.ndim
+    for dim in range(value.ndim - 1, -1, -1):
+        strides[dim] = filled + (gaps[dim] and value.shape[dim] > 1)
+        filled = strides[dim] * value.shape[dim]
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def from_payload(
     payload: Buffer, dtype: str, shape: tuple[int, ...], device: torch.device, order: tuple[int, ...] = ()
 ) -> Tensor:
     """Return the tensor of this shape whose bytes `to_payload` gave; `order` as there.
 
-    Shares memory with a writable payload where `device` is the CPU.
+    Shares memory with a writable payload where `device` is the CPU and there are no gaps. Gaps are of one number each,
+    whatever they were, so that no peer can ask for more than three times the payload.
     """
     if order:
-        stored = from_payload(payload, dtype, tuple(shape[dim] for dim in order), device)
-        return stored.permute(sorted(range(len(order)), key=order.__getitem__))
+        dims = [max(dim, ~dim) for dim in order]
+        stored = from_payload(payload, dtype, tuple(shape[dim] for dim in dims), device)
+        if min(order) < 0 and stored.numel():
+            stored = _with_gaps(stored, [dim < 0 for dim in order])
+        return stored.permute(sorted(range(len(dims)), key=dims.__getitem__))
     kind, view = torch_dtype(dtype), memoryview(payload)
     if not view.nbytes:
         return torch.empty(shape, dtype=kind, device=device)

@@ -13,7 +13,8 @@ offset  size  field
 36      ...   control part, then payload
 ```
 The control part of a data frame is a msgpack array: session, mode, round, step, edge, lane, micro, direction, dtype,
-shape, and order where the tensor is transposed in memory: its dimensions, from the one with the largest stride on.
+shape, and order where the tensor is not contiguous: its dimensions, from the one with the largest stride on, as
+-1 - dim where there is a gap in memory between the steps of dim.
 dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape is then [length].
 """
 
@@ -99,7 +100,7 @@ class Frame(msgspec.Struct, frozen=True, dict=True):
     """A value on its way: where it belongs, what it looks like, and its bytes (little-endian).
 
     `dtype` is a name of `core.spec.DTYPES`, or "bytes" with shape (length,). `order`: the dimensions as they follow in
-    memory; () for C order.
+    memory, as `engine.tensors.memory_order` gives them; () for C order.
     """
 
     tag: Tag
@@ -246,7 +247,7 @@ def _check_range(control: _Control) -> None:
         wrong = "unknown mode or direction in a frame"
     elif control.dtype != _BYTES_CODE and not 0 <= control.dtype < len(_NAMES):
         wrong, got = "unknown dtype code in a frame", str(control.dtype)
-    elif control.order and sorted(control.order) != list(range(len(shape))):
+    elif control.order and sorted(max(dim, ~dim) for dim in control.order) != list(range(len(shape))):
         wrong, expected = "the order in a frame does not name each dimension once", f"0 to {len(shape) - 1}"
         got = str(control.order)[:200]
     if wrong:

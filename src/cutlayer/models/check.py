@@ -37,7 +37,7 @@ def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tu
 def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> Any:  # noqa: ANN401
     """Run the whole model on the example. Raises `StageError` E325 if it does not take it."""
     try:
-        return model(**{**arguments.constants, **_copies(inputs)})
+        return model(**arguments.called(_copies(inputs)))
     except Exception as error:
         if _hooked([model]) and _runs_unhooked(model, arguments, inputs):
             raise StageError(
@@ -135,7 +135,7 @@ def _hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def _runs_unhooked(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> bool:
     try:
         with _unhooked([model]):
-            model(**{**arguments.constants, **_copies(inputs)})
+            model(**arguments.called(_copies(inputs)))
     except Exception:
         return False
     return True

@@ -86,9 +86,10 @@ def cut(
             a block if the model has one list of blocks; -1 is the last. The cut is *after* it: k points give k + 1
             pieces.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
-            argument name; tensors of shape (batch, ...), any batch. With it, decisions by size are followed, writes in
-            place are found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the
-            CPU), so give it where you can. Three samples are used; nothing leaves the process.
+            argument name; tensors of shape (batch, ...), any batch. For a forward that takes one dictionary of tensors
+            it is `({...},)`, and its keys name the inputs. With it, decisions by size are followed, writes in place are
+            found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the CPU), so
+            give it where you can. Three samples are used; nothing leaves the process.
         method: "sequential" slices, "fx" traces, "auto" slices where that is possible.
         output: Which field or index of the model's output to take, if it is not one tensor; `logits` is taken by
             itself.
@@ -138,7 +139,7 @@ def cut_unchecked(
         raise StageError(
             "no cut point", where="at=()", expected="at least one submodule", remedy="name one in at=", code="E327"
         )
-    can_slice = sliceable(model, names) and output is None
+    can_slice = sliceable(model, names) and output is None and not arguments.dictionary
     if method == "sequential" and not can_slice:
         raise StageError(
             "only an nn.Sequential can be sliced",
@@ -189,7 +190,9 @@ def compose(cut: Cut, inputs: Example) -> Tensor:
         The model's output tensor; gradients flow through all pieces.
     """
     if isinstance(inputs, Tensor):
-        named = {cut.inputs[0]: inputs}
-    else:
-        named = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(cut.inputs, inputs, strict=False))
+        inputs = {cut.inputs[0]: inputs}
+    values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    if len(values) == 1 and isinstance(values[0], Mapping):
+        inputs = values[0]  # the one dictionary that forward takes
+    named = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(cut.inputs, values, strict=False))
     return run_pieces(cut.pieces, named)[-1][0]

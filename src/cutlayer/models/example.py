@@ -6,7 +6,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from cutlayer.models.steps import every_module
 __all__ = ["Arguments", "Example", "arguments_of", "undisturbed"]
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
+_EACH = "give each tensor as an argument of its own, named in forward, with at least one sample"
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,20 @@ class Arguments:
             stands for a tensor that is not known (no example was given).
         constants: All other arguments that are given.
         batch: Samples in the tensors; 0 where they are not known.
+        dictionary: Name of the one argument that gets all tensors as a dictionary, if forward takes them so: `tensors`
+            is then by its keys, and `constants` has its other entries, under None where a tensor goes.
     """
 
     tensors: dict[str, Tensor | None]
     constants: dict[str, Any]
     batch: int
+    dictionary: str = ""
+
+    def called(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call of forward with these tensors, or what stands for them; by name."""
+        if self.dictionary:
+            return {**self.constants, self.dictionary: {**self.constants[self.dictionary], **tensors}}
+        return {**self.constants, **tensors}
 
     def resized(self, batch: int) -> Arguments:
         """Return the same arguments with another number of samples; samples are repeated if there are too few."""
@@ -42,7 +52,7 @@ class Arguments:
         for name, value in self.tensors.items():
             index = torch.arange(batch, device=value.device) % self.batch if value is not None else None
             tensors[name] = value if value is None or not _batched(value, self.batch) else value.detach()[index].clone()
-        return Arguments(tensors, self.constants, batch)
+        return replace(self, tensors=tensors, batch=batch)
 
 
 def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
@@ -51,7 +61,8 @@ def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
     Args:
         model: The model.
         example: One tensor; or the positional arguments as a tuple or list; or the arguments by name. Tensors of shape
-            (batch, ...). Without an example, every argument of `forward` that has no default is taken for a tensor.
+            (batch, ...). A forward that takes one dictionary of tensors gets it as `({...},)`. Without an example,
+            every argument of `forward` that has no default is taken for a tensor.
 
     Raises:
         StageError: the example does not fit `forward`, or holds no tensor with a batch (E325).
@@ -62,17 +73,29 @@ def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
         free = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in kinds]
         return Arguments(dict.fromkeys(free), {}, 0)
     given = _bind(signature, example)
-    arrays = [name for name, value in given.items() if isinstance(value, np.ndarray)]
-    if arrays:
-        raise _misfit(f"argument {arrays[0]!r} is a numpy array", "make it a tensor: torch.from_numpy(array)")
-    nested = [name for name, value in given.items() if not isinstance(value, Tensor) and _holds_tensor(value)]
-    if nested:
-        raise _misfit(f"argument {nested[0]!r} is a {type(given[nested[0]]).__name__} that holds tensors")
-    tensors: dict[str, Tensor | None] = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    dictionary = _dictionary(given)
+    inputs = dict(given.pop(dictionary)) if dictionary else given
+    for name, value in [*given.items(), *inputs.items()]:
+        if isinstance(value, np.ndarray):
+            raise _misfit(f"{name!r} is a numpy array", "make it a tensor: torch.from_numpy(array)")
+        if not isinstance(value, Tensor) and _holds_tensor(value):
+            raise _misfit(f"{name!r} is a {type(value).__name__} that holds tensors")
+    tensors: dict[str, Tensor | None] = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     sizes = [value.shape[0] for value in tensors.values() if value is not None and value.dim()]
     if not sizes or not sizes[0]:
         raise _misfit("no tensor with a batch in the example")
-    return Arguments(tensors, {name: value for name, value in given.items() if name not in tensors}, sizes[0])
+    constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    if dictionary:
+        constants[dictionary] = {name: None if name in tensors else value for name, value in inputs.items()}
+    return Arguments(tensors, constants, sizes[0], dictionary)
+
+
+def _dictionary(given: Mapping[str, Any]) -> str:
+    """Return the argument that is a dictionary of tensors by name, where it is the only one with tensors; else ""."""
+    found = [name for name, value in given.items() if isinstance(value, Tensor) or _holds_tensor(value)]
+    if len(found) != 1 or not isinstance(given[found[0]], Mapping):
+        return ""
+    return found[0] if all(isinstance(name, str) for name in given[found[0]]) else ""
 
 
 def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
@@ -82,7 +105,8 @@ def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
         else:
             bound = signature.bind(*([example] if isinstance(example, Tensor | np.ndarray) else example))
     except TypeError as error:
-        raise _misfit(str(error)) from None
+        remedy = f"{_EACH}; or, if forward takes one dictionary of tensors, example=({{...}},)"
+        raise _misfit(str(error), remedy if isinstance(example, Mapping) else "") from None
     given: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
@@ -114,7 +138,7 @@ def _misfit(got: str, remedy: str = "") -> StageError:
         expected="one tensor, a tuple of positional arguments, or a dict of arguments by name, tensors with the batch "
         "first",
         got=got,
-        remedy=remedy or "give each tensor as an argument of its own, named in forward, with at least one sample",
+        remedy=remedy or _EACH,
         code="E325",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -43,8 +44,7 @@ class Trace:
 class Recorder:
     """Notes steps, and computes each on the example.
 
-    `running` is true while a step is carried out: what it calls is none of the trace's. `callee` is the submodule that
-    the next "call_module" calls, and how.
+    `running` is true while a step is carried out. `callee` is the submodule that the next "call_module" calls, and how.
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
@@ -52,10 +52,15 @@ class Recorder:
         self.model = model
         self.found = Trace(tuple(arguments.tensors))
         self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
-        self.running = False
+        self.running, self.thread = False, get_ident()
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
+
+    @property
+    def away(self) -> bool:
+        """Whether a call is none of the trace's: it is made within a step, or in another thread."""
+        return self.running or get_ident() != self.thread
 
     def note(self, node: fx.Node, path: str) -> None:
         """Note where in the model and in the user's code a step is."""

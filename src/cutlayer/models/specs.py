@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.tensors import dtype_name
-from cutlayer.errors import CutlayerError, StageError
+from cutlayer.errors import CutlayerError, PlanError, StageError
 from cutlayer.models.check import run_pieces
-from cutlayer.models.cut import Cut
+from cutlayer.models.cut import Cut, Piece
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.sizes import BATCHES
 
 __all__ = ["Ports", "input_specs", "port_specs"]
 
+_CHANCES = 10  # runs, until a gradient has come back to each output
+
 
 @dataclass(frozen=True)
 class Ports:
-    """The outputs of one piece: port -> spec, in order; and the ports that no gradient comes back to."""
+    """The outputs of one piece: port -> spec, in order; the ports that no gradient comes back to; frozen parameters."""
 
     specs: Mapping[str, TensorSpec]
     detached: tuple[str, ...]
+    still: frozenset[str] = frozenset()
 
     @property
     def trained(self) -> bool:
         """Whether a gradient comes back to any of them: else nothing trains the piece."""
         return any(spec.floating and port not in self.detached for port, spec in self.specs.items())
+
+    def check_still(self, piece: Piece, stage: str) -> None:
+        """Refuse to train what was frozen when it was cut: the gradients for it might not come back.
+
+        Raises:
+            PlanError: E333, a parameter that needed no gradient needs one now, and a port has none.
+        """
+        moved = [name for name, one in piece.module.named_parameters() if one.requires_grad and name in self.still]
+        if moved and self.detached:
+            raise PlanError(
+                f"the weight {moved[0]!r} was frozen when the model was cut, and is to be trained now",
+                where=f"stage {stage}, output {', '.join(self.detached)}: no gradient comes back to it",
+                expected="requires_grad as it was, or True before the cut",
+                remedy="cut the model again, with cl.split, each time that a part of it is unfrozen",
+                code="E333",
+            )
 
 
 def port_specs(
@@ -53,8 +73,8 @@ def port_specs(
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
             a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
-    reached: set[int] = set()
-    large = _run(cut, arguments.resized(BATCHES[0]), autocast, reached)
+    reached = _reached(cut, arguments.resized(BATCHES[0]), autocast)
+    large = _run(cut, arguments.resized(BATCHES[0]), autocast)
     small = _run(cut, arguments.resized(BATCHES[1]), autocast)
     lengths = _Lengths.of(arguments, longest or {})
     short = _shorter(cut, arguments, lengths, autocast) if lengths.names else large
@@ -69,8 +89,9 @@ def port_specs(
             tuple(
                 port
                 for port, value in zip(piece.outputs, large[index], strict=True)
-                if value.is_floating_point() and id(value) not in reached
+                if value.is_floating_point() and f"{index}.{port}" not in reached
             ),
+            frozenset(name for name, one in piece.module.named_parameters() if not one.requires_grad),
         )
         for index, piece in enumerate(cut.pieces)
     )
@@ -119,7 +140,7 @@ class _Lengths:
             name: value[:, :-1].contiguous() if value is not None and name in self.names else value
             for name, value in arguments.tensors.items()
         }
-        return Arguments(tensors, arguments.constants, arguments.batch)
+        return replace(arguments, tensors=tensors)
 
     def dim(self, size: int, shorter: int) -> int | str:
         """Return a dimension's size, or its bound if it follows the length."""
@@ -157,32 +178,62 @@ def _shorter(
         ) from error
 
 
-def _run(
-    cut: Cut, arguments: Arguments, autocast: torch.dtype | None, reached: set[int] | None = None
-) -> list[tuple[Tensor, ...]]:
-    """Run the pieces; add to `reached` the identity of each output that a gradient comes back to."""
-    modules = [piece.module for piece in cut.pieces]
+def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:
     inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
+    with _training(cut, inputs, autocast):
+        return run_pieces(cut.pieces, inputs)
+
+
+@contextmanager
+def _training(cut: Cut, inputs: Mapping[str, Tensor], autocast: torch.dtype | None) -> Iterator[None]:
+    """Put the pieces into train mode; at the end all is as it was."""
+    modules = [piece.module for piece in cut.pieces]
     device = next(iter(inputs.values())).device.type
     with undisturbed(*modules), torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         for module in modules:
             module.train(True)
-        outputs = run_pieces(cut.pieces, inputs)
-        if reached is not None:
-            reached |= {id(value) for value in _reached(outputs)}
-        return outputs
+        yield
 
 
-def _reached(outputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the outputs of pieces that take part in the gradient of the last one."""
-    able, last = [value for found in outputs for value in found if value.requires_grad], outputs[-1][0]
-    if not last.requires_grad:
-        return able
+def _reached(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> set[str]:
+    """Return each "PIECE.PORT" that a gradient comes back to, over a cut, in one of several runs.
+
+    Several, because a submodule may leave a branch out by chance.
+    """
+    inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
+    reached: set[str] = set()
+    with _training(cut, inputs, autocast):
+        for _ in range(_CHANCES):
+            able, found = _reached_once(cut, inputs)
+            reached |= found
+            if able <= reached:
+                break
+    return reached
+
+
+def _reached_once(cut: Cut, inputs: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Return each "PIECE.PORT" that a gradient could come back to, and those it comes back to from the last output."""
+    known = {f"data.{name}": value for name, value in inputs.items()}
+    crossed: list[tuple[str, Tensor]] = []
+    able: set[str] = set()
+    for index, piece in enumerate(cut.pieces):
+        taken = [known[source].clone() for source in piece.inputs]  # what a piece does itself with it is another way
+        crossed += [pair for pair in zip(piece.inputs, taken, strict=True) if pair[1].requires_grad]
+        given = piece.module(*taken)
+        outputs = dict(zip(piece.outputs, given if isinstance(given, tuple) else (given,), strict=True))
+        known |= {f"{index}.{port}": value for port, value in outputs.items()}
+        able |= {f"{index}.{port}" for port, value in outputs.items() if value.requires_grad}
+    last = outputs[cut.pieces[-1].outputs[0]]
+    if not (last.requires_grad and crossed):
+        return able, able
     try:
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(last, able, torch.ones_like(last), allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            last, [value for _, value in crossed], torch.ones_like(last), allow_unused=True
+        )
     except Exception:  # a backward of the model's own code: where it fails, training names the stage
-        return able
-    return [value for value, gradient in zip(able, gradients, strict=True) if gradient is not None]
+        return able, able
+    got = {source for (source, _), gradient in zip(crossed, gradients, strict=True) if gradient is not None}
+    return able, got | {f"{len(cut.pieces) - 1}.{cut.pieces[-1].outputs[0]}"}
 
 
 def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:

@@ -5,6 +5,7 @@
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
 | E332 | PlanError | weights are tied across parties, or between a stage that trains and one that does not |
+| E333 | PlanError | weights were frozen when the model was cut, and are to be trained now |
 | E326 | StageError | there is no example |
 | E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
 """
@@ -86,6 +87,7 @@ class Split:
 
         Raises:
             ConfigError: E235, the label is called as an input of the model is.
+            PlanError: E333, weights were frozen when the model was cut, and need a gradient now.
         """
         if label in self.cut.inputs:
             raise ConfigError(
@@ -120,6 +122,7 @@ class Split:
 
     def _stage(self, index: int, at: str | tuple[str, ...]) -> Stage:
         piece, ports = self.cut.pieces[index], self.ports[index]
+        ports.check_still(piece, self.names[index])
         single = len(ports.specs) == 1
         detached = [""] if single and ports.detached else list(ports.detached)
         frozen = not (ports.trained and any(parameter.requires_grad for parameter in piece.module.parameters()))
@@ -176,7 +179,7 @@ def split(
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
             labels="client" and one cut point, the tail begins at the last submodule with parameters (`tail_point`), so
             that neither inputs nor labels leave the client.
-        example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name.
+        example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict; see `cutlayer.models.cut`.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
         **options: `output`, `autocast` and `longest`; see `Options`.

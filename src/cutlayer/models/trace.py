@@ -8,6 +8,7 @@ With an example, each step is computed at once while tracing. So sizes are known
 from __future__ import annotations
 
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
@@ -30,6 +32,9 @@ from cutlayer.models.steps import hold
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
+
+_ONE = threading.RLock()  # tracing replaces methods of `nn.Module` for the whole process: one thread at a time
+_ASKED = torch.jit.isinstance
 
 # Functions that make a tensor from sizes or from what they are given: torch would not show them a traced value.
 _MAKERS = tuple(
@@ -78,8 +83,8 @@ def trace(
     tracer = _Tracer(model, arguments, enter, stacks, pick)
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
-        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, torch.jit.isinstance))
-        with asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
+        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, _ASKED))
+        with _ONE, asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
             graph = tracer.trace(model)
     except CutlayerError:
         raise
@@ -109,8 +114,12 @@ def _without_backward_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _is(values: Mapping[str, Any], asked: Callable[[Any, Any], bool], obj: Any, kind: Any) -> bool:  # noqa: ANN401
-    """Answer `torch.jit.isinstance` for a value by what it is for the example."""
-    return asked(values.get(obj.node.name, obj) if isinstance(obj, fx.Proxy) else obj, kind)
+    """Answer `torch.jit.isinstance` for values, also in lists or dictionaries, by what they are for the example."""
+
+    def known(one: Any) -> Any:  # noqa: ANN401
+        return values.get(one.node.name, one) if isinstance(one, fx.Proxy) else one
+
+    return asked(map_aggregate(obj, known), kind)
 
 
 def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorder) -> None:
@@ -209,12 +218,12 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Any, list[Any]]:
         """Make an input of each tensor argument; the others are constants."""
-        del is_module, concrete_args
+        del root_fn, is_module, concrete_args  # a forward may be the object's own, not its class's
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors}
-        given = {**self.arguments.constants, **proxies}
+        given = self.arguments.called(proxies)
         if "" in self.stacks:
             return lambda: self.pick(self._open(self._stack("", (), given))), []
-        return lambda: self.pick(self._open(root_fn(self.model, **given))), []
+        return lambda: self.pick(self._open(self.model.forward(**given))), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
@@ -224,7 +233,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # noqa: ANN401
         """Note the call of a submodule as one step, or look into it."""
-        if self.record.running:
+        if self.record.away:
             return forward(*args, **kwargs)
         if m not in self.names:
             return _made_inside(m, forward)(*args, **kwargs)
@@ -241,7 +250,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401, ARG002
         """Fetch a parameter or buffer as a step of its own, each time: it must not outlive an in-place write."""
-        if self.record.running or isinstance(attr_val, fx.Proxy):
+        if self.record.away or isinstance(attr_val, fx.Proxy):
             return attr_val
         return super().getattr(attr, attr_val, {})
 

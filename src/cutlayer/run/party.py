@@ -111,7 +111,7 @@ class Party:
                     where=f"party {self.name}, {name}",
                     expected=f"a function of {'the parameters' if name == 'optimizer' else 'the optimizer'} alone",
                     got=f"a function of ({', '.join(wanted)})",
-                    remedy="give the rest in a function of one argument: lambda optimizer: StepLR(optimizer, 10)",
+                    remedy=f"give the rest in a function of one argument: {_EXAMPLES[name]}",
                     code="E227",
                 )
         _check_metrics(self)
