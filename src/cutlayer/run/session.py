@@ -19,7 +19,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.drive import drive
-from cutlayer.run.launch import has_checkpoint
+from cutlayer.run.launch import RECORD, has_checkpoint
 from cutlayer.run.meeting import let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
@@ -62,7 +62,12 @@ def join(
         party = replace(party, seed=_private_seed(folder, party))
         store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
         task = Task(agenda, counts(party), store)
-    return take_part(plan, party, task, network=network, notify=notify)
+    try:
+        return take_part(plan, party, task, network=network, notify=notify)
+    except PeerError as error:
+        if (folder / RECORD).exists() and store.identifiers():
+            error.besides(f"from the last checkpoint on, here: cutlayer resume {folder}")
+        raise
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Dialer:
         try:
             answer = read_hello(first)
             if isinstance(answer, Abort):
-                return error_of(answer, self.name)
+                return error_of(answer, self.name, self._desk.settings)
             self._desk.admit(stream, first, None, expected=self.name)
         except CutlayerError as error:
             return error
