@@ -197,8 +197,8 @@ def theirs(practice: Practice, name: str = "server") -> Credentials:
 def test_a_server_of_a_foreign_authority(practice: Practice):
     with practice.listening(credentials=theirs(practice)) as visits:
         bad = stopped_at(look(practice), "certificate", "E667")
-    assert "not one that this party accepts" in bad.seen
-    assert "compare the authority (ca.pem) of both parties" in bad.do
+    assert "the server's certificate is of another authority" in bad.seen
+    assert "Compare `cutlayer pki show` at both parties" in bad.do
     assert [visit.result for visit in visits] == ["refused"]
     assert "it does not accept our certificate" in visits[0].text
 
@@ -206,10 +206,10 @@ def test_a_server_of_a_foreign_authority(practice: Practice):
 def test_a_server_of_another_name_and_one_that_has_expired(practice: Practice):
     practice.certify("archive")
     with practice.listening(credentials=practice.credentials("archive")):
-        assert "got the names archive" in stopped_at(look(practice), "certificate", "E667").seen
+        assert "got one made for archive" in stopped_at(look(practice), "certificate", "E667").seen
     practice.certify("server", days=2, now=LONG_AGO)
     with grpc_server(practice.port, practice.credentials("server")):
-        assert "certificate has expired" in stopped_at(look(practice), "certificate", "E667").seen
+        assert "the server's certificate has expired" in stopped_at(look(practice), "certificate", "E667").seen
 
 
 @pytest.mark.provokes("E668")
