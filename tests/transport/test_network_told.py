@@ -94,6 +94,7 @@ def test_a_party_that_cannot_listen_tells_the_coordinator(cast: Cast):
     assert (type(results["clinic"]), results["clinic"].code) == (LinkError, "E604")
     assert (type(results["server"]), results["server"].code) == (PeerError, "E703")
     assert results["server"].got == "E604 at clinic"
+    assert results["clinic"].got == f"127.0.0.1:{port}: Address already in use"
     assert str(port) not in str(results["server"])
 
 

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import grpc
 
-from cutlayer.errors import CutlayerError, HandshakeError, LinkError
+from cutlayer.errors import CutlayerError, HandshakeError
 from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_common import METHOD, SERVICE, server_credentials, server_options
 from cutlayer.transport.handshake import abort_of, check_hello, hello_of, read_hello, single, typed
+from cutlayer.transport.listening import cannot_listen, why_not_listen
 from cutlayer.transport.peer import Stream, dismiss, write
 from cutlayer.transport.probe import PROBE
 from cutlayer.transport.probe_service import CALLS_AT_ONCE, ProbeService
@@ -201,13 +202,8 @@ class Server:
             port = 0
         if not port:
             self.stop(0)
-            raise LinkError(
-                "the party cannot listen at its address",
-                where=f"party {settings.party}",
-                got=settings.port,
-                remedy="stop what else uses the port, or set another one",
-                code="E604",
-            )
+            reason = why_not_listen(settings.port)
+            raise cannot_listen(settings.party, settings.port, reason, coordinates=settings.coordinates)
         self._server.start()
 
     def stop(self, seconds: float) -> None:
