@@ -1,4 +1,4 @@
-"""Whether what is not finite was so in this party's own data already: then the data are named, not the learning rate.
+"""What an error of a tensor has to do with the data: fields that are not finite, labels whose classes were agreed on.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -7,16 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cutlayer.core.graph import Graph
+from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.parts import Loss
-from cutlayer.errors import NonFiniteError
+from cutlayer.engine.agree import Agreed
+from cutlayer.errors import NonFiniteError, StageError
 
-__all__ = ["blamed"]
+__all__ = ["blamed", "with_classes"]
 
 
 def blamed(error: NonFiniteError, fields: Mapping[str, Tensor], graph: Graph) -> NonFiniteError:
@@ -40,6 +41,26 @@ def blamed(error: NonFiniteError, fields: Mapping[str, Tensor], graph: Graph) ->
         expected=error.expected,
         got=", ".join(f"{name}: {text}" for name, text in found.items()),
         remedy="; ".join(_fill(name, graph, "NaN" in text, name in labels) for name, text in found.items()),
+        code=error.code,
+    )
+
+
+def with_classes(error: StageError, inputs: Sequence[Edge], agreed: Mapping[str, Agreed]) -> StageError:
+    """Return E307 with the number of classes that the parties agreed on for a loss's label; other errors as they are.
+
+    The number stays at this side, in `got`; the classes themselves are in nobody's message.
+    """
+    label = inputs[-1].source.field if inputs else ""
+    known = agreed.get(label)
+    if error.code != "E307" or known is None or known.kind != "classes":
+        return error
+    return StageError(
+        error.what,
+        where=error.where,
+        expected=error.expected,
+        got=f"{error.got}; the parties agreed on {len(known.values)} classes of {label}",
+        remedy=f"{error.remedy}; the classes of {label} are its values in sorted order, 0 the first: "
+        f"`Result.agreed` lists them after a run, and PARTY.preprocessing.json in the run's folder",
         code=error.code,
     )
 

@@ -16,7 +16,7 @@ from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
 from cutlayer.core.spec import TensorSpec
-from cutlayer.engine.blame import blamed
+from cutlayer.engine.blame import blamed, with_classes
 from cutlayer.engine.coder import Coder
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
@@ -116,7 +116,7 @@ class Worker:
             outputs = role.stage.forward(inputs, context)
         except StageError as error:
             error.within(_place(self, job))
-            raise
+            raise with_classes(error, role.edges, self.site.preprocess.agreed) from error.__cause__
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
             try:
