@@ -68,6 +68,11 @@ class CutlayerError(Exception):
         self.where = f"{place}: {self.where}" if self.where else place
         self.args = (self._text(),)
 
+    def besides(self, remedy: str) -> None:
+        """Say what else to do, behind the remedy that it has."""
+        self.remedy = f"{self.remedy}; {remedy}" if self.remedy else remedy
+        self.args = (self._text(),)
+
     def why(self) -> str:
         """Return "expected ..., got ..." or an empty text."""
         parts = [f"expected {self.expected}" if self.expected else "", f"got {self.got}" if self.got else ""]

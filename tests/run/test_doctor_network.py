@@ -197,8 +197,8 @@ def theirs(practice: Practice, name: str = "server") -> Credentials:
 def test_a_server_of_a_foreign_authority(practice: Practice):
     with practice.listening(credentials=theirs(practice)) as visits:
         bad = stopped_at(look(practice), "certificate", "E667")
-    assert "not one that this party accepts" in bad.seen
-    assert "compare the authority (ca.pem) of both parties" in bad.do
+    assert "the server's certificate is of another authority" in bad.seen
+    assert "Compare `cutlayer pki show` at both parties" in bad.do
     assert [visit.result for visit in visits] == ["refused"]
     assert "it does not accept our certificate" in visits[0].text
 
@@ -206,10 +206,10 @@ def test_a_server_of_a_foreign_authority(practice: Practice):
 def test_a_server_of_another_name_and_one_that_has_expired(practice: Practice):
     practice.certify("archive")
     with practice.listening(credentials=practice.credentials("archive")):
-        assert "got the names archive" in stopped_at(look(practice), "certificate", "E667").seen
+        assert "got one made for archive" in stopped_at(look(practice), "certificate", "E667").seen
     practice.certify("server", days=2, now=LONG_AGO)
     with grpc_server(practice.port, practice.credentials("server")):
-        assert "certificate has expired" in stopped_at(look(practice), "certificate", "E667").seen
+        assert "the server's certificate has expired" in stopped_at(look(practice), "certificate", "E667").seen
 
 
 @pytest.mark.provokes("E668")
@@ -251,13 +251,19 @@ def test_the_server_listens_and_dials_nobody(practice: Practice):
 
 def test_a_port_that_is_taken_and_an_address_that_is_not_ours(practice: Practice):
     with practice.listening():
-        taken = by_name([listening_row(f"127.0.0.1:{practice.port}")])["listening"]
+        taken = by_name([listening_row(f"127.0.0.1:{practice.port}", coordinates=True)])["listening"]
     assert (taken.status, taken.code) == ("problem", "E604")
     assert "in use" in taken.seen
-    assert taken.do.startswith("if that is no run of cutlayer, stop it")
-    other = by_name([listening_row("192.0.2.1:7443")])["listening"]
+    assert taken.do.startswith("stop what else uses the port, or set `listen` in the party file")
+    other = by_name([listening_row("192.0.2.1:7443", coordinates=False)])["listening"]
     assert (other.status, other.code) == ("problem", "E604")
-    assert "`listen` in the party file" in other.do
+    assert other.do == (
+        'behind a router or a firewall set listen = "0.0.0.0:PORT" in [network] of the party file, and have the '
+        "contract's address passed on to that port; or remove this party from [addresses] of the contract: then it "
+        "dials out, and opens no port"
+    )
+    server = by_name([listening_row("192.0.2.1:7443", coordinates=True)])["listening"]
+    assert server.do.endswith("or let a party that others can reach be the coordinator")
     with socket.create_server(("127.0.0.1", practice.port)):  # it was listened at for a moment only
         pass
 

@@ -14,12 +14,13 @@ from cutlayer.core.parts import Loss, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.topologies import vertical
 from cutlayer.data.sources import TensorTable
-from cutlayer.errors import DataError, PlanError
+from cutlayer.errors import DataError, PlanError, StageError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
 from cutlayer.run.party import Party
 from cutlayer.run.prediction import predict
 from cutlayer.run.results import write_results
 from cutlayer.run.simulate import simulate
+from cutlayer.transport.handshake import abort_of
 
 NAMES = ("a", "b", "c")
 SHARED = (
@@ -353,3 +354,26 @@ def test_data_that_fail_while_they_are_scanned_are_named():
     broken = Plan(stages, training=Training(batch_size=3), preprocessing=(Shared("x", at="head"),))
     with pytest.raises(DataError, match=r"E268.*party a, preprocessing of 'x', batch 0.*KeyError: 'bp'"):
         simulate(broken, [party])
+
+
+@pytest.mark.provokes("E307")
+def test_too_few_outputs_for_the_classes_that_were_agreed_on_are_told_their_number():
+    stages = [
+        Stage("head", at=NAMES, inputs=["data.x", "data.ward"], output="float32[batch, 3]"),
+        Stage("body", at="server", inputs=["head"], output="float32[batch, 2]"),
+        Loss("loss", at=NAMES, inputs=["body", "data.y"]),
+    ]
+    narrow = Plan(stages, training=Training(epochs=1, batch_size=10, shuffle=False), preprocessing=SHARED)
+    held = [replace(one, modules={"body": nn.Linear(3, 2)}) if one.name == "server" else one for one in parties()]
+    with pytest.raises(StageError) as caught:
+        simulate(narrow, held)
+    error = caught.value
+    assert error.code == "E307"
+    assert error.got.endswith("a label that is no class; the parties agreed on 3 classes of y")
+    assert error.remedy.startswith("give the model one output for each class")
+    assert error.remedy.endswith(
+        "`Result.agreed` lists them after a run, and PARTY.preprocessing.json in the run's folder"
+    )
+    assert not any(value in str(error) for value in ("15", "25"))
+    told = abort_of(error, "a")
+    assert "3 classes" not in told.what + told.remedy

@@ -14,6 +14,7 @@ from cutlayer.core.compile import agenda
 from cutlayer.core.program import Mode
 from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run import session
+from cutlayer.run.launch import RECORD
 from cutlayer.run.party import counts
 from cutlayer.run.session import Task, take_part
 from cutlayer.transport.network import SessionReset
@@ -71,6 +72,33 @@ def test_a_bug_at_one_party_reaches_the_others_without_its_words(tmp_path: Path)
     assert "got E390 at alpha" in told
     assert "look at its terminal" in told
     assert "secret" not in told
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+def test_after_ctrl_c_elsewhere_a_party_with_a_checkpoint_is_told_how_to_go_on(tmp_path: Path, by_command: bool):
+    case = plans.u_shaped(epochs=3)
+    trial = Trial(case.plan, tmp_path)
+    here = tmp_path / "run" / "server"
+    here.mkdir(parents=True)
+    if by_command:
+        (here / RECORD).write_text("{}")  # as `cutlayer join` leaves it
+
+    def alpha() -> None:
+        def stop(event: str, details: Mapping[str, Any]) -> None:
+            if (event, details.get("mode"), details.get("round")) == ("step", "train", 2):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cl.join(case.plan, case.build("alpha"), network=trial.settings("alpha"), folder=tmp_path / "a", notify=stop)
+
+    def server() -> cl.Result:
+        return cl.join(case.plan, case.build("server"), network=trial.settings("server"), folder=here)
+
+    error = trial.play({"alpha": alpha, "server": server})["server"]
+    assert (type(error), error.code, error.what) == (PeerError, "E704", "alpha stopped: Ctrl-C")
+    go_on = f"; from the last checkpoint on, here: cutlayer resume {here}" if by_command else ""
+    assert error.remedy == f"look at alpha's terminal; then start all parties with resume{go_on}"
+    assert error.remedy in str(error)
 
 
 class Restless:

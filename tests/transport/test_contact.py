@@ -20,7 +20,7 @@ import trustme
 from cutlayer.errors import CertificateError, DeadlineError, HandshakeError, LinkError
 from cutlayer.transport import contact as contact_module
 from cutlayer.transport.contact import Target
-from cutlayer.transport.pki import create_authority, issue
+from cutlayer.transport.pki import create_authority, describe, issue
 from cutlayer.transport.tls import Credentials, check_credentials, load_credentials
 
 PLENTY = 20.0  # seconds; nothing below comes near
@@ -160,20 +160,47 @@ def test_the_server_is_of_a_foreign_authority(site: Site, port: int, tmp_path: P
     foreign = load_credentials(issue(create_authority(tmp_path, name="foreign"), "client", tmp_path), "client")
     error = diagnose(port, foreign)
     assert (type(error), error.code) == (CertificateError, "E667")
-    assert "not one that this party accepts" in error.what
-    assert "issuer" in error.got or "self-signed" in error.got
+    assert error.what == "the server's certificate is of another authority"
+    assert error.expected == "one signed by CN=foreign, the authority (ca.pem) that this party has"
+    assert error.got == "issuer CN=live, made for server"
+    assert "`cutlayer pki issue server`" in error.remedy
 
 
 @pytest.mark.provokes("E667")
 def test_the_server_has_another_name(site: Site, port: int):
     error = diagnose(port, site.client, "archive")
-    assert (type(error), error.code, error.got) == (CertificateError, "E667", "the names server")
+    assert (type(error), error.code, error.got) == (CertificateError, "E667", "one made for server")
+    assert (error.what, error.expected) == (
+        "the server's certificate is made for another name",
+        "a certificate made for archive",
+    )
+    assert "`cutlayer pki issue archive`" in error.remedy
 
 
 def test_the_server_has_expired(site: Site):
     with grpc_server(site.expired) as port:
         error = diagnose(port, site.client, "expired")
-    assert (type(error), error.code, error.got) == (CertificateError, "E667", "certificate has expired")
+    end = describe(site.authority.parent / "live" / "expired" / "party.pem").not_after
+    assert (type(error), error.code, error.what) == (CertificateError, "E667", "the server's certificate has expired")
+    assert error.got == f"one valid until {end:%Y-%m-%d %H:%M} UTC"
+    assert error.expected.startswith(f"a certificate in date now, {datetime.now(UTC):%Y-%m-%d}")
+    assert "renew it with `cutlayer pki issue expired`" in error.remedy
+
+
+def test_the_server_is_not_valid_yet(site: Site, tmp_path: Path):
+    start = datetime.now(UTC) + timedelta(days=9)
+    early = load_credentials(issue(site.authority, "early", tmp_path, now=start), "early")
+    with grpc_server(early) as port:
+        error = diagnose(port, site.client, "early")
+    assert (error.code, error.what) == ("E667", "the server's certificate is not valid yet")
+    assert error.got.startswith("one valid from ")
+
+
+def test_a_server_whose_certificate_cannot_be_read_again_is_refused_all_the_same(site: Site, monkeypatch):
+    monkeypatch.setattr(contact_module, "shown_by", lambda *_: b"")
+    with grpc_server(site.expired) as port:
+        error = diagnose(port, site.client, "expired")
+    assert (error.code, error.got) == ("E667", "certificate has expired")
 
 
 @pytest.fixture

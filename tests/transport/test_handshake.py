@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cutlayer.errors import (
@@ -17,7 +19,21 @@ from cutlayer.errors import (
 from cutlayer.transport import control
 from cutlayer.transport.control import Abort
 from cutlayer.transport.handshake import abort_of, check_hello, error_of, tidy, typed
+from cutlayer.transport.settings import NetworkSettings
 from tests.transport.parties import Cast
+
+HERE = NetworkSettings(
+    party="lab",
+    parties=("lab", "server", "clinic"),
+    coordinator="server",
+    addresses={"server": "127.0.0.1:7"},
+    run="r",
+    digest="d",
+)
+
+
+def came(abort: Any, via: str) -> CutlayerError:
+    return error_of(abort, via, HERE)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +47,7 @@ from tests.transport.parties import Cast
     ],
 )
 def test_an_error_arrives_with_its_code_and_remedy(error: CutlayerError, kind: type[CutlayerError], code: str):
-    arrived = error_of(control.decode(control.ABORT, control.encode(abort_of(error, "clinic"))), "server")
+    arrived = came(control.decode(control.ABORT, control.encode(abort_of(error, "clinic"))), "server")
     assert type(arrived) is kind
     assert arrived.code == code
     assert error.what in arrived.what
@@ -46,6 +62,13 @@ def test_values_stay_at_home():
     assert "secret" not in repr(abort_of(error, "clinic"))
     assert "home" not in repr(abort_of(error, "clinic"))
     assert "secret" not in repr(abort_of(ValueError("secret"), "clinic"))
+
+
+def test_a_party_that_was_stopped_with_ctrl_c_is_no_python_word_and_a_training_is_resumed():
+    told = control.decode(control.ABORT, control.encode(abort_of(KeyboardInterrupt(), "clinic")))
+    error = came(told, "server")
+    assert (type(error), error.code, error.what) == (PeerError, "E704", "clinic stopped: Ctrl-C")
+    assert error.remedy == "look at clinic's terminal; then start all parties with resume"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +90,7 @@ def test_what_was_expected_and_got_arrives(kind: type[CutlayerError], code: str,
     for via in ("server", "office"):
         told = control.decode(control.ABORT, control.encode(abort_of(error, "clinic")))
         assert isinstance(told, Abort)
-        error = error_of(told, via)
+        error = came(told, via)
         assert (error.what, error.expected, error.got) == ("'anna' asks for more: so it is", expected, got)
         assert error.lines()[2] == f"  why:   {error.why() or 'see above'}"
 
@@ -82,7 +105,7 @@ def test_why_a_party_reaches_nobody_stays_at_home(kind: type[CutlayerError], cod
         assert isinstance(told, Abort)
         assert "10.1.2.3" not in repr(told)
         assert "proxy" not in repr(told)
-        error = error_of(told, via)
+        error = came(told, via)
         assert (error.what, error.expected, error.got) == ("server did not come", "all of 2", "")
         assert error.remedy == "start it"
 
@@ -105,10 +128,10 @@ def test_values_in_an_error_of_ones_own_stay_at_home(kind: type[CutlayerError]):
 
 
 def test_texts_of_others_are_fit_for_a_terminal():
-    arrived = error_of(Abort("clinic", "E999", "\x1b[2Jgone\nnext", "\x07"), "server")
+    arrived = came(Abort("clinic", "E999", "\x1b[2Jgone\nnext", "\x07"), "server")
     assert all(sign.isprintable() for sign in str(arrived))
     assert len(tidy("x" * 10_000)) == control.TEXT_MAX
-    refused = error_of(Abort("clinic", "E614", "no: expected \x1b[2Jmore, got " + "x" * 10_000, "\x07"), "server")
+    refused = came(Abort("clinic", "E614", "no: expected \x1b[2Jmore, got " + "x" * 10_000, "\x07"), "server")
     assert all(sign.isprintable() for sign in str(refused))
     assert len(refused.what + refused.expected + refused.got) < control.TEXT_MAX
 

@@ -120,8 +120,12 @@ def _serve(contract_path: Path | None, party_path: Path | None, minutes: float, 
         raise _unable("the contract and --party FILE", f"{given[0]} only" if given else "neither")
     contract, file = load_contract(contract_path), load_party_file(party_path)
     settings = network_settings(contract, file)
-    if settings.credentials is None or not settings.port:
-        raise _unable("a party with certificates and an address in the contract", f"{file.name}, which has not both")
+    if not settings.port:
+        raise _unable("a party with an address in the contract", f"{file.name}, which has none")
+    if settings.credentials is None:
+        remedy = f"make certificates: cutlayer pki init ca --name {contract.plan.name}, then cutlayer pki issue "
+        remedy += f"{' '.join(settings.parties)}; in [network] of the party file put credentials = FOLDER in place of "
+        raise _unable("a party with certificates", f"{file.name} with insecure = true", f"{remedy}insecure = true")
     check_credentials(settings.credentials, now=datetime.now(UTC))
     visits = _Visits(output)
     listener = ProbeListener(
@@ -173,12 +177,12 @@ class _Visits:
         return f"accepted: {', '.join(names) or 'nobody'}; refused: {refused}"
 
 
-def _unable(expected: str, got: str) -> ConfigError:
+def _unable(expected: str, got: str, remedy: str = "") -> ConfigError:
     return ConfigError(
         "this party cannot listen for the doctors of others",
         where="doctor --serve",
         expected=expected,
         got=got,
-        remedy="run it at the coordinator: cutlayer doctor CONTRACT --party FILE --serve",
+        remedy=remedy or "run it at the coordinator: cutlayer doctor CONTRACT --party FILE --serve",
         code="E215",
     )

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import in_processes
 from cutlayer.cli.progress import LOST_IN_PREDICTION, RunProgress
-from cutlayer.cli.running import both, check_names, consent
+from cutlayer.cli.running import both, built, check_names, consent
 from cutlayer.core.inference import describe_prediction, prediction_bytes
 from cutlayer.core.serving import served_plan, server_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, load_contract
-from cutlayer.run.launch import checked_network
+from cutlayer.run.launch import accept, checked_network
 from cutlayer.run.partyfile import PartyFile, load_party_file
 
 if TYPE_CHECKING:
@@ -96,16 +96,16 @@ def _all_here(
 def _from_here(
     contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, how: How
 ) -> None:
-    from cutlayer.run.party import counts
-    from cutlayer.run.prediction import ask, predict_with_others
+    from cutlayer.run.prediction import ask, predict_with_others, predicting
     from cutlayer.run.results import EventLog, results_folder
 
     network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     plan = served_plan(contract.plan) if how.served else contract.plan
     if how.served:
         server_of(contract.plan, file.name)
-    party = file.party()
-    samples = counts(party).get("predict", 0)
+    told = predicting(network, how.wait) if how.join and accept(contract, file, how.accept) else None
+    party, own = built(file, told)
+    samples = own.get("predict", 0)
     text = describe_prediction(plan, file.name)
     if samples:
         most = prediction_bytes(plan, file.name, samples)

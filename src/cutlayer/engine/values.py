@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutlayer.core.graph import Edge, Graph
 
-__all__ = ["Values"]
+__all__ = ["Values", "own_fields"]
 
 
 class Values:
@@ -110,6 +110,16 @@ class Values:
             field = f"data.{source.field}@{self.graph.origin(edge, lane)}"
             key = self._keys[edge.index, lane] = _output(source.stage, source.port) if source.stage else field
         return key
+
+
+def own_fields(values: Values, lane: int, micro: int) -> dict[str, Tensor]:
+    """Return the party's own data of a microbatch, field -> shape (microbatch, ...)."""
+    end = f"@{values.party}"
+    return {
+        key.removeprefix("data.").removesuffix(end): value
+        for (key, *place), value in values._values.items()
+        if key.startswith("data.") and key.endswith(end) and place == [lane, micro]
+    }
 
 
 def _output(stage: str, port: str) -> str:

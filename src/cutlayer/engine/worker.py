@@ -16,6 +16,7 @@ from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Forward, Load, Mode, Recv, Send, Step
 from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.blame import blamed, with_classes
 from cutlayer.engine.coder import Coder
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
@@ -23,7 +24,7 @@ from cutlayer.engine.preprocess import unread
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
 from cutlayer.engine.stage import Context, Gradients, ModuleStage, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
-from cutlayer.engine.values import Values
+from cutlayer.engine.values import Values, own_fields
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError, StageError
 
@@ -117,10 +118,13 @@ class Worker:
             outputs = role.stage.forward(inputs, context)
         except StageError as error:
             error.within(_place(self, job))
-            raise
+            raise with_classes(error, role.edges, self.site.preprocess.agreed) from error.__cause__
         self.ledger.compute("forward", job.stage, role.stage.spent)
         if role.book is not None:
-            check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
+            try:
+                check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
+            except NonFiniteError as error:
+                raise blamed(error, own_fields(self.values, job.lane, job.micro), self.graph) from None
             scale = getattr(role.stage, "scale", "")
             role.book.update(outputs[0], inputs, job.size, role.reduction, scale, job.lane)
             return
@@ -166,7 +170,10 @@ class Worker:
     def packed(self, job: Send, step: int, value: Tensor) -> Parcel:
         """Return a value or gradient as it leaves: checked, defended, encoded. Raises what `parcel` raises."""
         edge = self.graph.edges[job.edge]
-        _check_leaving(self, job, value, edge.spec)
+        try:
+            _check_leaving(self, job, value, edge.spec)
+        except NonFiniteError as error:
+            raise blamed(error, own_fields(self.values, job.lane, job.micro), self.graph) from None
         if edge.crossing is not None:
             place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
             value = self.coder.leaving(edge, job.direction, value, place)

@@ -15,9 +15,9 @@ from cutlayer.run.partyfile import PartyFile
 from cutlayer.transport.addresses import host_port
 from cutlayer.transport.contact import Target, contact
 from cutlayer.transport.handshake import release
+from cutlayer.transport.listening import reason_of, way_out, why_not_listen
 from cutlayer.transport.probe import Measured, measure
 from cutlayer.transport.proxy import find_proxy
-from cutlayer.transport.reach import why_not_listen
 from cutlayer.transport.settings import NetworkSettings, proxy_to, route
 from cutlayer.transport.tls import Credentials
 
@@ -53,7 +53,9 @@ def network_rows(contract: Contract, file: PartyFile, *, each: float) -> Iterato
             yield _not_dialled(settings, name)
     if settings.port:
         late = Row("listening", "problem", f"{settings.port}: no answer in time", "look at this machine's name service")
-        yield from in_time("listening", lambda: [listening_row(settings.port)], each, late)
+        yield from in_time(
+            "listening", lambda: [listening_row(settings.port, coordinates=settings.coordinates)], each, late
+        )
 
 
 def address_rows(contract: Contract, *, each: float) -> Iterator[Row]:
@@ -114,13 +116,13 @@ def _measured(
     yield _their_release(name, found)
 
 
-def listening_row(address: str) -> Row:
+def listening_row(address: str, *, coordinates: bool) -> Row:
     """Try to listen at this party's own address, and stop at once."""
-    reason = why_not_listen(*host_port(address))
-    if not reason:
+    reason = why_not_listen(address)
+    if reason is None:
         return Row("listening", "ok", f"this party can listen at {address}; the others must reach it there")
-    do = "if that is no run of cutlayer, stop it; else look at `listen` in the party file"
-    return Row("listening", "problem", f"{address}: {reason}", do, "E604")
+    do = way_out(reason, coordinates=coordinates)
+    return Row("listening", "problem", f"{address}: {reason_of(reason)}", do, "E604")
 
 
 def _way(target: Target, credentials: Credentials | None, party: str, each: float) -> Generator[Row, None, bool]:

@@ -37,6 +37,7 @@ __all__ = [
     "assumed_roster",
     "begin_run",
     "checked_network",
+    "has_checkpoint",
     "leaving",
     "network_settings",
     "no_checkpoints",
@@ -208,6 +209,11 @@ def _section(plan: Plan, party: str) -> str:
         if inside:
             found.append(line if line.startswith(" ") else party)
     return "\n".join(found)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a party's folder of a run holds a checkpoint to go on from, as far as can be seen without reading it."""
+    return any(path.stem.isdecimal() for path in (folder / "checkpoints").glob("*.json"))
 
 
 def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:

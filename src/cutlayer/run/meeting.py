@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -19,9 +21,11 @@ from cutlayer.core.program import Mode, Program
 from cutlayer.errors import CutlayerError, PeerError, StageError
 from cutlayer.run.memory import keep_freed_memory
 from cutlayer.run.party import Party
-from cutlayer.transport.network import Network
+from cutlayer.transport.network import Network, NetworkSettings
 
-__all__ = ["let_in", "own_process", "tell_others"]
+__all__ = ["let_in", "own_process", "tell_others", "telling"]
+
+_DIAL: Final = 5.0  # seconds in which a party that fails before a run tries to tell the coordinator
 
 
 @contextmanager
@@ -48,6 +52,26 @@ def let_in(
     admitted = {sender: most for (sender, receiver), most in bounds.items() if receiver == party}
     link.open(Admission(programs[party], phases), admitted)
     return programs[party]
+
+
+@contextmanager
+def telling(network: NetworkSettings, what: str) -> Iterator[None]:
+    """Tell the others of an error of this party in what it does before it meets them, or only that `what` failed.
+
+    Nothing is opened without an error. After one, whoever does not coordinate dials the coordinator, for at most
+    `deadlines.close` or 5 seconds; the coordinator listens until all have come, for at most `deadlines.close`. The
+    error itself is raised in any case. Only code, sentence and remedy leave, as `Network.abort` says.
+    """
+    try:
+        yield
+    except Exception as error:
+        deadlines = network.deadlines
+        if not network.coordinates:
+            deadlines = replace(deadlines, close=min(deadlines.close, _DIAL))
+        settings = replace(network, deadlines=deadlines)
+        with suppress(CutlayerError), Network(settings, lambda _event, _details: None) as link:
+            tell_others(link, error, what)
+        raise
 
 
 def tell_others(link: Network, error: BaseException | None, what: str) -> None:

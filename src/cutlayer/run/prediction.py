@@ -32,6 +32,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.meeting import telling
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, counts
 from cutlayer.run.session import Task, take_part
@@ -49,6 +50,7 @@ __all__ = [
     "predict",
     "predict_here",
     "predict_with_others",
+    "predicting",
     "write_predictions",
 ]
 
@@ -149,10 +151,16 @@ def predict_with_others(
     party = idle(party)
     if party.seed is None:  # drawn once: after a restart the same value leaves with the same noise
         party = replace(party, seed=secrets.randbits(63))
-    task = Task(agenda, counts(party), prepare=_prepare(weights))
-    deadlines = replace(network.deadlines, patience=wait)
-    settings = replace(network, run=network.run + _TASK, task="prediction", deadlines=deadlines)
+    settings = predicting(network, wait)
+    with telling(settings, f"party {party.name!r}"):
+        task = Task(agenda, counts(party), prepare=_prepare(weights))
     return take_part(plan, party, task, network=settings, notify=notify)
+
+
+def predicting(network: NetworkSettings, wait: float) -> NetworkSettings:
+    """Return the settings of a party that predicts with all others."""
+    deadlines = replace(network.deadlines, patience=wait)
+    return replace(network, run=network.run + _TASK, task="prediction", deadlines=deadlines)
 
 
 def ask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.drive import drive
-from cutlayer.run.meeting import let_in, own_process, tell_others
+from cutlayer.run.launch import RECORD, has_checkpoint
+from cutlayer.run.meeting import let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.simulate import gathered
@@ -55,10 +57,18 @@ def join(
         CutlayerError: this party failed; the others are told the code and the remedy.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    party = replace(party, seed=_private_seed(folder, party))
-    store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
-    return take_part(plan, party, Task(agenda, counts(party), store), network=network, notify=notify)
+    again = has_checkpoint(folder)  # then the others may run, and wait for this party
+    with nullcontext() if again else telling(network, f"party {party.name!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        party = replace(party, seed=_private_seed(folder, party))
+        store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
+        task = Task(agenda, counts(party), store)
+    try:
+        return take_part(plan, party, task, network=network, notify=notify)
+    except PeerError as error:
+        if (folder / RECORD).exists() and store.identifiers():
+            error.besides(f"from the last checkpoint on, here: cutlayer resume {folder}")
+        raise
 
 
 @dataclass(frozen=True)

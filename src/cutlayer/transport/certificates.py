@@ -50,7 +50,7 @@ _NOT_READABLE: Final = (
     x509.UnsupportedGeneralNameType,
 )
 _SHOWN: Final = 200  # characters of a text that somebody else wrote
-_REISSUE: Final = "Ask the authority of this run for a new certificate"
+_REISSUE: Final = "Ask the authority of this run for a new certificate (`cutlayer pki issue NAME`)"
 
 
 def check_chain(

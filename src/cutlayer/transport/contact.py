@@ -12,7 +12,7 @@ a proxy that refuses likewise; so causes are found here, without gRPC.
 | E641 | HandshakeError | something answers, but not TLS with HTTP/2 |
 | E646, E648 | HandshakeError | plaintext where TLS is spoken, or the reverse (`cutlayer.transport.dialect`) |
 | E663, E666, E669 | CertificateError | our own files (`cutlayer.transport.tls`) |
-| E667 | CertificateError | the server's certificate or its TLS is refused by us |
+| E667 | CertificateError | the server's certificate or its TLS is refused by us (`transport.server_certificate`) |
 | E668 | CertificateError | the server refuses our certificate |
 """
 
@@ -43,6 +43,7 @@ from cutlayer.transport.dialect import (
 )
 from cutlayer.transport.proxy import Proxy
 from cutlayer.transport.reach import ask_proxy, connect, left, reach_proxy, resolve, silent
+from cutlayer.transport.server_certificate import other_name, refused_by_tls, shown_by, why_refused
 from cutlayer.transport.tls import Credentials, context_of
 
 __all__ = ["Step", "Target", "contact", "diagnose"]
@@ -180,6 +181,8 @@ def _walk(target: Target, credentials: Credentials, until: Callable[[], float], 
     opened.enter_context(stream)
     try:
         _shake_hands(stream, credentials, until(), where)
+    except ssl.SSLCertVerificationError as error:
+        raise why_refused(error, shown_by(stream), target.party, credentials.authority, where) from error
     except HandshakeError:
         with contextlib.suppress(LinkError, DeadlineError):  # then it is not known what it speaks
             if speaks_plaintext(_again(target, until, opened, credentials.party), until(), where):
@@ -196,8 +199,8 @@ def _shake_hands(stream: ssl.SSLSocket, credentials: Credentials, deadline: floa
         stream.do_handshake()
     except TimeoutError as error:
         raise silent(where) from error
-    except ssl.SSLCertVerificationError as error:
-        raise _foreign_server(where, error.verify_message) from error
+    except ssl.SSLCertVerificationError:
+        raise
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError) as error:
         raise LinkError(
             "the server closed the connection within the TLS handshake",
@@ -212,14 +215,14 @@ def _shake_hands(stream: ssl.SSLSocket, credentials: Credentials, deadline: floa
             raise _no_server(where, reason) from error
         if any(word in reason for word in _OF_CERTIFICATES):
             raise _refused(credentials, where, f"the alert {reason}") from error
-        raise _foreign_server(where, f"the alert {reason}") from error
+        raise refused_by_tls(where, f"the alert {reason}") from error
 
 
 def _check_server(stream: ssl.SSLSocket, server_name: str, where: str) -> str:
     certificate = stream.getpeercert(binary_form=True) or b""
     names = names_of(certificate)
     if server_name not in names:
-        raise _foreign_server(where, f"the names {listed(names)}")
+        raise other_name(names, server_name, where)
     if stream.selected_alpn_protocol() != "h2":
         raise _no_server(where, "TLS without HTTP/2")
     return f"{stream.version()}, certificate of {server_name}, valid {_span(parse_chain(certificate, where=where)[0])}"
@@ -255,17 +258,6 @@ def _refused(credentials: Credentials, where: str, got: str) -> CertificateError
         got=f"{got}; ours names {names}, issuer {issuer}, valid {_span(own)}",
         remedy="Compare the authority (ca.pem) of both parties and both clocks; the server's log has its reason.",
         code="E668",
-    )
-
-
-def _foreign_server(where: str, got: str) -> CertificateError:
-    return CertificateError(
-        "the server's certificate is not one that this party accepts",
-        where=where,
-        expected="a certificate of this run's authority, in date, in the server's name",
-        got=got,
-        remedy="Check the server's address, then compare the authority (ca.pem) of both parties.",
-        code="E667",
     )
 
 

@@ -55,6 +55,11 @@ class Dialer:
         self._longest = min(desk.settings.rhythm.retry, deadlines.join / _WITHIN, deadlines.patience / _WITHIN)
         self._thread = threading.Thread(target=self._run, name=f"cutlayer-{party}-dials-{name}", daemon=True)
 
+    @property
+    def dials(self) -> bool:
+        """Whether it still tries to bring the link up, or to keep it."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to dial."""
         self._thread.start()
@@ -123,7 +128,7 @@ class Dialer:
         try:
             answer = read_hello(first)
             if isinstance(answer, Abort):
-                return error_of(answer, self.name)
+                return error_of(answer, self.name, self._desk.settings)
             self._desk.admit(stream, first, None, expected=self.name)
         except CutlayerError as error:
             return error

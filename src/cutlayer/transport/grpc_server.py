@@ -17,18 +17,19 @@ from typing import Any, Protocol
 
 import grpc
 
-from cutlayer.errors import CutlayerError, HandshakeError, LinkError
+from cutlayer.errors import CutlayerError, HandshakeError
 from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_common import METHOD, SERVICE, server_credentials, server_options
 from cutlayer.transport.handshake import abort_of, check_hello, hello_of, read_hello, single, typed
-from cutlayer.transport.peer import Stream, write
+from cutlayer.transport.listening import cannot_listen, why_not_listen
+from cutlayer.transport.peer import Stream, dismiss, write
 from cutlayer.transport.probe import PROBE
 from cutlayer.transport.probe_service import CALLS_AT_ONCE, ProbeService
 from cutlayer.transport.reception import Reception
 from cutlayer.transport.settings import NetworkSettings
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timers
-from cutlayer.transport.watch import Watch
+from cutlayer.transport.watch import Watch, note_refused
 
 __all__ = ["Desk", "Door", "RunDoor", "Server"]
 
@@ -142,17 +143,23 @@ class RunDoor:
     def refused(self, error: CutlayerError, first: bytes, names: tuple[str, ...] | None) -> None:
         """A party of the plan with which this one cannot talk ends the run, unless it is here already.
 
+        Whatever else refuses who came as a party is remembered: if that party does not come, it is why.
+
         Who it is says its certificate. Without certificates anybody may say anything: that ends no session.
         """
         steward = self._desk.steward
         name = names[0] if names is not None and len(names) == 1 else ""
-        if names is None:
-            with contextlib.suppress(CutlayerError):
-                name = read_hello(first).party
+        claimed = name
+        with contextlib.suppress(CutlayerError):
+            claimed = read_hello(first).party
+        name = claimed if names is None else name
+        note_refused(self._desk.watch, claimed, error)
         waits = name in steward.peers and not steward.peers[name].link.remote
         if names is None:
             waits = not steward.member.session and (waits or not name)
         final = waits and error.code in ("E641", "E642", "E643")
+        if final and name in steward.peers:
+            dismiss(steward.peers[name])
         if final or error.code == "E511":  # E511: what the link has lost cannot be had back
             steward.fail(error)
 
@@ -167,6 +174,11 @@ class Server:
         self._server: Any = None
         self._readers: list[threading.Thread] = []
         self._lock = threading.Lock()  # of the readers
+
+    @property
+    def listens(self) -> bool:
+        """Whether others can dial in."""
+        return self._server is not None
 
     def start(self) -> None:
         """Listen. Raises `LinkError` E604 if that is not possible."""
@@ -190,13 +202,8 @@ class Server:
             port = 0
         if not port:
             self.stop(0)
-            raise LinkError(
-                "the party cannot listen at its address",
-                where=f"party {settings.party}",
-                got=settings.port,
-                remedy="stop what else uses the port, or set another one",
-                code="E604",
-            )
+            reason = why_not_listen(settings.port)
+            raise cannot_listen(settings.party, settings.port, reason, coordinates=settings.coordinates)
         self._server.start()
 
     def stop(self, seconds: float) -> None:

@@ -41,6 +41,7 @@ from cutlayer.errors import (
 from cutlayer.transport import control
 from cutlayer.transport.control import Abort, LinkHello, Message
 from cutlayer.transport.frames import messages, run_number
+from cutlayer.transport.remedies import when_left
 from cutlayer.transport.settings import NetworkSettings
 
 __all__ = ["abort_of", "check_hello", "error_of", "hello_of", "read_hello", "single", "tidy", "typed"]
@@ -177,7 +178,8 @@ def abort_of(error: BaseException, party: str) -> Abort:
     reaches another stays here: the way out of a site, with its addresses and proxies, is its own affair.
     """
     if not isinstance(error, CutlayerError):
-        return Abort(party, "E704", f"{party} stopped: {type(error).__name__}", f"look at {party}'s terminal")
+        kind = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        return Abort(party, "E704", f"{party} stopped: {kind}", f"look at {party}'s terminal")
     what = error.what
     if error.code in _EXPECTED_TOO:
         what += f": expected {error.expected}" if error.expected else ""
@@ -186,13 +188,14 @@ def abort_of(error: BaseException, party: str) -> Abort:
     return Abort(party, error.code, tidy(what), tidy(error.remedy))
 
 
-def error_of(abort: Abort, via: str) -> CutlayerError:
+def error_of(abort: Abort, via: str, settings: NetworkSettings) -> CutlayerError:
     """Return the error to raise where an ABORT arrives; `via` is the party that it came from.
 
     Errors of the network itself (E64x, E66x, E70x) and refusals of a service (E612 to E615) keep their class and
-    code, and what was expected and got; others become `PeerError` E703.
+    code, and what was expected and got; others become `PeerError` E703. What to do when a party stopped is known here.
     """
     what, remedy, party = tidy(abort.what), tidy(abort.remedy), tidy(abort.party)
+    remedy = when_left(settings, party) if abort.code == "E704" else remedy
     kind = _kind_of(abort.code)
     if kind is not None:
         told = "" if via == party else f", told by {tidy(via)}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
-from cutlayer.errors import DeadlineError
+from cutlayer.errors import CutlayerError, DeadlineError
 from cutlayer.transport.grpc_dialer import Dialer
 from cutlayer.transport.grpc_server import Desk, RunDoor, Server
 from cutlayer.transport.peer import Peer
@@ -13,6 +14,9 @@ from cutlayer.transport.settings import route
 __all__ = ["Links", "unfinished"]
 
 _LEAST = 0.1  # seconds that a thread has to end, when time is up
+_LOOK = 0.2  # seconds between two looks at who may still come
+_UNTOLD: Final = frozenset({"E431", "E702"})
+"""Failures for which nobody is waited for: this party was stopped, or it is the others who did not come."""
 
 
 class Links:
@@ -25,12 +29,21 @@ class Links:
         self._dialers: dict[str, Dialer] = {}
 
     def start(self) -> None:
-        """Listen, and dial the coordinator. Raises `LinkError` E604 if the party cannot listen at its address."""
-        if self._server is not None:
-            self._server.start()
+        """Dial the coordinator, and listen.
+
+        Raises:
+            LinkError: E604, the party cannot listen at its address; whom it can dial is told.
+        """
         self._desk.timers.start()
         self._desk.watch.look()
         self.need(self._desk.settings.coordinator)
+        try:
+            if self._server is not None:
+                self._server.start()
+        except CutlayerError as error:
+            self._desk.steward.fail(error)
+            self.close()
+            raise
 
     def need(self, name: str) -> None:
         """If the link with a peer is this party's to dial, see to it that it comes up."""
@@ -83,14 +96,29 @@ class Links:
         desk.timers.close(max(_LEAST, deadline - time.monotonic()))
 
     def _flush(self, peer: Peer, deadline: float) -> None:
-        """Wait until a peer has everything; after a good end also for one whose link is down just now."""
+        """Wait until a peer has everything; at times also for one whose link is down just now: see `_may_come`."""
         with peer.changed:
             while not (peer.link.outbox.empty or peer.left):
                 gone = peer.stream is None or peer.stream.closed
                 left = deadline - time.monotonic()
-                if left <= 0 or (gone and not self._desk.steward.member.done):
+                if left <= 0 or (gone and not self._may_come(peer)):
                     return
-                peer.changed.wait(left)
+                peer.changed.wait(min(left, _LOOK) if gone else left)
+
+    def _may_come(self, peer: Peer) -> bool:
+        """Whether to wait for a peer whose link is down: after a good end, and when a run fails before it has begun.
+
+        Then the others still dial, and would learn only that this party is not there.
+        """
+        steward = self._desk.steward
+        failure = steward.failure
+        early = failure is not None and failure.code not in _UNTOLD and not steward.member.session
+        if route(self._desk.settings, peer.name) == "dial":
+            dialer = self._dialers.get(peer.name)
+            able = dialer is not None and dialer.dials
+        else:
+            able = self._server is not None and self._server.listens
+        return steward.member.done or (early and able)
 
 
 def unfinished(desk: Desk) -> DeadlineError:

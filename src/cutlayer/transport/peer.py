@@ -28,7 +28,7 @@ from cutlayer.transport.handshake import single
 from cutlayer.transport.link import Link, Parcel, Ticket
 from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["Peer", "Stream", "finish", "parcel_of", "write"]
+__all__ = ["Peer", "Stream", "dismiss", "finish", "parcel_of", "write"]
 
 _LOOK: Final = 1.0  # seconds between two looks at a link that is down
 _TOGETHER: Final = PIECE // 2  # bytes of frames that leave in one message, before the last of them
@@ -244,6 +244,13 @@ class Peer:
         if old is not None:
             old.end()
             old.cancel()
+
+
+def dismiss(peer: Peer) -> None:
+    """The peer was refused, and told why: nothing else is to be said to it."""
+    with peer.changed:
+        peer.left = True
+        peer.changed.notify_all()
 
 
 def finish(parcels: Iterable[Parcel]) -> None:

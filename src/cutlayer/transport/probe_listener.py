@@ -24,10 +24,10 @@ from typing import Any, Final, Self
 
 import grpc
 
-from cutlayer.errors import LinkError
 from cutlayer.transport.addresses import host_port, joined
 from cutlayer.transport.certificates import first_line, listed, names_of, printable
 from cutlayer.transport.grpc_common import METHOD, SERVICE, server_options
+from cutlayer.transport.listening import cannot_listen
 from cutlayer.transport.probe import PROBE
 from cutlayer.transport.probe_service import CALLS_AT_ONCE, ProbeService
 from cutlayer.transport.tls import Credentials, context_of
@@ -99,13 +99,7 @@ class ProbeListener:
         try:
             self._outside = socket.create_server((host, port), family=family)
         except OSError as error:
-            raise LinkError(
-                "the party cannot listen at its address",
-                where=f"party {self._party}",
-                got=f"{self._address}: {error.strerror or first_line(error)}",
-                remedy="stop what else uses the port, or set another one",
-                code="E604",
-            ) from error
+            raise cannot_listen(self._party, self._address, error, coordinates=True) from error
         self._outside.settimeout(_LOOK)
         self._pool = ThreadPoolExecutor(2 * CALLS_AT_ONCE, thread_name_prefix="cutlayer-probes")
         self._inside = grpc.server(self._pool, options=server_options())

@@ -38,7 +38,6 @@ __all__ = [
     "reach_proxy",
     "resolve",
     "silent",
-    "why_not_listen",
 ]
 
 Addresses = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]]
@@ -227,12 +226,3 @@ def silent(where: str) -> DeadlineError:
         remedy="Check the address and the firewalls between the two; ask the server's party whether it runs.",
         code="E621",
     )
-
-
-def why_not_listen(host: str, port: int) -> str:
-    """Return why this machine cannot listen at an address of its own; empty if it can. Stops listening at once."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return ""
-    except OSError as error:
-        return error.strerror or first_line(error)

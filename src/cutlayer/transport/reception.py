@@ -158,7 +158,7 @@ class Reception:
         elif isinstance(message, control.Relay | control.SealOffer):
             self._relayed(peer, message, arrival)
         elif isinstance(message, control.Abort) and not arrival.header.sequence:
-            self._steward.fail(error_of(message, peer.name), tell=message, besides=peer.name)
+            self._steward.fail(error_of(message, peer.name, self._settings), tell=message, besides=peer.name)
         elif isinstance(message, control.Notice) and message.event in ("lost", "returned"):
             if peer.name == self._settings.coordinator:
                 self._watch.noticed(message)

@@ -28,7 +28,8 @@ def when_absent(settings: NetworkSettings, names: str, limit: str) -> str:
     """Return what to do when `names` did not come, or did not get ready, within the deadline called `limit`."""
     if settings.task == "served" and not settings.coordinates:
         return f"ask the operator of {names} whether `cutlayer serve` runs there, and its address; then run it again"
-    return f"start {names} with the same contract; if that takes long, raise deadlines.{limit}"
+    look = "its terminal says what it could tell nobody, such as a wrong certificate"
+    return f"start {names} with the same contract; {look}; if starting takes long, raise deadlines.{limit}"
 
 
 def _again(settings: NetworkSettings, names: str, longer: str) -> str:

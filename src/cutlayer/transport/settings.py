@@ -36,7 +36,8 @@ class Deadlines:
         patience: For a lost party to come back, and for all to meet again after a restart.
         receive: For a frame, and at the end for the others to finish.
         send: For room in a full outbox.
-        close: For the last messages, when the network is closed.
+        close: For the last messages, when the network is closed; and, if this party fails before the first session, for
+            the others to come and be told.
     """
 
     join: float = 120.0

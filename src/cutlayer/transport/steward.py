@@ -108,7 +108,7 @@ class Steward:
         """
         with self.lock:
             if isinstance(message, control.Abort) and self.settings.coordinator in (source, self.settings.party):
-                self.fail(error_of(message, source), tell=message, besides=source)
+                self.fail(error_of(message, source, self.settings), tell=message, besides=source)
             elif self.conductor is not None and (orders := self.conductor.hear(source, message)) is not None:
                 self.obey(orders)
             elif source == self.settings.coordinator:

@@ -25,7 +25,7 @@ from cutlayer.transport.settings import NetworkSettings, route
 from cutlayer.transport.steward import Steward
 from cutlayer.transport.timers import Timer, Timers
 
-__all__ = ["Watch", "busy"]
+__all__ = ["Watch", "busy", "note_refused"]
 
 _TOLD_AFTER = 0.2  # seconds in which changes of who is missing are gathered
 
@@ -40,6 +40,7 @@ class _View:
     cause: str = ""
     blocked: CutlayerError | None = None  # by this party's own proxy
     told: str = ""  # the code of what people were told of that
+    refused: CutlayerError | None = None  # why this party did not let in whoever came last in the peer's name
 
 
 class Watch:
@@ -131,6 +132,7 @@ class Watch:
                 missing = ()
             missing = missing or (settings.coordinator,)
             names, cause = ", ".join(missing), ""
+            said, remedy = _refusals(self._views, missing)
             if len(missing) == 1 and missing[0] in self._views:
                 view = self._views[missing[0]]
                 if view.blocked is not None:
@@ -144,11 +146,11 @@ class Watch:
             return _lost(settings, lost, cause)
         limit = ("receive" if there else "patience") if again else "join"
         return PeerError(
-            f"{names} did not get ready" if there else f"{names} did not come",
+            f"{names} did not get ready" if there else f"{names} did not come{said}",
             where=f"party {settings.party}, waiting for all parties" + ("" if there else _way(settings, missing)),
             expected=f"all of {', '.join(settings.parties)} within {getattr(settings.deadlines, limit):g} seconds",
             got=cause,
-            remedy=when_absent(settings, names, limit),
+            remedy=remedy or when_absent(settings, names, limit),
             code="E702",
         )
 
@@ -175,7 +177,7 @@ class Watch:
                 steward.event("waiting", {"parties": conductor.missing})
 
     def _up(self, name: str, view: _View) -> None:
-        view.blocked, view.told = None, ""
+        view.blocked, view.told, view.refused = None, "", None
         if view.patience is not None:
             view.patience.cancel()
             view.patience = None
@@ -231,6 +233,24 @@ def busy(watch: Watch) -> bool:
             missing = [party for party in steward.conductor.missing if party != settings.party]
             return bool(missing) and all(views[party].connected for party in missing)
         return views[settings.coordinator].connected and not watch._gone.keys() & set(steward.member.missing)
+
+
+def note_refused(watch: Watch, name: str, error: CutlayerError) -> None:
+    """Note why whoever came as `name` was not let in, for the error to come."""
+    with watch._steward.changed:
+        if name in watch._views:
+            watch._views[name].refused = error
+
+
+def _refusals(views: Mapping[str, _View], names: Sequence[str]) -> tuple[str, str]:
+    """Return who came as one of `names` and was refused, as the end of a sentence, and the remedy; both may be empty.
+
+    Only codes and sentences of this side: they cross to the other parties.
+    """
+    known = {name: views[name].refused for name in names if name in views}
+    found = {name: error for name, error in known.items() if error is not None}
+    said = "".join(f"; who came as {name} was refused: {error.code} {error.what}" for name, error in found.items())
+    return said, next((error.remedy for error in found.values()), "")
 
 
 def _way(settings: NetworkSettings, names: Sequence[str]) -> str:
