@@ -101,6 +101,41 @@ def test_local_contract_keeps_its_ports(demo: Path):
     assert processes._local_contract(contract, demo) == local
 
 
+def test_keys_that_a_killed_run_has_left_are_removed(tmp_path: Path):
+    left, other = tmp_path / "cutlayer-left", tmp_path / "other"
+    run = tmp_path / "run"
+    for folder in (left, other, run):
+        folder.mkdir()
+    for old in (left, other):  # what the note names is removed only if a run has made it
+        (run / ".keys").write_text(str(old))
+        with processes._place_for_keys(run) as place:
+            assert (run / ".keys").read_text() == str(place)
+            assert place.stat().st_mode & 0o777 == 0o700
+        assert list(run.iterdir()) == []
+        assert not place.exists()
+    assert (left.exists(), other.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_stops_once_as_ctrl_c_does(name: str):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with processes._stopped_by_signals():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        signal.raise_signal(number)  # while it is stopping
+    assert signal.getsignal(number) == before
+
+
+def test_run_under_nohup_goes_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes._stopped_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "cutlayer", *words]
 

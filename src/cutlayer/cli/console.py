@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -189,7 +190,8 @@ def _reported(output: Output) -> Iterator[None]:
         output.fail(error)
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
-        output.note("stopped")
+        with suppress(typer.Exit):  # nobody reads that
+            output.note("stopped")
         raise typer.Exit(INTERRUPTED) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -217,10 +219,12 @@ def _refused(error: OSError) -> ConfigError:
 
 
 def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
-    """Print a line. If nobody reads any more, such as after `| head -1`, end without a word."""
+    """Print a line. If nobody reads any more, as after `| head -1` or in a closed terminal, end without a word."""
     try:
         typer.echo(text, file=to, err=err)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         for stream in (sys.__stdout__, sys.__stderr__):
             _to_nowhere(stream)  # what is still kept there would fail as the process ends
         raise typer.Exit(1) from None

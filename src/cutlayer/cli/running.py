@@ -27,6 +27,7 @@ from cutlayer.run.launch import (
     no_checkpoints,
     read_run,
 )
+from cutlayer.run.lock import locked
 from cutlayer.run.partyfile import PartyFile, load_party_file
 from cutlayer.run.tables import read_text
 
@@ -85,11 +86,12 @@ def resume_run(folder: Path, output: Output) -> None:
     if record.kind == "simulate":
         raise no_checkpoints(folder)
     files = [load_party_file(Path(file)) for file in record.party_files]
-    if record.kind == "join":
-        _join(contract, text, files[0], files[0].party(), folder, output)
-    else:
-        summary, document = run_processes(contract, files, folder, output)
-        _finish(summary, document, folder, output)
+    with locked(folder):
+        if record.kind == "join":
+            _join(contract, text, files[0], files[0].party(), folder, output)
+        else:
+            summary, document = run_processes(contract, files, folder, output)
+            _finish(summary, document, folder, output)
 
 
 def interactive() -> bool:
