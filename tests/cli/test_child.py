@@ -106,7 +106,11 @@ def begun(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", ENDS)
 def test_parties_end_with_the_run_and_leave_no_key(call: Call, demo: Path, begun: subprocess.Popen[bytes], name: str):
-    assert list((demo / "temporary").rglob("*.key"))
+    keys = list((demo / "temporary").glob("cutlayer-*/**/*.key"))
+    assert [(one.parent.name, one.stat().st_mode & 0o777) for one in sorted(keys)] == [
+        ("hospital", 0o600),
+        ("server", 0o600),
+    ]
     assert len(parties(demo / "many")) == 2
     held = call("resume", "many")
     assert (held.code, held.err[0]) == (2, "E248 another process works in this folder")

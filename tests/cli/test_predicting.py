@@ -58,6 +58,7 @@ def test_all_parties_here(asking: Path, call: Call):
     assert result.code == 0, result.err
     (folder,) = (asking / "runs").iterdir()
     assert folder.name.endswith("-demo-prediction")
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert torch.equal(found(folder), expected(asking / "out"))
     assert result.out[1] == "  body: float32[37, 2]"
     assert result.out[-1] == f"results: runs/{folder.name}/"

@@ -189,6 +189,7 @@ def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path
     for part in ("plan", "metrics", "history", "cuts", "weights_sha256"):
         assert one[part] == many[part]
     assert_reports_of_their_own(demo / "many", many["weights_sha256"])
+    assert {one.stat().st_mode & 0o777 for one in (demo / "many", demo / "many" / "server")} == {0o700}
     assert not list((demo / "many").rglob("*.key"))
     assert_no_process_left(demo)
     assert call("resume", "many").out[-1] == "results: many/report.html"

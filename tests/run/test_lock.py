@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from cutlayer.errors import ConfigError
-from cutlayer.run.lock import locked
+from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.results import results_folder
 
 HOLDER = """
@@ -92,3 +94,16 @@ def test_folder_for_results_is_locked(tmp_path: Path):
     with holder(tmp_path), pytest.raises(ConfigError, match="E248"), results_folder(tmp_path, tmp_path, "demo"):
         pass
     assert tmp_path.exists()
+
+
+def test_own_folder_is_entered_by_this_user_alone(tmp_path: Path):
+    there = tmp_path / "there"
+    there.mkdir(0o755)
+    above, new = tmp_path / "runs", tmp_path / "runs" / "new"
+    before = os.umask(0o022)
+    try:
+        for folder in (there, new):
+            own_folder(folder)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (there, above, new)] == [0o755, 0o755, 0o700]

@@ -28,7 +28,7 @@ from cutlayer.cli.progress import LOST_IN_PREDICTION, LOST_IN_TRAINING, RunProgr
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
 from cutlayer.run.launch import RECORD
-from cutlayer.run.lock import locked
+from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.partyfile import PartyFile, write_party_file
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.proxy import NO_PROXY
@@ -167,7 +167,7 @@ def _words(contract: Contract, file: PartyFile, folder: Path, temporary: Path, c
 
 def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -> _Child:
     """Start a process that ends with this one; see `cutlayer.cli.child`. One of a killed run has time to end first."""
-    home.mkdir(exist_ok=True)
+    own_folder(home)
     with locked(home, wait=_GRACE):
         printed: IO[bytes] = ends.enter_context((home / "output.json").open("wb"))
     log: IO[bytes] = ends.enter_context((home / "log.txt").open("ab"))

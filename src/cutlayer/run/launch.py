@@ -23,6 +23,7 @@ from cutlayer.core.cost import epoch_bytes
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, parse_contract
+from cutlayer.run.lock import own_folder
 from cutlayer.run.partyfile import PartyFile
 from cutlayer.run.tables import read_text
 from cutlayer.transport.settings import NetworkSettings, check_settings
@@ -216,7 +217,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     Raises `ConfigError` E208 if the folder holds a run of another contract, one begun in another way, or one without
     checkpoints.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     path = folder / RECORD
     if path.exists():
         _check_again(folder, _read_record(path), record)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one living process at a time.
+"""A run's folder: this user alone may read it, and it belongs to one living process at a time.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -19,10 +19,15 @@ from typing import IO, Final
 
 from cutlayer.errors import ConfigError
 
-__all__ = ["locked"]
+__all__ = ["locked", "own_folder"]
 
 _LOCK: Final = ".lock"
 _POLL: Final = 0.1  # seconds between two tries
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder that this user alone may enter (mode 0700), if it is missing; those above it are as all others."""
+    folder.mkdir(0o700, parents=True, exist_ok=True)
 
 
 @contextmanager

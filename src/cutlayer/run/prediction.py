@@ -32,6 +32,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.lock import own_folder
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, counts
 from cutlayer.run.session import Task, take_part
@@ -221,7 +222,7 @@ def write_predictions(folder: Path, predictions: Mapping[str, Tensor]) -> dict[s
     """
     if not predictions:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     held = {name: value.detach().cpu().contiguous() for name, value in predictions.items()}
     write_atomic(folder / "predictions.safetensors", safetensors.torch.save(held))
     table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX})

@@ -26,7 +26,7 @@ from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Site
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.export import write_joined
-from cutlayer.run.lock import locked
+from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.outcome import Result
 
 __all__ = [
@@ -53,7 +53,7 @@ def results_folder(folder: Path | None, base: Path, name: str, *, notes: Collect
     place = (folder or base).absolute()
     made = [one for one in (place, *place.parents) if not one.exists()]
     home = folder or _new_folder(base, name)
-    home.mkdir(parents=True, exist_ok=True)
+    own_folder(home)
     if folder is None:
         made.insert(0, home)
     before = set(home.iterdir())
@@ -77,7 +77,7 @@ def _new_folder(base: Path, name: str) -> Path:
     for place in range(1000):
         folder = base / (f"{stem}-{place}" if place else stem)
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(0o700, parents=True)
         except FileExistsError:
             continue
         return folder

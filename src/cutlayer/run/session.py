@@ -18,6 +18,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.drive import drive
+from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import let_in, own_process, tell_others
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
@@ -45,7 +46,7 @@ def join(
         plan: The plan, the same at all parties.
         party: This party.
         network: Addresses, certificates and deadlines.
-        folder: Where checkpoints are kept; created if missing.
+        folder: Where checkpoints are kept; created if missing, for this user alone.
         notify: Called with events ("connected", "lost", "step", "round"...) as the run goes on; output only.
 
     Raises:
@@ -54,7 +55,7 @@ def join(
         CutlayerError: this party failed; the others are told the code and the remedy.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     party = replace(party, seed=_private_seed(folder, party))
     store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
     return take_part(plan, party, Task(agenda, counts(party), store), network=network, notify=notify)
