@@ -66,6 +66,7 @@ def test_if_all_complain_of_others_the_first_is_told(tmp_path: Path):
         (-9, None, "signal 9"),
         (1, None, "exit code 1"),
         (130, None, "interrupted"),
+        (130, told("CutlayerError", "stopped by Ctrl-C or a signal", "E001"), "interrupted"),
         (1, {"kind": "StageError", "odd": "x"}, "exit code 1"),
     ],
 )

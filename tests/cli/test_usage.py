@@ -5,8 +5,11 @@ tests/cli/test_app.py has the common cases of every kind.
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +92,37 @@ def test_json_is_alone_on_stdout_whatever_a_builder_prints(call: Call, demo: Pat
         assert "error" not in result.json()
         if words[0] == "check":  # the module is loaded once
             assert "loading scans" in result.err
+
+
+NOISE = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).printf(b"of C, kept until the process ends\\n")
+os.write(1, b"of a descriptor\\n")
+subprocess.run(["echo", "of another program"], check=True)
+print("of Python", file=sys.__stdout__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_json_is_alone_on_stdout_whatever_is_written_below_python(demo: Path, fails: bool):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(f"{NOISE}{'raise KeyError' if fails else ''}\n{text}")
+    words = ["check", "contract.toml", "hospital.toml", "--json"]
+    done = subprocess.run([sys.executable, "-m", "cutlayer", *words], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["ok"] is not fails
+    for one in ("of C, kept", "of a descriptor", "of another program", "of Python"):
+        assert one in done.stderr
+
+
+def test_command_that_is_stopped_prints_its_document(demo: Path):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(f"import time\nopen('begun', 'w').close()\ntime.sleep(60)\n{text}")
+    words = [sys.executable, "-m", "cutlayer", "check", "contract.toml", "hospital.toml", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (demo / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "stopped\n")
+    assert json.loads(out)["error"]["code"] == "E001"

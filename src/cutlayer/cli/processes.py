@@ -233,14 +233,17 @@ def _folder(children: Sequence[_Child], party: str) -> Path:
 
 def _error(child: _Child) -> CutlayerError:
     """Return the error that a party's process printed, as the class it was there."""
+    code = child.process.returncode
     try:
+        if code == INTERRUPTED:  # what it says is meant for whoever stopped it
+            raise LookupError
         document = msgspec.json.decode((child.folder / "output.json").read_bytes(), type=dict[str, dict[str, str]])
         told = document["error"]
         kind = told.pop("kind")
         found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
         error: CutlayerError = found(told.pop("what"), **told)
     except (OSError, msgspec.MsgspecError, LookupError, TypeError):
-        code, home = child.process.returncode, child.folder.parent
+        home = child.folder.parent
         then = f"`cutlayer resume {home}`" if (home / RECORD).exists() else "run the prediction again"
         return PeerError(
             f"the process of {child.party!r} ended without a word",

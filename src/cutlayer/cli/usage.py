@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cutlayer.cli.console import INTERRUPTED, Output, exit_code
+from cutlayer.cli.console import Output, exit_code
 from cutlayer.errors import ConfigError
 
 __all__ = ["Commands"]
@@ -46,8 +46,7 @@ class Commands(TyperGroup):
         except _Usage as error:
             code = _report(error, words)
         except typer.Abort:
-            typer.echo("stopped", err=True)
-            code = INTERRUPTED
+            code = Output(json="--json" in words, quiet=False, verbose=False).stopped()
         if standalone_mode:
             sys.exit(code or 0)
         return code
