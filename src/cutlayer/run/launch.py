@@ -38,6 +38,7 @@ __all__ = [
     "assumed_roster",
     "begin_run",
     "checked_network",
+    "kind_of",
     "leaving",
     "network_settings",
     "no_checkpoints",
@@ -257,6 +258,14 @@ def no_checkpoints(folder: Path) -> ConfigError:
         remedy="start it again in a new folder; with --processes it can be gone on with",
         code="E208",
     )
+
+
+def kind_of(folder: Path) -> str:
+    """Return how the run of a folder was begun, as `LaunchRecord.kind`; "" if the folder does not say."""
+    try:
+        return _read_record(folder / RECORD).kind
+    except ConfigError:
+        return ""
 
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:
