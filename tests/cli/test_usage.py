@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cutlayer.cli.usage import _sentence
-from tests.cli.tree import COMMANDS
+from tests.cli.tree import COMMANDS, GROUPS
 
 Call = Callable[..., Any]
 
@@ -64,6 +64,26 @@ def test_a_near_miss_names_what_may_be_meant(call: Call):
 def test_an_option_of_the_words_after_the_command_is_no_wish_for_json(call: Call):
     """Without --json nothing goes to stdout, whatever else is typed."""
     assert call("explain", "--jsn").out == []
+
+
+@pytest.mark.parametrize("words", [("explain", "E351"), ("pki", "show", "nowhere"), ("explain", "--", "E351")])
+def test_shared_options_may_stand_before_the_command(call: Call, words: tuple[str, ...]):
+    before, behind = call("--json", "-q", *words), call(words[0], "--json", "-q", *words[1:])
+    if words[0] == "pki":
+        behind = call(*words, "--json", "-q")
+    assert (before.code, before.json(), before.err) == (behind.code, behind.json(), behind.err)
+
+
+def test_shared_options_alone_are_no_command(call: Call):
+    assert call("-q").code == call("--json").code == 2
+    assert call("--json").json()["error"]["code"] == "E210"
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, *GROUPS], ids=" ".join)
+def test_help_shows_flags_as_flags(call: Call, words: tuple[str, ...]):
+    shown = "\n".join(call(*words, "--help").out)
+    assert "--help" in shown
+    assert "<bool>" not in shown
 
 
 def test_messages_of_several_lines_become_one():

@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog="Example: cutlayer run contract.toml hospital.toml server.toml",
 )
 pki = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="A small certificate authority: one certificate for each party of a run.",
     epilog="Example: cutlayer pki init ca && cutlayer pki issue hospital server --authority ca --out credentials",
