@@ -96,7 +96,7 @@ def _index(known: Mapping[str, Entry]) -> str:
 def _page(code: str, entry: Entry, told: list[Message]) -> str:
     parts = [
         f"# {code}: {entry.title}",
-        f"`{entry.kind}`, exit code {exit_code_of(entry)}. Who can do it: {', '.join(entry.who)}.",
+        f"`{entry.kind}`, exit code {exit_code_of(code, entry)}. Who can do it: {', '.join(entry.who)}.",
         entry.what,
         "## Likely causes\n\n" + _list(entry.causes),
         "## What to do\n\n" + _list(entry.do),

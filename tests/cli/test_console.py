@@ -92,6 +92,16 @@ def test_interruption(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "stopped\n"
 
 
+@pytest.mark.provokes("E001")
+def test_interruption_with_json_is_a_document(capsys: pytest.CaptureFixture[str]):
+    assert ended(JSON, KeyboardInterrupt()) == 130
+    shown = capsys.readouterr()
+    assert shown.err == "stopped\n"
+    error = json.loads(saw(shown.out))["error"]
+    assert (error["kind"], error["code"], error["what"]) == ("CutlayerError", "E001", "stopped by Ctrl-C or a signal")
+    assert error["remedy"].endswith("`cutlayer resume RUNFOLDER`")
+
+
 def test_own_exits_pass():
     assert ended(PLAIN, typer.Exit(7)) == 7
 

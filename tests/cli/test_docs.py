@@ -170,3 +170,19 @@ def _section(page: str, table: str) -> str:
     """Return the part of the page under the heading of a table, `[table]` or `[[table]]`."""
     parts = re.split(r"(?m)^## `\[+(\w+)\]+`$", page)
     return dict(zip(parts[1::2], parts[2::2], strict=True))[table]
+
+
+def test_reference_names_every_file_of_a_run(call: Call, demo: Path):
+    """Of one in a process: a party of assemble_at, and a field with preprocessing. The rest is of other ways to run."""
+    text = (demo / "contract.toml").read_text()
+    scaled = '[[preprocessing]]\nfield = "x"\nat = "hospital"\n\n[training]'
+    text = text.replace("[training]", scaled).replace("[contract]", '[contract]\nassemble_at = ["hospital"]')
+    (demo / "contract.toml").write_text(text)
+    assert call("run", "contract.toml", "hospital.toml", "server.toml", "--folder", "out", "-q").code == 0
+    section = CLI.read_text().partition("## What a run's folder holds")[2]
+    told = {
+        name.strip("/") for line in re.findall(r"(?m)^\| (`.*?) \|", section) for name in re.findall("`(.*?)`", line)
+    }
+    left = {re.sub("^(hospital|server)", "<party>", one.name) for one in (demo / "out").iterdir()}
+    assert {"<party>.preprocessing.json", "joined.safetensors"} <= left
+    assert left - told == set()

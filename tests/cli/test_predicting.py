@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import socket
 import subprocess
@@ -58,6 +59,7 @@ def test_all_parties_here(asking: Path, call: Call):
     assert result.code == 0, result.err
     (folder,) = (asking / "runs").iterdir()
     assert folder.name.endswith("-demo-prediction")
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert torch.equal(found(folder), expected(asking / "out"))
     assert result.out[1] == "  body: float32[37, 2]"
     assert result.out[-1] == f"results: runs/{folder.name}/"
@@ -132,3 +134,40 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+ROWS = """
+def rows(table):
+    return [{"x": x, "y": ("mild", "severe")[y]} for x, y in zip(table.fields["x"], table.fields["y"].tolist())]
+"""
+
+
+@pytest.fixture
+def named(demo: Path, call: Call) -> Path:
+    """The demo after a training run in `named` with labels that are texts, and samples to predict for."""
+    code = (demo / "parties.py").read_text()
+    for old, new in (
+        ("data=table(40, 1), ", "data=rows(table(40, 1)), "),
+        ("evaluation=table(20, 2), ", 'prediction=TensorTable(x=table(37, 3).fields["x"]), '),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    (demo / "parties.py").write_text(code + ROWS)
+    contract = (demo / "contract.toml").read_text()
+    listed = '[[preprocessing]]\nfield = "y"\nat = "hospital"\nkind = "classes"\nleast = 1\n\n[training]'
+    (demo / "contract.toml").write_text(contract.replace("[training]", listed))
+    assert call("run", *ALL, "--folder", "named", "-q").code == 0
+    return demo
+
+
+@pytest.mark.parametrize("how", [(), pytest.param(("--processes",), marks=pytest.mark.slow)], ids=["one", "processes"])
+def test_classes_have_their_names(named: Path, call: Call, how: tuple[str, ...]):
+    result = call("predict", *ALL, "--weights", "named", "--folder", "found", "--json", *how)
+    assert result.code == 0, result.err
+    assert result.json()["outputs"]["body"]["classes"] == ["mild", "severe"]
+    with (named / "found" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["sample", "body.0", "body.1", "body.class"]
+    places = found(named / "found").argmax(1).tolist()
+    assert {row["body.class"] for row in rows} == {"mild", "severe"}
+    assert [row["body.class"] for row in rows] == [["mild", "severe"][place] for place in places]

@@ -66,6 +66,7 @@ def test_if_all_complain_of_others_the_first_is_told(tmp_path: Path):
         (-9, None, "signal 9"),
         (1, None, "exit code 1"),
         (130, None, "interrupted"),
+        (130, told("CutlayerError", "stopped by Ctrl-C or a signal", "E001"), "interrupted"),
         (1, {"kind": "StageError", "odd": "x"}, "exit code 1"),
     ],
 )
@@ -99,6 +100,41 @@ def test_local_contract_keeps_its_ports(demo: Path):
     assert local.addresses["server"].startswith("127.0.0.1:")
     assert local.addresses != contract.addresses
     assert processes._local_contract(contract, demo) == local
+
+
+def test_keys_that_a_killed_run_has_left_are_removed(tmp_path: Path):
+    left, other = tmp_path / "cutlayer-left", tmp_path / "other"
+    run = tmp_path / "run"
+    for folder in (left, other, run):
+        folder.mkdir()
+    for old in (left, other):  # what the note names is removed only if a run has made it
+        (run / ".keys").write_text(str(old))
+        with processes._place_for_keys(run) as place:
+            assert (run / ".keys").read_text() == str(place)
+            assert place.stat().st_mode & 0o777 == 0o700
+        assert list(run.iterdir()) == []
+        assert not place.exists()
+    assert (left.exists(), other.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_stops_once_as_ctrl_c_does(name: str):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with processes._stopped_by_signals():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        signal.raise_signal(number)  # while it is stopping
+    assert signal.getsignal(number) == before
+
+
+def test_run_under_nohup_goes_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes._stopped_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def command(*words: str) -> list[str]:
@@ -154,6 +190,7 @@ def test_processes_give_the_bits_and_bytes_of_one_process(call: Call, demo: Path
     for part in ("plan", "metrics", "history", "cuts", "weights_sha256"):
         assert one[part] == many[part]
     assert_reports_of_their_own(demo / "many", many["weights_sha256"])
+    assert {one.stat().st_mode & 0o777 for one in (demo / "many", demo / "many" / "server")} == {0o700}
     assert not list((demo / "many").rglob("*.key"))
     assert_no_process_left(demo)
     assert call("resume", "many").out[-1] == "results: many/report.html"

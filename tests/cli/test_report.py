@@ -73,6 +73,24 @@ def test_report_of_no_run(call: Call, demo: Path):
     assert list(demo.glob("report*")) == []
 
 
+@pytest.mark.provokes("E281")
+@pytest.mark.parametrize(("kind", "works"), [("simulate", False), ("processes", True), ("join", True)])
+def test_report_of_a_run_that_was_stopped_says_what_works(call: Call, out: Path, kind: str, works: bool):
+    (out / "summary.json").unlink()
+    record = out / "launch.json"
+    record.write_text(record.read_text().replace('"simulate"', f'"{kind}"'))
+    result = call("report", "out")
+    assert (result.code, result.err[0]) == (2, "E281 the folder holds no results of a run")
+    assert ("cutlayer resume out" in result.err[3]) is works
+    assert ("start the run again in a new folder" in result.err[3]) is not works
+    if not works:
+        assert (
+            call("resume", "out").err[0]
+            == "E208 a run of all parties in one process keeps no checkpoints to go on from"
+        )
+        assert call("run", "contract.toml", "hospital.toml", "server.toml", "--folder", "new", "-q").code == 0
+
+
 @pytest.mark.provokes("E282")
 def test_report_of_a_damaged_run(call: Call, out: Path):
     (out / "summary.json").write_text("{}")

@@ -45,6 +45,7 @@ def test_run_says_where_its_results_are_in_the_last_line(call: Call, demo: Path)
     assert result.out[0].startswith("demo: ")
     assert result.err[0] == f"run folder: runs/{folder.name}/"
     assert [line.split()[:2] for line in result.err[1:]] == [["train", "1/2"], ["train", "2/2"], ["evaluate", "2/2"]]
+    assert folder.stat().st_mode & 0o777 == 0o700
     names = {"contract.toml", "metrics.jsonl", "hospital.safetensors", "launch.json", "server.safetensors"}
     assert {path.name for path in folder.iterdir()} == {*names, "summary.json", "report", "report.html"}
     resolved = load_contract(folder / "contract.toml")
@@ -67,6 +68,7 @@ def test_run_as_json(call: Call, demo: Path):
 def test_quiet_run_prints_one_line(call: Call, demo: Path):
     result = call("run", *ALL, "--folder", "out", "-q")
     assert (result.out, result.err) == (["results: out/report.html"], [])
+    assert (demo / "out").stat().st_mode & 0o777 == 0o700
 
 
 def test_run_twice_in_one_folder_is_refused(call: Call, demo: Path):

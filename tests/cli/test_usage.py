@@ -5,8 +5,11 @@ tests/cli/test_app.py has the common cases of every kind.
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from cutlayer.cli.usage import _sentence
-from tests.cli.tree import COMMANDS
+from tests.cli.tree import COMMANDS, GROUPS
 
 Call = Callable[..., Any]
 
@@ -63,6 +66,26 @@ def test_an_option_of_the_words_after_the_command_is_no_wish_for_json(call: Call
     assert call("explain", "--jsn").out == []
 
 
+@pytest.mark.parametrize("words", [("explain", "E351"), ("pki", "show", "nowhere"), ("explain", "--", "E351")])
+def test_shared_options_may_stand_before_the_command(call: Call, words: tuple[str, ...]):
+    before, behind = call("--json", "-q", *words), call(words[0], "--json", "-q", *words[1:])
+    if words[0] == "pki":
+        behind = call(*words, "--json", "-q")
+    assert (before.code, before.json(), before.err) == (behind.code, behind.json(), behind.err)
+
+
+def test_shared_options_alone_are_no_command(call: Call):
+    assert call("-q").code == call("--json").code == 2
+    assert call("--json").json()["error"]["code"] == "E210"
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, *GROUPS], ids=" ".join)
+def test_help_shows_flags_as_flags(call: Call, words: tuple[str, ...]):
+    shown = "\n".join(call(*words, "--help").out)
+    assert "--help" in shown
+    assert "<bool>" not in shown
+
+
 def test_messages_of_several_lines_become_one():
     assert _sentence("Missing argument\n  'X'.\n") == "missing argument 'X'"
     assert _sentence("") == ""
@@ -89,3 +112,37 @@ def test_json_is_alone_on_stdout_whatever_a_builder_prints(call: Call, demo: Pat
         assert "error" not in result.json()
         if words[0] == "check":  # the module is loaded once
             assert "loading scans" in result.err
+
+
+NOISE = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).printf(b"of C, kept until the process ends\\n")
+os.write(1, b"of a descriptor\\n")
+subprocess.run(["echo", "of another program"], check=True)
+print("of Python", file=sys.__stdout__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_json_is_alone_on_stdout_whatever_is_written_below_python(demo: Path, fails: bool):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(f"{NOISE}{'raise KeyError' if fails else ''}\n{text}")
+    words = ["check", "contract.toml", "hospital.toml", "--json"]
+    done = subprocess.run([sys.executable, "-m", "cutlayer", *words], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["ok"] is not fails
+    for one in ("of C, kept", "of a descriptor", "of another program", "of Python"):
+        assert one in done.stderr
+
+
+def test_command_that_is_stopped_prints_its_document(demo: Path):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text(f"import time\nopen('begun', 'w').close()\ntime.sleep(60)\n{text}")
+    words = [sys.executable, "-m", "cutlayer", "check", "contract.toml", "hospital.toml", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (demo / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "stopped\n")
+    assert json.loads(out)["error"]["code"] == "E001"

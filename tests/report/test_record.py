@@ -60,7 +60,7 @@ def test_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(ConfigError, match="the folder holds no results of a run") as caught:
         read_record(tmp_path)
     assert (caught.value.code, caught.value.where) == ("E281", str(tmp_path))
-    assert "`cutlayer resume`" in caught.value.remedy
+    assert caught.value.remedy == "give the folder that the run named at its start"
 
 
 def _changed(**changes: Any) -> bytes:

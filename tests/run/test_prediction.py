@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import nn
 
 import cutlayer as cl
 from cutlayer.core.batching import lane_batches, microbatch_sizes
+from cutlayer.engine.agree import Agreed
 from cutlayer.errors import CheckpointError, ConfigError, DataError
-from cutlayer.run.prediction import predict_with_others, write_predictions
+from cutlayer.run.prediction import classes_of, predict_with_others, write_predictions
 from cutlayer.run.results import write_results
 from tests.run import plans
 from tests.run.trial import Trial
@@ -262,6 +264,35 @@ def test_small_outputs_are_written_as_csv_too(tmp_path: Path):
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert torch.equal(torch.tensor([[float(cell) for cell in row[1:3]] for row in rows]), odd)
     assert [row[3] for row in rows] == ["3", "1", "2", "0"]
+
+
+def test_classes_are_named_where_they_are_known(tmp_path: Path):
+    outputs = {"tail": torch.tensor([[0.1, 2.0], [3.0, 1.0]]), "map": torch.zeros(2, 2, 3), "one": torch.ones(2, 1)}
+    classes = {"tail": ("mild", "severe, acute"), "map": ("a", "b"), "one": ("a", "b"), "elsewhere": (1, 2)}
+    document = write_predictions(tmp_path, outputs, classes)
+    assert document["tail"] == {"dtype": "float32", "shape": [2, 2], "classes": ["mild", "severe, acute"]}
+    assert [name for name in document if "classes" in document[name]] == ["tail"]
+    assert json.loads((tmp_path / "prediction.json").read_text()) == {"outputs": document}
+    with (tmp_path / "predictions.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head[:5] == ["sample", "tail.0", "tail.1", "tail.class", "map.0"]
+    assert [row[3] for row in rows] == ["severe, acute", "mild"]
+
+
+def test_classes_are_those_of_the_label_of_the_loss():
+    stages = [
+        cl.Stage("head", at=("a", "b"), inputs=["data.x"], output="float32[batch, 2]"),
+        cl.Stage(
+            "body", at="server", inputs=["head"], output={"kind": "float32[batch, 2]", "age": "float32[batch, 1]"}
+        ),
+        cl.Loss("loss", at="server", inputs=["body.kind", "data.y@head"]),
+        cl.Loss("other", at="server", inputs=["body.age", "data.age@head"]),
+    ]
+    releases = [cl.Release(name, at="head", to="server", spec="int64[batch]") for name in ("y", "age")]
+    plan = cl.Plan(stages, releases=releases)
+    lists = {"y": Agreed("classes", values=("mild", "severe")), "age": Agreed("scale"), "x": Agreed("scale")}
+    assert classes_of(plan, {"a": lists, "b": lists}) == {"body.kind": ("mild", "severe")}
+    assert classes_of(plan, {"server": {}}) == {}
 
 
 def test_nothing_is_written_where_there_is_nothing(tmp_path: Path):

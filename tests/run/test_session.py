@@ -41,6 +41,9 @@ def test_a_checkpoint_of_other_numbers_of_samples_is_refused(tmp_path: Path):
 
     first = trial.play({name: part(name, case.build(name)) for name in case.plan.parties})
     assert [type(one) for one in first.values()] == [cl.Result] * len(case.plan.parties)
+    for name in case.plan.parties:
+        for folder in (tmp_path / "run" / name, tmp_path / "run" / name / "checkpoints"):
+            assert folder.stat().st_mode & 0o777 == 0o700
     fewer = {name: case.build(name) for name in case.plan.parties}
     fewer |= {name: halves(case, party) for name, party in fewer.items() if party.data is not None}
     second = trial.play({name: part(name, party) for name, party in fewer.items()})

@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog="Example: cutlayer run contract.toml hospital.toml server.toml",
 )
 pki = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="A small certificate authority: one certificate for each party of a run.",
     epilog="Example: cutlayer pki init ca && cutlayer pki issue hospital server --authority ca --out credentials",
@@ -339,6 +340,7 @@ def cut(
 def export(
     run_folder: EndedRun,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.safetensors"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     told: Told = _TOLD,
 ) -> None:
     """Put the whole model together and write its weights, where the contract allows it (assemble_at)."""
@@ -346,7 +348,7 @@ def export(
     with reporting(output):
         from cutlayer.cli.exporting import export_model
 
-        export_model(run_folder, out, output)
+        export_model(run_folder, out, output, force=force)
 
 
 @pki.command("init", epilog="Example: cutlayer pki init ca --name heart-study")

@@ -2,11 +2,13 @@
 
 | code | error | meaning |
 | --- | --- | --- |
+| E001 | CutlayerError | the command was stopped |
 | E238 | ConfigError | the system refuses a file or folder |
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -56,7 +58,7 @@ __all__ = [
     "shown_path",
 ]
 
-INTERRUPTED = 130
+INTERRUPTED, STOPPED = 130, "E001"
 _document: ContextVar[TextIO | None] = ContextVar("document", default=None)  # where it goes while stdout is not its own
 EXIT_CODES: Mapping[int, tuple[type[CutlayerError], ...]] = {
     2: (PlanError, ConfigError, DataError),
@@ -141,6 +143,18 @@ class Output:
         if self.json:
             _write(json.dumps(value), to=_document.get())
 
+    def stopped(self) -> int:
+        """Say that the command was stopped, and return its exit code."""
+        error = CutlayerError(
+            "stopped by Ctrl-C or a signal",
+            remedy="start it again; a run of `join` or `run --processes` goes on with `cutlayer resume RUNFOLDER`",
+            code="E001",
+        )
+        with suppress(typer.Exit):  # nobody reads that
+            self.note("stopped")
+            self.document({"error": error_document(error)})
+        return exit_code(error)
+
     def fail(self, error: CutlayerError, found: Mapping[str, Any] | None = None) -> None:
         """Print an error: four lines on stderr, and the JSON document, with what was `found`, if it was asked for."""
         if self.verbose:
@@ -157,7 +171,9 @@ def error_document(error: CutlayerError) -> dict[str, str]:
 
 
 def exit_code(error: CutlayerError) -> int:
-    """Return the exit code of an error, by its class; 1 for those that have none of their own."""
+    """Return the exit code of an error, by its class; 1 for those that have none of their own; 130 if stopped."""
+    if error.code == STOPPED:
+        return INTERRUPTED
     return next((code for code, kinds in EXIT_CODES.items() if isinstance(error, kinds)), 1)
 
 
@@ -165,7 +181,7 @@ def exit_code(error: CutlayerError) -> int:
 def reporting(output: Output) -> Iterator[None]:
     """Turn every error within into words and an exit code.
 
-    With --json, what modules, data sets and libraries print goes to stderr: stdout is the document's.
+    With --json, what modules, data sets and libraries print, also in C, goes to stderr: stdout is the document's.
     """
     with _document_alone() if output.json else nullcontext(), _reported(output):
         yield
@@ -173,12 +189,28 @@ def reporting(output: Output) -> Iterator[None]:
 
 @contextmanager
 def _document_alone() -> Iterator[None]:
-    kept = _document.set(sys.stdout)
+    kept = _document.set(_apart(sys.stdout))
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         _document.reset(kept)
+
+
+def _apart(stream: TextIO) -> TextIO:
+    """Return a stream to where descriptor 1 leads; that leads to stderr from now on.
+
+    It stays so to the end of the process, when C's own buffers are written. A stream that is not on it is returned.
+    """
+    try:
+        if stream.fileno() != 1:
+            return stream
+        stream.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, ValueError, AttributeError):  # a stream without a descriptor, or none
+        return stream
+    return open(kept, "w", encoding="utf-8", closefd=False)
 
 
 @contextmanager
@@ -189,8 +221,7 @@ def _reported(output: Output) -> Iterator[None]:
         output.fail(error)
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
-        output.note("stopped")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(output.stopped()) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
@@ -217,11 +248,13 @@ def _refused(error: OSError) -> ConfigError:
 
 
 def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
-    """Print a line. If nobody reads any more, such as after `| head -1`, end without a word."""
+    """Print a line. If nobody reads any more, as after `| head -1` or in a closed terminal, end without a word."""
     try:
         typer.echo(text, file=to, err=err)
-    except BrokenPipeError:
-        for stream in (sys.__stdout__, sys.__stderr__):
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        for stream in (to, sys.__stdout__, sys.__stderr__):
             _to_nowhere(stream)  # what is still kept there would fail as the process ends
         raise typer.Exit(1) from None
 

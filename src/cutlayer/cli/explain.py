@@ -24,7 +24,7 @@ def explain_code(text: str, output: Output) -> None:
     """
     code, entry = find(text)
     output.say(f"{code}  {entry.title}")
-    output.say(f"{entry.kind}, exit code {exit_code_of(entry)}\n")
+    output.say(f"{entry.kind}, exit code {exit_code_of(code, entry)}\n")
     output.say(_wrapped(entry.what, "") + "\n")
     output.say(_section("likely causes", entry.causes))
     output.say(_section("what to do", entry.do))
@@ -43,16 +43,16 @@ def list_codes(output: Output) -> None:
     output.last(f"{len(catalogue())} codes; `cutlayer explain CODE` says more about one")
 
 
-def exit_code_of(entry: Entry) -> int:
+def exit_code_of(code: str, entry: Entry) -> int:
     """Return the exit code of a command that ends with such an error."""
-    return exit_code(getattr(errors, entry.kind)(entry.title))
+    return exit_code(getattr(errors, entry.kind)(entry.title, code=code))
 
 
 def _document(code: str, entry: Entry) -> dict[str, Any]:
     return {
         "code": code,
         "class": entry.kind,
-        "exit_code": exit_code_of(entry),
+        "exit_code": exit_code_of(code, entry),
         "title": entry.title,
         "what": entry.what,
         "causes": list(entry.causes),

@@ -77,26 +77,29 @@ def _all_here(
     *,
     processes: bool,
 ) -> None:
-    from cutlayer.run.prediction import predict_here
+    from cutlayer.run.prediction import classes_of, predict_here
     from cutlayer.run.results import EventLog, results_folder
+    from cutlayer.run.trained import agreed_in
 
     with results_folder(folder, Path("runs"), f"{contract.plan.name}-prediction") as home:
         output.note(f"folder: {shown_path(home)}")
         if processes:
             _, homes, seconds = in_processes(contract, files, home, output, ["predict", "--join", *_given(weights)])
-            finish(contract, gather(contract, homes), seconds, home, output)
+            classes = classes_of(contract.plan, agreed_in(weights, homes) if weights else {})
+            finish(contract, gather(contract, homes), classes, seconds, home, output)
             return
         parties = [file.party() for file in files]
         progress = RunProgress(output, epochs=contract.plan.training.epochs)
         with progress, EventLog(home / "metrics.jsonl") as log:
             result = predict_here(contract.plan, parties, weights=weights, notify=both(progress, log))
-        finish(contract, result.predictions, result.seconds, home, output, moved(result))
+        classes = classes_of(contract.plan, result.agreed)
+        finish(contract, result.predictions, classes, result.seconds, home, output, moved(result))
 
 
 def _from_here(
     contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, how: How
 ) -> None:
-    from cutlayer.run.prediction import ask, predict_with_others, predicting
+    from cutlayer.run.prediction import ask, classes_of, predict_with_others, predicting
     from cutlayer.run.results import EventLog, results_folder
 
     network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
@@ -117,7 +120,8 @@ def _from_here(
         with progress, EventLog(home / "metrics.jsonl") as log:
             way, notify = ask if how.served else predict_with_others, both(progress, log)
             result = way(contract.plan, party, network=network, weights=weights, notify=notify, wait=how.wait)
-        finish(contract, result.predictions, result.seconds, home, output, moved(result))
+        classes = classes_of(contract.plan, result.agreed)
+        finish(contract, result.predictions, classes, result.seconds, home, output, moved(result))
 
 
 def moved(result: Result) -> dict[str, dict[str, int]]:
@@ -145,15 +149,16 @@ def gather(contract: Contract, homes: Mapping[str, Path]) -> dict[str, Tensor]:
 def finish(
     contract: Contract,
     predictions: Mapping[str, Tensor],
+    classes: Mapping[str, Sequence[int | str]],
     seconds: float,
     folder: Path,
     output: Output,
     flows: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
-    """Write the outputs, and say where they are in the last line."""
+    """Write the outputs, with the classes that are known, and say where they are in the last line."""
     from cutlayer.run.prediction import write_predictions
 
-    outputs = write_predictions(folder, predictions)
+    outputs = write_predictions(folder, predictions, classes)
     output.say(f"{contract.plan.name}: prediction in {seconds:.1f} s")
     for name, shape in outputs.items():
         output.say(f"  {name}: {shape['dtype']}{shape['shape']}")

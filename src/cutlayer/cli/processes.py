@@ -1,7 +1,8 @@
 """`cutlayer run --processes`: a `cutlayer join` for each party, over mutual TLS on loopback.
 
-Certificates are made for this run, kept in a temporary folder, and thrown away with it. The contract is that of the
-user but for its addresses, which become free ports of this machine.
+Certificates are made for this run, kept in a temporary folder, and thrown away with it: by this process, by those of
+the parties if it is killed, or by the next one in the run's folder if all are. The contract is that of the user but for
+its addresses, which become free ports of this machine.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cutlayer.cli.progress import LOST_IN_PREDICTION, LOST_IN_TRAINING, RunProgr
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
 from cutlayer.run.launch import RECORD
+from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.partyfile import PartyFile, write_party_file
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.proxy import NO_PROXY
@@ -36,6 +38,8 @@ __all__ = ["in_processes", "run_processes"]
 _POLL = 0.1  # seconds between two looks at the processes
 _GRACE = 10.0  # seconds that the others have to end by themselves once one has failed
 _LOCAL = "loopback.toml"
+_KEYS = ".keys"  # says where the keys of the run are, while it runs
+_PREFIX = "cutlayer-"
 
 
 @dataclass
@@ -88,15 +92,32 @@ def in_processes(
     """
     local = _local_contract(contract, folder)
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="cutlayer-") as place, ExitStack() as stack:
-        temporary = Path(place)
+    with ExitStack() as stack:
+        stack.enter_context(_stopped_by_signals())
+        temporary = stack.enter_context(_place_for_keys(folder))
         create_authority(temporary / "ca", name="one run on this machine", days=30)
-        stack.enter_context(_interrupted_by_sigterm())
         lost = LOST_IN_PREDICTION if command[0] == "predict" else LOST_IN_TRAINING
         progress = stack.enter_context(RunProgress(output, epochs=contract.plan.training.epochs, lost=lost))
         children = stack.enter_context(_children(local, files, folder, temporary, command))
         _watch(children, progress, output)
     return local, {child.party: child.folder for child in children}, time.perf_counter() - begin
+
+
+@contextmanager
+def _place_for_keys(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder. One that a killed run of this folder has left is removed first."""
+    note = folder / _KEYS
+    if note.exists():
+        old = Path(note.read_text(encoding="utf-8"))
+        if old.name.startswith(_PREFIX):
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as place:
+        note.write_text(place, encoding="utf-8")
+        try:
+            yield Path(place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)  # before the note of it
+            note.unlink(missing_ok=True)
 
 
 def _local_contract(contract: Contract, folder: Path) -> Contract:
@@ -123,11 +144,12 @@ def _children(
 ) -> Iterator[list[_Child]]:
     """Start a process for each party; at the end, none is left, come what may."""
     children: list[_Child] = []
-    with ExitStack() as logs:
+    with ExitStack() as ends:
         try:
-            for file in files:
-                words = _words(contract, file, folder, temporary, command)
-                children.append(_start(file, folder / file.name, words, logs))
+            lines = [_words(contract, file, folder, temporary, command) for file in files]
+            shutil.rmtree(temporary / "ca")  # nobody needs another certificate
+            for file, words in zip(files, lines, strict=True):
+                children.append(_start(file, folder / file.name, [str(temporary), *words], ends))
             yield children
         finally:
             _stop(children)
@@ -143,13 +165,17 @@ def _words(contract: Contract, file: PartyFile, folder: Path, temporary: Path, c
     return [command[0], str(folder / _LOCAL), str(party_file), *command[1:], *given]
 
 
-def _start(file: PartyFile, home: Path, words: Sequence[str], logs: ExitStack) -> _Child:
-    home.mkdir(exist_ok=True)
-    printed: IO[bytes] = logs.enter_context((home / "output.json").open("wb"))
-    log: IO[bytes] = logs.enter_context((home / "log.txt").open("ab"))
+def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -> _Child:
+    """Start a process that ends with this one; see `cutlayer.cli.child`. One of a killed run has time to end first."""
+    own_folder(home)
+    with locked(home, wait=_GRACE):
+        printed: IO[bytes] = ends.enter_context((home / "output.json").open("wb"))
+    log: IO[bytes] = ends.enter_context((home / "log.txt").open("ab"))
     process = subprocess.Popen(  # noqa: S603 - this program itself
-        [sys.executable, "-m", "cutlayer", *words], stdin=subprocess.DEVNULL, stdout=printed, stderr=log
+        [sys.executable, "-m", "cutlayer.cli.child", *words], stdin=subprocess.PIPE, stdout=printed, stderr=log
     )
+    if process.stdin is not None:
+        ends.enter_context(process.stdin)
     seen = home / "metrics.jsonl"
     return _Child(file.name, home, process, read=seen.stat().st_size if seen.exists() else 0)
 
@@ -207,14 +233,17 @@ def _folder(children: Sequence[_Child], party: str) -> Path:
 
 def _error(child: _Child) -> CutlayerError:
     """Return the error that a party's process printed, as the class it was there."""
+    code = child.process.returncode
     try:
+        if code == INTERRUPTED:  # what it says is meant for whoever stopped it
+            raise LookupError
         document = msgspec.json.decode((child.folder / "output.json").read_bytes(), type=dict[str, dict[str, str]])
         told = document["error"]
         kind = told.pop("kind")
         found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
         error: CutlayerError = found(told.pop("what"), **told)
     except (OSError, msgspec.MsgspecError, LookupError, TypeError):
-        code, home = child.process.returncode, child.folder.parent
+        home = child.folder.parent
         then = f"`cutlayer resume {home}`" if (home / RECORD).exists() else "run the prediction again"
         return PeerError(
             f"the process of {child.party!r} ended without a word",
@@ -259,14 +288,18 @@ def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds
 
 
 @contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this program as Ctrl-C does, so that no party's process is left behind."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP unless it is ignored (`nohup`), end this program as Ctrl-C does: in good order."""
+    wanted = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
 
     def stop(_number: int, _frame: object) -> None:
+        for one in wanted:
+            signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {one: signal.signal(one, stop) for one in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -29,6 +29,7 @@ from cutlayer.run.launch import (
     no_checkpoints,
     read_run,
 )
+from cutlayer.run.lock import locked
 from cutlayer.run.partyfile import PartyFile, load_party_file
 from cutlayer.run.tables import read_text
 
@@ -93,11 +94,12 @@ def resume_run(folder: Path, output: Output) -> None:
     if record.kind == "simulate":
         raise no_checkpoints(folder)
     files = [load_party_file(Path(file)) for file in record.party_files]
-    if record.kind == "join":
-        _join(contract, text, files[0], files[0].party(), folder, output)
-    else:
-        summary, document = run_processes(contract, files, folder, output)
-        _finish(summary, document, folder, output)
+    with locked(folder):
+        if record.kind == "join":
+            _join(contract, text, files[0], files[0].party(), folder, output)
+        else:
+            summary, document = run_processes(contract, files, folder, output)
+            _finish(summary, document, folder, output)
 
 
 def built(file: PartyFile, network: NetworkSettings | None) -> tuple[Party, dict[str, int]]:

@@ -10,21 +10,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from itertools import takewhile
+from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-from cutlayer.cli.console import INTERRUPTED, Output, exit_code
+from cutlayer.cli.console import Output, exit_code
 from cutlayer.errors import ConfigError
 
 __all__ = ["Commands"]
 
 _Usage: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError has no name of its own in typer
+_SHARED: Final = frozenset({"--json", "--quiet", "-q", "--verbose", "-v"})  # see `spread.Told`
 
 
 class Commands(TyperGroup):
-    """The group of all commands, which reports wrong usage as `ConfigError` E210."""
+    """A group of commands, whose help shows flags as such. That of all reports wrong usage as `ConfigError` E210."""
+
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 - typer has no public name for it
+        """Return the group's own options."""
+        return _plain(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
+        """Return the command of this name, or None."""
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            _plain(found.get_params(ctx))
+        return found
 
     def main(
         self,
@@ -36,21 +49,36 @@ class Commands(TyperGroup):
         **extra: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401 - as in typer
         """Run a command and end the process with its exit code."""
-        words = sys.argv[1:] if args is None else list(args)
+        words = _in_order(sys.argv[1:] if args is None else list(args))
         try:
             code = (
                 _version()
                 if set(words) == {"--version", "--json"}
-                else super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+                else super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
             )
         except _Usage as error:
             code = _report(error, words)
         except typer.Abort:
-            typer.echo("stopped", err=True)
-            code = INTERRUPTED
+            code = Output(json="--json" in words, quiet=False, verbose=False).stopped()
         if standalone_mode:
             sys.exit(code or 0)
         return code
+
+
+def _plain(options: list[Any]) -> list[Any]:
+    """Let the help show no type beside options that take no value; return them all."""
+    for one in options:
+        if getattr(one, "is_flag", False):
+            one.metavar = ""
+    return options
+
+
+def _in_order(words: Sequence[str]) -> list[str]:
+    """Put options that all commands share behind the command, if they stand before it."""
+    first = list(takewhile(_SHARED.__contains__, words))
+    rest = list(words[len(first) :])
+    end = rest.index("--") if "--" in rest else len(rest)
+    return [*rest[:end], *first, *rest[end:]]
 
 
 def _version() -> int:

@@ -20,6 +20,7 @@ from cutlayer.core.crossing import Crossing, PlannedExchange
 from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError, PlanError
+from cutlayer.run.launch import kind_of
 
 __all__ = ["FlowRow", "HistoryRow", "LedgerPart", "OwnPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
 
@@ -168,12 +169,19 @@ def read_record(folder: Path) -> Record:
     try:
         data = path.read_bytes()
     except OSError as error:
+        kind = kind_of(folder)
         raise ConfigError(
             "the folder holds no results of a run",
             where=str(folder),
             expected="summary.json, which a run writes when it ends",
             got=type(error).__name__,
-            remedy="give the folder that the run named; `cutlayer resume` goes on with a run that did not end",
+            remedy=(
+                "give the folder that the run named at its start"
+                if not kind
+                else "start the run again in a new folder: it keeps checkpoints with --processes only"
+                if kind == "simulate"
+                else f"go on with the run: cutlayer resume {folder}"
+            ),
             code="E281",
         ) from error
     try:

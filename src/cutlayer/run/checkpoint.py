@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cutlayer.errors import CheckpointError
+from cutlayer.run.lock import own_folder
 
 __all__ = ["Position", "Store", "write_atomic"]
 
@@ -67,7 +68,7 @@ class Store:
     def __init__(self, folder: Path, *, party: str, digest: str, keep: int = 2) -> None:
         """Create the folder."""
         self.folder, self.party, self.digest, self.keep = folder, party, digest, keep
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder)
 
     def save(
         self, identifier: int, position: Position, tensors: Mapping[str, Tensor], document: dict[str, Any]

@@ -23,6 +23,7 @@ from cutlayer.core.cost import epoch_bytes
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, parse_contract
+from cutlayer.run.lock import own_folder
 from cutlayer.run.partyfile import PartyFile
 from cutlayer.run.tables import read_text
 from cutlayer.transport.settings import NetworkSettings, check_settings
@@ -38,6 +39,7 @@ __all__ = [
     "begin_run",
     "checked_network",
     "has_checkpoint",
+    "kind_of",
     "leaving",
     "network_settings",
     "no_checkpoints",
@@ -222,7 +224,7 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     Raises `ConfigError` E208 if the folder holds a run of another contract, one begun in another way, or one without
     checkpoints.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     path = folder / RECORD
     if path.exists():
         _check_again(folder, _read_record(path), record)
@@ -262,6 +264,14 @@ def no_checkpoints(folder: Path) -> ConfigError:
         remedy="start it again in a new folder; with --processes it can be gone on with",
         code="E208",
     )
+
+
+def kind_of(folder: Path) -> str:
+    """Return how the run of a folder was begun, as `LaunchRecord.kind`; "" if the folder does not say."""
+    try:
+        return _read_record(folder / RECORD).kind
+    except ConfigError:
+        return ""
 
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:

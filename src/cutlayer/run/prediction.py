@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.core.compile import Roster
+from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.core.serving import served_plan, served_programs, server_of
+from cutlayer.engine.agree import Agreed, Entry
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.answers import left_out, named, serving_party
 from cutlayer.run.checkpoint import write_atomic
+from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import telling
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, counts
@@ -46,6 +49,7 @@ __all__ = [
     "agenda",
     "ask",
     "asking",
+    "classes_of",
     "idle",
     "predict",
     "predict_here",
@@ -218,29 +222,60 @@ def idle(party: Party) -> Party:
     return replace(party, data=None, evaluation=None, optimizer=_untrained, scheduler=None, metrics={})
 
 
-def write_predictions(folder: Path, predictions: Mapping[str, Tensor]) -> dict[str, Any]:
+def classes_of(plan: Plan, agreed: Mapping[str, Mapping[str, Agreed]]) -> dict[str, tuple[Entry, ...]]:
+    """Return output -> its classes in the order of its values, where the label of its loss has a list of classes.
+
+    `agreed` is party -> field -> what it agreed on in training (`Result.agreed`). Holders of a label know its list.
+    """
+    lists = {field: one.values for held in agreed.values() for field, one in held.items() if one.kind == "classes"}
+    found: dict[str, tuple[Entry, ...]] = {}
+    for loss in plan.stages:
+        if isinstance(loss, Loss):
+            field = loss.inputs[-1].removeprefix("data.").partition("@")[0]
+            if loss.inputs[-1].startswith("data.") and field in lists:
+                found.setdefault(loss.inputs[0], lists[field])
+    return found
+
+
+def write_predictions(
+    folder: Path, predictions: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]] | None = None
+) -> dict[str, Any]:
     """Write outputs to `predictions.safetensors`, and small ones to `predictions.csv` too.
 
     An output of at most 64 values a sample is small; a row of the CSV is a sample, in the order of the data, and a
     column is called "stage", or "stage.0", "stage.1"... Nothing is written if there are none.
 
+    `classes` is output -> its classes, in the order of its values. For an output of shape (samples, classes), a further
+    column "stage.class" holds the one with the largest value.
+
     Returns:
-        Output -> its dtype and shape, as plain values.
+        Output -> its dtype, shape and, if known, classes, as plain values.
     """
+    classes = classes or {}
     if not predictions:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     held = {name: value.detach().cpu().contiguous() for name, value in predictions.items()}
     write_atomic(folder / "predictions.safetensors", safetensors.torch.save(held))
-    table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX})
+    lists = {
+        name: list(classes[name]) for name, value in held.items() if value.shape[1:] == (len(classes.get(name, ())),)
+    }
+    table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX}, lists)
     if table:
         write_atomic(folder / "predictions.csv", table.encode())
-    document = {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in held.items()}
+    document = {
+        name: {
+            "dtype": dtype_name(value.dtype),
+            "shape": list(value.shape),
+            **({"classes": lists[name]} if name in lists else {}),
+        }
+        for name, value in held.items()
+    }
     write_atomic(folder / "prediction.json", msgspec.json.format(msgspec.json.encode({"outputs": document}), indent=2))
     return document
 
 
-def _table(outputs: Mapping[str, Tensor]) -> str:
+def _table(outputs: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]]) -> str:
     """Return outputs as CSV; numbers are written so that reading them gives the same bits."""
     rows = {len(value) for value in outputs.values()}
     if len(rows) != 1:
@@ -251,6 +286,9 @@ def _table(outputs: Mapping[str, Tensor]) -> str:
         exact = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
         columns += exact.numpy().astype(str).T.tolist()
         header += [name] if flat.shape[1] == 1 else [f"{name}.{place}" for place in range(flat.shape[1])]
+        if name in classes:
+            columns.append([str(classes[name][place]) for place in flat.argmax(1).tolist()])
+            header.append(f"{name}.class")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

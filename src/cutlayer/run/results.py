@@ -26,6 +26,7 @@ from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Site
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.export import write_joined
+from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.outcome import Result
 
 __all__ = [
@@ -43,20 +44,22 @@ SUMMARY_VERSION = 2
 
 @contextmanager
 def results_folder(folder: Path | None, base: Path, name: str, *, notes: Collection[str] = ()) -> Iterator[Path]:
-    """Give a folder for results: `folder`, made if it is missing, or a new one in `base`.
+    """Give a folder for results, locked: `folder`, made if it is missing, or a new one in `base`.
 
     If what is within fails before it has written anything, the folders that were made here are removed again. `notes`
-    are files that do not count as written, and neither do empty ones.
+    are files that do not count as written, and neither do empty ones. Raises `ConfigError` E248 if another process
+    works in the folder.
     """
     place = (folder or base).absolute()
     made = [one for one in (place, *place.parents) if not one.exists()]
     home = folder or _new_folder(base, name)
-    home.mkdir(parents=True, exist_ok=True)
+    own_folder(home)
     if folder is None:
         made.insert(0, home)
     before = set(home.iterdir())
     try:
-        yield home
+        with locked(home):
+            yield home
     except BaseException:
         new = set(home.iterdir()) - before
         if all(one.is_file() and (one.name in notes or not one.stat().st_size) for one in new):
@@ -74,7 +77,7 @@ def _new_folder(base: Path, name: str) -> Path:
     for place in range(1000):
         folder = base / (f"{stem}-{place}" if place else stem)
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(0o700, parents=True)
         except FileExistsError:
             continue
         return folder

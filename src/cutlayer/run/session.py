@@ -20,6 +20,7 @@ from cutlayer.errors import CheckpointError, PeerError
 from cutlayer.run.checkpoint import Position, Store, write_atomic
 from cutlayer.run.drive import drive
 from cutlayer.run.launch import RECORD, has_checkpoint
+from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
@@ -48,7 +49,7 @@ def join(
         plan: The plan, the same at all parties.
         party: This party.
         network: Addresses, certificates and deadlines.
-        folder: Where checkpoints are kept; created if missing.
+        folder: Where checkpoints are kept; created if missing, for this user alone.
         notify: Called with events ("connected", "lost", "step", "round"...) as the run goes on; output only.
 
     Raises:
@@ -59,7 +60,7 @@ def join(
     folder = Path(folder)
     again = has_checkpoint(folder)  # then the others may run, and wait for this party
     with nullcontext() if again else telling(network, f"party {party.name!r}"):
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder)
         party = replace(party, seed=_private_seed(folder, party))
         store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
         task = Task(agenda, counts(party), store)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import msgspec
 import safetensors
 from torch import Tensor
 
+from cutlayer.engine.agree import Agreed
 from cutlayer.engine.site import Site
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import CheckpointError
 from cutlayer.run.results import site_modules
 
-__all__ = ["load_trained"]
+__all__ = ["agreed_in", "load_trained"]
 
 _LISTED = 4  # names that an error lists
 _JSON_MAX = 64 * 2**20
@@ -58,7 +59,22 @@ def load_trained(site: Site, folder: str | Path, without: Collection[str] = ()) 
     for prefix, module in modules.items():
         own = {name.removeprefix(f"{prefix}."): held[name] for name in wanted if name.startswith(f"{prefix}.")}
         module.load_state_dict(own, strict=False)  # names were compared: what is left out is no tensor
-    _load_agreed(site, folder / f"{party}.preprocessing.json")
+    site.preprocess.agreed = agreed_in(folder, [party]).get(party, site.preprocess.agreed)
+
+
+def agreed_in(folder: Path, parties: Iterable[str]) -> dict[str, dict[str, Agreed]]:
+    """Return party -> field -> what it agreed on in the run of this folder, for those whose files are there.
+
+    Raises `CheckpointError` E811 if one is damaged.
+    """
+    return {party: _agreed(path) for party in parties if (path := folder / f"{party}.preprocessing.json").exists()}
+
+
+def _agreed(path: Path) -> dict[str, Agreed]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Agreed])
+    except (OSError, msgspec.DecodeError) as error:
+        raise _unreadable(path, str(error)[:200]) from error
 
 
 def _stage_of(name: str) -> str:
@@ -99,15 +115,6 @@ def _check_fit(wanted: Mapping[str, Tensor], held: Mapping[str, Tensor], path: P
         own, other = (f"{dtype_name(t.dtype)}{list(t.shape)}" for t in (tensor, held[name]))
         if own != other:
             raise _unfit(path, f"{other} for {name!r}", f"{own} for {name!r}")
-
-
-def _load_agreed(site: Site, path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        site.preprocess.restore(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        raise _unreadable(path, str(error)[:200]) from error
 
 
 def _list(names: list[str]) -> str:
