@@ -16,6 +16,11 @@ from cutlayer.errors import CutlayerError
 from tests.small import Case, difference, float32, modules_for
 
 CPU, KEY = torch.device("cpu"), (0, 0)
+SPEC = TensorSpec.parse("float32[batch, 3]")
+
+
+def context(*wanted: bool, after: stages.ModuleStage | None = None) -> stages.Context:
+    return stages.Context(key=KEY, batch=4, training=True, wanted=wanted, after=after)
 
 
 class Called(nn.Module):
@@ -106,3 +111,28 @@ def test_a_loss_may_change_its_prediction_in_place():
         loss(whole(x), y).backward()
     for own, other in zip([*head.parameters(), *tail.parameters()], whole.parameters(), strict=True):
         assert torch.equal(own.grad, other.grad)
+
+
+def work_of(loss, *, joined: bool) -> list[int]:
+    """FLOPs of each backward, over sequences of two lengths whose outputs have one shape."""
+    layer, found = nn.Linear(5, 3), []
+    made = stages.ModuleStage("tail", Called(lambda x: layer(x).mean(1)), ports={"": SPEC}, seed=1, device=CPU)
+    made.module.layer = layer
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    for length in (2, 7):
+        (output,) = made.forward([torch.randn(4, length, 5)], context(True))
+        scored.forward([output, torch.zeros(4, dtype=torch.long)], context(True, False, after=made if joined else None))
+        seed, _ = scored.backward(1.0, KEY)
+        found.append(scored.spent)
+        made.backward([seed], KEY)
+        found.append(made.spent)
+    return found
+
+
+def test_the_work_of_a_loss_is_not_counted_at_the_stage_before_it():
+    weight = torch.randn(3, 3)
+
+    def loss(output, label):
+        return nn.functional.cross_entropy(output @ weight, label)
+
+    assert work_of(loss, joined=True) == work_of(loss, joined=False)

@@ -227,9 +227,13 @@ class ModuleStage:
         return kept.sink
 
     def live(self, key: Key) -> Tensor | None:
-        """Return the one output of a forward as autograd knows it; None if no gradient goes back from it."""
-        (output,) = self._kept[key].outputs
-        return output if output.requires_grad else None
+        """Return the one output of a forward as autograd knows it; None if no gradient goes back from it.
+
+        None too until the FLOPs of a backward of these shapes are known: those of a loss are not this stage's.
+        """
+        kept = self._kept[key]
+        (output,) = kept.outputs
+        return output if output.requires_grad and ("backward", kept.shapes) in self._flops else None
 
     def goes_on(self, key: Key, root: Tensor, seed: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         """Let a forward's graph end at `root`, a loss of this stage's output; return what its backward is to be given.
