@@ -12,7 +12,7 @@ from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine import stage as stages
-from cutlayer.errors import CutlayerError
+from cutlayer.errors import CutlayerError, StageError
 from tests.small import Case, difference, float32, modules_for
 
 CPU, KEY = torch.device("cpu"), (0, 0)
@@ -136,3 +136,40 @@ def test_the_work_of_a_loss_is_not_counted_at_the_stage_before_it():
         return nn.functional.cross_entropy(output @ weight, label)
 
     assert work_of(loss, joined=True) == work_of(loss, joined=False)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_write_in_place_to_what_the_stage_before_needs_is_an_error_in_the_first_step(joined):
+    """As of the uncut model, where autograd sees it. The gradient would be that of other numbers."""
+
+    def loss(output, label):
+        return nn.functional.cross_entropy(output.mul_(2.0), label)
+
+    module = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    made = stages.ModuleStage("tail", module, ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    (output,) = made.forward([torch.randn(4, 4)], context(True))
+    scored.forward([output, torch.zeros(4, dtype=torch.long)], context(True, False, after=made if joined else None))
+    seed, _ = scored.backward(1.0, KEY)
+    with pytest.raises(StageError, match="modified by an inplace operation") as caught:
+        made.backward([seed], KEY)
+    assert caught.value.code == "E304"
+    assert "let it take x.clone() first" in caught.value.remedy
+
+
+def test_a_hook_of_the_loss_counts_where_the_stage_before_gives_its_input():
+    def loss(output, label):
+        output.register_hook(lambda gradient: gradient * 3)
+        return nn.functional.cross_entropy(output, label)
+
+    made = stages.ModuleStage("tail", nn.Identity(), ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    label = torch.zeros(4, dtype=torch.long)
+    for _ in range(2):
+        value = torch.randn(4, 3, requires_grad=True)
+        (output,) = made.forward([value.detach()], context(True))
+        scored.forward([output, label], context(True, False, after=made))
+        seed, _ = scored.backward(1.0, KEY)
+        (found,) = made.backward([seed], KEY)
+        (expected,) = torch.autograd.grad(loss(value.clone(), label), value)
+        assert torch.equal(found, expected)
