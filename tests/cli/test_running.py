@@ -254,7 +254,9 @@ def test_run_that_was_begun_in_another_way(
     result = call(*words, "--folder", "out")
     assert (result.code, result.err[0]) == (2, "E208 the folder holds a run that was begun in another way")
     assert result.err[2] == f"  why:   expected one of `{expected}`, got one of `{got}`"
-    assert ("cutlayer resume out" in result.err[3]) == (begun != "simulate")
+    assert ("cutlayer resume and this folder" in result.err[3]) == (begun != "simulate")
+    assert result.err[1].endswith("out")
+    assert " out" not in result.err[3]  # `join` tells the others what to do: a path of this machine is no part of it
     assert json.loads((demo / "out" / "launch.json").read_text()) == record  # as it was
 
 

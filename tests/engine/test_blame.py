@@ -84,3 +84,26 @@ def test_a_module_that_makes_it_of_good_data_is_advised_as_before():
     assert error.what == "a tensor at a cut holds a NaN or an infinity"
     assert "lower the learning rate" in error.remedy
     assert error.got == ""
+
+
+def test_of_two_parties_with_a_field_of_one_name_the_stage_of_the_one_is_named():
+    stages = [
+        Stage("first", at="ward", inputs=["data.x"], output="float32[batch, 2]"),
+        Stage("second", at="lab", inputs=["data.x"], output="float32[batch, 2]"),
+        Stage("body", at="server", inputs=["first", "second"], output="float32[batch, 1]"),
+        Loss("loss", at="ward", inputs=["body", "data.y"]),
+    ]
+    plan = Plan(stages, training=Training(batch_size=8, shuffle=False))
+    x, y = rows()
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    ward = {"first": nn.Linear(3, 2), "loss": nn.MSELoss()}
+    parties = [
+        Party("ward", data=TensorTable(x=x, y=y), modules=ward, optimizer=adam),
+        Party("lab", data=TensorTable(x=bad), modules={"second": nn.Linear(3, 2)}, optimizer=adam),
+        Party("server", modules={"body": nn.Bilinear(2, 2, 1)}, optimizer=adam),
+    ]
+    with pytest.raises(NonFiniteError) as found:
+        simulate(plan, parties)
+    assert found.value.where.startswith("party lab")
+    assert 'field = "x", at = "second"' in found.value.remedy

@@ -12,10 +12,15 @@ from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine import stage as stages
-from cutlayer.errors import CutlayerError
+from cutlayer.errors import CutlayerError, StageError
 from tests.small import Case, difference, float32, modules_for
 
 CPU, KEY = torch.device("cpu"), (0, 0)
+SPEC = TensorSpec.parse("float32[batch, 3]")
+
+
+def context(*wanted: bool, after: stages.ModuleStage | None = None) -> stages.Context:
+    return stages.Context(key=KEY, batch=4, training=True, wanted=wanted, after=after)
 
 
 class Called(nn.Module):
@@ -106,3 +111,65 @@ def test_a_loss_may_change_its_prediction_in_place():
         loss(whole(x), y).backward()
     for own, other in zip([*head.parameters(), *tail.parameters()], whole.parameters(), strict=True):
         assert torch.equal(own.grad, other.grad)
+
+
+def work_of(loss, *, joined: bool) -> list[int]:
+    """FLOPs of each backward, over sequences of two lengths whose outputs have one shape."""
+    layer, found = nn.Linear(5, 3), []
+    made = stages.ModuleStage("tail", Called(lambda x: layer(x).mean(1)), ports={"": SPEC}, seed=1, device=CPU)
+    made.module.layer = layer
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    for length in (2, 7):
+        (output,) = made.forward([torch.randn(4, length, 5)], context(True))
+        scored.forward([output, torch.zeros(4, dtype=torch.long)], context(True, False, after=made if joined else None))
+        seed, _ = scored.backward(1.0, KEY)
+        found.append(scored.spent)
+        made.backward([seed], KEY)
+        found.append(made.spent)
+    return found
+
+
+def test_the_work_of_a_loss_is_not_counted_at_the_stage_before_it():
+    weight = torch.randn(3, 3)
+
+    def loss(output, label):
+        return nn.functional.cross_entropy(output @ weight, label)
+
+    assert work_of(loss, joined=True) == work_of(loss, joined=False)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_write_in_place_to_what_the_stage_before_needs_is_an_error_in_the_first_step(joined):
+    """As of the uncut model, where autograd sees it. The gradient would be that of other numbers."""
+
+    def loss(output, label):
+        return nn.functional.cross_entropy(output.mul_(2.0), label)
+
+    module = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    made = stages.ModuleStage("tail", module, ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    (output,) = made.forward([torch.randn(4, 4)], context(True))
+    scored.forward([output, torch.zeros(4, dtype=torch.long)], context(True, False, after=made if joined else None))
+    seed, _ = scored.backward(1.0, KEY)
+    with pytest.raises(StageError, match="modified by an inplace operation") as caught:
+        made.backward([seed], KEY)
+    assert caught.value.code == "E304"
+    assert "let it take x.clone() first" in caught.value.remedy
+
+
+def test_a_hook_of_the_loss_counts_where_the_stage_before_gives_its_input():
+    def loss(output, label):
+        output.register_hook(lambda gradient: gradient * 3)
+        return nn.functional.cross_entropy(output, label)
+
+    made = stages.ModuleStage("tail", nn.Identity(), ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    label = torch.zeros(4, dtype=torch.long)
+    for _ in range(2):
+        value = torch.randn(4, 3, requires_grad=True)
+        (output,) = made.forward([value.detach()], context(True))
+        scored.forward([output, label], context(True, False, after=made))
+        seed, _ = scored.backward(1.0, KEY)
+        (found,) = made.backward([seed], KEY)
+        (expected,) = torch.autograd.grad(loss(value.clone(), label), value)
+        assert torch.equal(found, expected)

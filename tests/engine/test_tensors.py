@@ -50,6 +50,15 @@ def test_a_tensor_crosses_unchanged(dtype, shape):
     assert torch.equal(copy, value)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_number_out_of_a_larger_tensor_crosses(dtype, shape):
+    """A last batch of one sample: PyTorch calls it contiguous, whatever its strides."""
+    value = torch.ones(1, 4).to(torch_dtype(dtype))[:, 2].as_strided(shape, (4,) * len(shape))
+    order = memory_order(value)
+    assert torch.equal(from_payload(bytes(to_payload(value, order)), dtype, shape, CPU, order), value)
+
+
 def test_strided_and_trained_tensors_cross_in_c_order():
     value = torch.arange(24.0).reshape(2, 3, 4)
     for other in (value.transpose(0, 2), value[:, ::2], value[:1].expand(5, 3, 4), value.requires_grad_()):

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import cutlayer as cl
 from cutlayer.core.compile import agenda
 from cutlayer.core.program import Mode
-from cutlayer.errors import CheckpointError, PeerError
-from cutlayer.run import session
+from cutlayer.engine.ledger import Ledger
+from cutlayer.engine.party import EndStep
+from cutlayer.errors import CheckpointError, DataError, PeerError
+from cutlayer.run import meeting, session
 from cutlayer.run.launch import RECORD
 from cutlayer.run.party import counts
-from cutlayer.run.session import Task, take_part
+from cutlayer.run.session import Task, _Observer, _Run, take_part
 from cutlayer.transport.network import SessionReset
 from tests.provoking import saw
 from tests.run import plans
@@ -102,6 +105,40 @@ def test_after_ctrl_c_elsewhere_a_party_with_a_checkpoint_is_told_how_to_go_on(t
     go_on = f"; from the last checkpoint on, here: cutlayer resume {here}" if by_command else ""
     assert error.remedy == f"look at alpha's terminal; then start all parties with resume{go_on}"
     assert error.remedy in str(error)
+
+
+def test_an_error_before_a_run_is_raised_whatever_happens_while_the_others_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object) -> None:
+        raise RuntimeError("no thread can be started")
+
+    monkeypatch.setattr(meeting, "Network", broken)
+    settings = Trial(plans.u_shaped().plan, tmp_path).settings("alpha")
+    with pytest.raises(DataError, match="the scans are not here"), meeting.telling(settings, "party 'alpha'"):
+        raise DataError("the scans are not here", code="E250")
+
+
+def test_a_listener_that_stops_in_the_middle_gets_each_step_once_and_none_of_another():
+    """Steps are told when there is time, several at once; Ctrl-C may come between two."""
+    case = plans.u_shaped(epochs=1)
+    worker = cast("Any", SimpleNamespace(ledger=Ledger("alpha"), end_step=lambda: None))
+    told = list[tuple[int, Mapping[str, float]]]()
+
+    def tell(_event: str, details: Mapping[str, Any]) -> None:
+        told.append((details["step"], details["flops"]))
+        if details["step"] == 1:
+            raise KeyboardInterrupt
+
+    run = _Run(case.plan, case.build("alpha"), Task(agenda, {}), cast("Any", None), tell)
+    observer = _Observer(run, worker, "train", 1, 4, lambda _job: None)
+    for step in range(4):
+        worker.ledger.compute("forward", "head", step)
+        observer.handle(EndStep(step, ""))
+    with pytest.raises(KeyboardInterrupt):
+        observer.tell()
+    observer.tell()  # what the session's end does
+    assert told == [(step, {"forward head": step}) for step in range(4)]
 
 
 class Restless:

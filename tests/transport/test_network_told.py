@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
+import threading
 import time
 from typing import Any
 
@@ -87,15 +87,39 @@ def test_ctrl_c_and_parties_that_do_not_come_end_at_once(cast: Cast):
 
 def test_a_party_that_cannot_listen_tells_the_coordinator(cast: Cast):
     cast.names = cast.addressed = ("server", "clinic")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        clinic = {"listen": f"127.0.0.1:{port}"}
-        results = cast.play({"server": meet, "clinic": meet}, deadlines=PATIENT, clinic_=clinic)
+    cast.certify()
+    clinic = {"listen": "192.0.2.7:7070"}  # an address of no machine
+    results = cast.play({"server": meet, "clinic": meet}, deadlines=PATIENT, clinic_=clinic)
     assert (type(results["clinic"]), results["clinic"].code) == (LinkError, "E604")
     assert (type(results["server"]), results["server"].code) == (PeerError, "E703")
     assert results["server"].got == "E604 at clinic"
-    assert results["clinic"].got == f"127.0.0.1:{port}: Address already in use"
-    assert str(port) not in str(results["server"])
+    assert results["clinic"].got == "192.0.2.7:7070: Cannot assign requested address"
+    assert "192.0.2.7" not in str(results["server"])
+
+
+def test_a_party_that_is_started_twice_does_not_end_its_run(cast: Cast):
+    """The port is its own: whoever told the others of the second process would stop the first."""
+    cast.names = cast.addressed = ("server", "clinic")
+    cast.settings("clinic")
+    begun, second = threading.Event(), list[CutlayerError]()
+
+    def clinic(network: Network) -> None:
+        meet(network)
+        begun.set()
+        network.finish()
+
+    def server(network: Network) -> None:
+        meet(network)
+        assert begun.wait(10)
+        with pytest.raises(LinkError) as caught, cast.network("clinic", deadlines=PATIENT):
+            pass
+        second.append(caught.value)
+        time.sleep(0.5)
+        network.finish()
+
+    results = cast.play({"server": server, "clinic": clinic}, deadlines=PATIENT)
+    assert results == {"server": None, "clinic": None}
+    assert (second[0].code, "if this party runs already, let it be" in second[0].remedy) == ("E604", True)
 
 
 def test_whoever_came_in_a_missing_partys_name_is_named(cast: Cast):

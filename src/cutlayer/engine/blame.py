@@ -15,32 +15,35 @@ from torch import Tensor
 from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.parts import Loss
 from cutlayer.engine.agree import Agreed
+from cutlayer.engine.values import Values, own_fields
 from cutlayer.errors import NonFiniteError, StageError
 
 __all__ = ["blamed", "with_classes"]
 
 
-def blamed(error: NonFiniteError, fields: Mapping[str, Tensor], graph: Graph) -> NonFiniteError:
+def blamed(error: NonFiniteError, values: Values, lane: int, micro: int) -> NonFiniteError:
     """Return the error that names the fields which hold a NaN or an infinity; `error` itself if none does.
 
     Args:
         error: What was found at a cut or of a loss.
-        fields: This party's own data of the microbatch, field -> (samples, ...).
-        graph: Of the plan.
+        values: Those of the step, with this party's own data: fields of shape (samples, ...).
+        lane: Of the microbatch that they belong to.
+        micro: That microbatch.
 
     Returns:
         Of the fields this side is told names and numbers of samples; the others only the names, never a value.
     """
-    found = {name: text for name, value in fields.items() if (text := _bad(value))}
+    found = {name: text for name, value in own_fields(values, lane, micro).items() if (text := _bad(value))}
     if not found:
         return error
-    labels = [edge.source.field for edge in graph.edges if isinstance(graph.by_name[edge.target], Loss)]
+    graph = values.graph
+    own = [edge for edge in graph.edges if edge.source.field in found and graph.origin(edge, lane) == values.party]
     return NonFiniteError(
         f"the data hold a NaN or an infinity in {', '.join(found)}, and so: {error.what}",
         where=error.where,
         expected=error.expected,
         got=", ".join(f"{name}: {text}" for name, text in found.items()),
-        remedy="; ".join(_fill(name, graph, "NaN" in text, name in labels) for name, text in found.items()),
+        remedy="; ".join(_fill(name, graph, own, "NaN" in text) for name, text in found.items()),
         code=error.code,
     )
 
@@ -75,12 +78,13 @@ def _bad(value: Tensor) -> str:
     return f"{' and '.join(said)} of this microbatch" if said else ""
 
 
-def _fill(name: str, graph: Graph, missing: bool, label: bool) -> str:
-    if label:
+def _fill(name: str, graph: Graph, own: Sequence[Edge], missing: bool) -> str:
+    stages = [edge.target for edge in own if edge.source.field == name]
+    if any(isinstance(graph.by_name[stage], Loss) for stage in stages):
         return f"leave out the samples that have no {name}"
     if not missing:
         return f"correct {name}, or leave these samples out"
-    stage = next(edge.target for edge in graph.edges if edge.source.field == name)
+    stage = stages[0]
     return (
         f'fill {name} with the mean of its column: [[preprocessing]] field = "{name}", at = "{stage}", kind = "scale" '
         f'in the contract, Shared("{name}", at="{stage}") in a plan; or leave these samples out'

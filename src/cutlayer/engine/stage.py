@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
@@ -106,6 +107,19 @@ def _enter(leaf: Tensor, hooks: _Hooks) -> Tensor:
     return cast("Tensor", entered)
 
 
+def _tell_writes(leaves: Sequence[Tensor], entered: Sequence[Tensor], places: Iterable[int]) -> None:
+    """Let whoever made a value, and needs it for a backward, know that it was written to in place."""
+    for place in places:
+        if entered[place]._version:
+            increment_version(leaves[place])
+
+
+def _put_last(catching: Iterable[_Hooks]) -> None:
+    """Let our hook see what those that modules have put on an input make of the gradient."""
+    for hooks in catching:
+        hooks[_HOOK] = hooks.pop(_HOOK)
+
+
 class _Kept(msgspec.Struct):
     """What a forward leaves for its backward."""
 
@@ -115,6 +129,7 @@ class _Kept(msgspec.Struct):
     sink: list[Tensor | None]
     shapes: _Shapes
     after: ModuleStage | None
+    catching: list[_Hooks]
 
 
 class ModuleStage:
@@ -176,7 +191,7 @@ class ModuleStage:
     def _run(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
         """Run the module in the mode that is set; keep what a backward needs."""
         training, sink = context.training, list[Tensor | None]([None] * len(inputs))
-        leaves, entered, catching = list[Tensor](), list[Tensor](), list[_Hooks]()
+        leaves, entered, catching = list[Tensor](), list[Tensor](), dict[int, _Hooks]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
         live, after = None, context.after
         if after is not None and training and ("backward", shapes) in self._flops:  # alone until its FLOPs are known
@@ -187,19 +202,16 @@ class ModuleStage:
             if live is not None:
                 leaf = live if wanted else leaf
             elif wanted and training:
-                catching.append(OrderedDict(((_HOOK, partial(sink.__setitem__, place)),)))
-                leaf = _enter(leaf.requires_grad_(), catching[-1])
+                catching[place] = OrderedDict(((_HOOK, partial(sink.__setitem__, place)),))
+                leaf = _enter(leaf.requires_grad_(), catching[place])
             entered.append(leaf)
         mode = "forward" if training else "evaluate"
         given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
-        for hooks in catching:
-            if len(hooks) > 1:  # those that the module has put on its input may change the gradient: ours is the last
-                hooks[_HOOK] = hooks.pop(_HOOK)
+        _tell_writes(leaves, entered, catching)
         outputs = self._named(given, context.batch, shapes)
         if training:
-            self._kept[context.key] = _Kept(
-                outputs, context.wanted, leaves, sink, shapes, None if live is None else after
-            )
+            after = None if live is None else after
+            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes, after, [*catching.values()])
         return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
@@ -219,6 +231,7 @@ class ModuleStage:
         if kept.after is not None:
             self.spent = self._flops["backward", kept.shapes]
             return kept.after.goes_on(context_key, roots[0], seeds[0], kept.wanted)
+        _put_last(kept.catching)
         if roots:
             self._guarded("backward", kept.shapes, kept.leaves, _go_back, tuple(roots), tuple(seeds))
         for place, gradient in enumerate(kept.sink):
@@ -227,9 +240,9 @@ class ModuleStage:
         return kept.sink
 
     def live(self, key: Key) -> Tensor | None:
-        """Return the one output of a forward as autograd knows it; None if no gradient goes back from it."""
-        (output,) = self._kept[key].outputs
-        return output if output.requires_grad else None
+        """Return a forward's one output as autograd knows it; None: no gradient goes back, or FLOPs are not known."""
+        kept = self._kept[key]
+        return kept.outputs[0] if kept.outputs[0].requires_grad and ("backward", kept.shapes) in self._flops else None
 
     def goes_on(self, key: Key, root: Tensor, seed: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         """Let a forward's graph end at `root`, a loss of this stage's output; return what its backward is to be given.

@@ -77,7 +77,7 @@ def to_payload(value: Tensor, order: tuple[int, ...] = ()) -> memoryview:
     if not value.numel():
         return memoryview(b"")
     if value.dtype in _NOT_IN_NUMPY or not value.ndim:
-        value = value.reshape(-1).view(torch.uint8)
+        value = value.as_strided((value.numel(),), (1,)).view(torch.uint8)  # of one number, the stride may be any
     return value.numpy().data.cast("B")
 
 

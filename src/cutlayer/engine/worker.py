@@ -24,7 +24,7 @@ from cutlayer.engine.preprocess import unread
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
 from cutlayer.engine.stage import Context, Gradients, ModuleStage, StageProtocol
 from cutlayer.engine.tensors import check_finite, check_spec, dtype_name, from_payload, memory_order, to_payload
-from cutlayer.engine.values import Values, own_fields
+from cutlayer.engine.values import Values
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import ContractError, CutlayerError, DataError, NonFiniteError, StageError
 
@@ -124,7 +124,7 @@ class Worker:
             try:
                 check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
             except NonFiniteError as error:
-                raise blamed(error, own_fields(self.values, job.lane, job.micro), self.graph) from None
+                raise blamed(error, self.values, job.lane, job.micro) from None
             scale = getattr(role.stage, "scale", "")
             role.book.update(outputs[0], inputs, job.size, role.reduction, scale, job.lane)
             return
@@ -173,7 +173,7 @@ class Worker:
         try:
             _check_leaving(self, job, value, edge.spec)
         except NonFiniteError as error:
-            raise blamed(error, own_fields(self.values, job.lane, job.micro), self.graph) from None
+            raise blamed(error, self.values, job.lane, job.micro) from None
         if edge.crossing is not None:
             place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
             value = self.coder.leaving(edge, job.direction, value, place)

@@ -249,7 +249,9 @@ def _check_again(folder: Path, before: LaunchRecord, record: LaunchRecord) -> No
             where=str(folder),
             expected=f"one of `{_COMMANDS[record.kind]}`",
             got=f"one of `{_COMMANDS[before.kind]}`",
-            remedy=f"go on with it: cutlayer resume {folder}; or give a new folder" if kept else "give a new folder",
+            remedy="go on with it: cutlayer resume and this folder; or give a new folder"
+            if kept
+            else "give a new folder",
             code="E208",
         )
     if record.kind == "simulate":

@@ -69,7 +69,7 @@ def telling(network: NetworkSettings, what: str) -> Iterator[None]:
         if not network.coordinates:
             deadlines = replace(deadlines, close=min(deadlines.close, _DIAL))
         settings = replace(network, deadlines=deadlines)
-        with suppress(CutlayerError), Network(settings, lambda _event, _details: None) as link:
+        with suppress(Exception), Network(settings, lambda _event, _details: None) as link:
             tell_others(link, error, what)
         raise
 

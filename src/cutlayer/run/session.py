@@ -281,10 +281,9 @@ class _Observer:
 
     def tell(self) -> None:
         """Tell of the steps that have ended."""
-        for step in self.ended:
-            place = {"mode": self.mode, "round": self.number, "step": step, "steps": self.steps}
+        while self.ended:  # each is taken before it is told: what stops in the middle, such as Ctrl-C, tells none again
+            place = {"mode": self.mode, "round": self.number, "step": self.ended.pop(0), "steps": self.steps}
             self.run.tell("step", {"party": self.run.party.name, **place, **self.worker.ledger.close_step()})
-        self.ended.clear()
 
 
 def _save(run: _Run, worker: Worker, session: _Session, identifier: int, position: Position) -> None:

@@ -203,7 +203,7 @@ class Server:
         if not port:
             self.stop(0)
             reason = why_not_listen(settings.port)
-            raise cannot_listen(settings.party, settings.port, reason, coordinates=settings.coordinates)
+            raise cannot_listen(settings.party, settings.port, reason, coordinates=settings.coordinates) from reason
         self._server.start()
 
     def stop(self, seconds: float) -> None:

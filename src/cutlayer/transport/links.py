@@ -8,6 +8,7 @@ from typing import Final
 from cutlayer.errors import CutlayerError, DeadlineError
 from cutlayer.transport.grpc_dialer import Dialer
 from cutlayer.transport.grpc_server import Desk, RunDoor, Server
+from cutlayer.transport.listening import in_use
 from cutlayer.transport.peer import Peer
 from cutlayer.transport.settings import route
 
@@ -29,21 +30,27 @@ class Links:
         self._dialers: dict[str, Dialer] = {}
 
     def start(self) -> None:
-        """Dial the coordinator, and listen.
+        """Listen, and dial the coordinator.
 
         Raises:
-            LinkError: E604, the party cannot listen at its address; whom it can dial is told.
+            LinkError: E604, the party cannot listen at its address. Whom it can dial is told; but nobody where the port
+                is in use: it may be this party, started twice, and its run is to go on.
         """
         self._desk.timers.start()
         self._desk.watch.look()
-        self.need(self._desk.settings.coordinator)
+        failed: CutlayerError | None = None
         try:
             if self._server is not None:
                 self._server.start()
         except CutlayerError as error:
-            self._desk.steward.fail(error)
+            failed = error
+        if failed is None or not in_use(failed.__cause__):
+            self.need(self._desk.settings.coordinator)
+        if failed is not None:
+            if self._dialers:
+                self._desk.steward.fail(failed)
             self.close()
-            raise
+            raise failed
 
     def need(self, name: str) -> None:
         """If the link with a peer is this party's to dial, see to it that it comes up."""

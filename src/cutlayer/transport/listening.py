@@ -15,7 +15,7 @@ from cutlayer.errors import LinkError
 from cutlayer.transport.addresses import host_port
 from cutlayer.transport.certificates import first_line
 
-__all__ = ["cannot_listen", "reason_of", "way_out", "why_not_listen"]
+__all__ = ["cannot_listen", "in_use", "reason_of", "way_out", "why_not_listen"]
 
 
 def why_not_listen(address: str) -> OSError | None:
@@ -26,6 +26,11 @@ def why_not_listen(address: str) -> OSError | None:
             return None
     except OSError as error:
         return error
+
+
+def in_use(error: BaseException | None) -> bool:
+    """Whether the reason is that something else, or this party in another process, listens there."""
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 def reason_of(error: OSError) -> str:
@@ -42,10 +47,12 @@ def way_out(error: OSError | None, *, coordinates: bool) -> str:
         error: The system's reason, if it is known.
         coordinates: Whether this party is the coordinator, which must be reached.
     """
-    code = error.errno if error is not None else None
-    if code == errno.EADDRINUSE:
-        return "stop what else uses the port, or set `listen` in the party file to another one that others reach"
-    if code in (errno.EACCES, errno.EPERM):
+    if in_use(error):
+        return (
+            "stop what else uses the port, or set `listen` in the party file to another one that others reach; "
+            "if this party runs already, let it be"
+        )
+    if error is not None and error.errno in (errno.EACCES, errno.EPERM):
         return "take a port from 1024 on: `listen` in the party file, and the contract's unless something passes it on"
     own = 'behind a router or a firewall set listen = "0.0.0.0:PORT" in [network] of the party file, and have the '
     own += "contract's address passed on to that port; "
