@@ -48,6 +48,10 @@ class Masked(nn.Module):
     def forward(self, x, mask):
         return self.last(self.one(x) * mask)
 
+class Keyed(Masked):
+    def forward(self, sample):
+        return super().forward(sample["x"], sample["a.mask"])
+
 class Deciding(nn.Module):
     def __init__(self):
         super().__init__()
@@ -206,6 +210,33 @@ def test_several_inputs_in_order_or_by_name(call: Call, inputs: tuple[str, str])
     result = call("cut", "model.py:Pairs", "--input", inputs[0], "--input", inputs[1], "--json")
     assert result.code == 0, result.err
     assert "pair" in [one["point"] for one in result.json()["cuts"]]
+
+
+def test_a_forward_that_takes_one_dictionary(call: Call):
+    inputs = ("--input", "sample.x=float32[batch, 6]", "--input", "sample.a.mask=int64[batch, 5]", "--batch", "10")
+    result = call("cut", "model.py:Keyed", *inputs, "--json")
+    assert result.code == 0, result.err
+    plain = call("cut", "model.py:Masked", *[one.replace("sample.", "").replace("a.", "") for one in inputs], "--json")
+    (row,), (expected,) = result.json()["cuts"], plain.json()["cuts"]
+    assert row["raw"] == {"a.mask": "int64[batch, 5]"}
+    assert {**row, "raw": {}} == {**expected, "raw": {}}
+
+
+@pytest.mark.provokes("E325")
+def test_a_dictionary_given_as_arguments_says_how_to_give_it(call: Call):
+    result = call("cut", "model.py:Keyed", "--input", "x=float32[batch, 6]", "--input", "mask=int64[batch, 5]")
+    assert (result.code, result.err[0]) == (3, "E325 the example does not fit the model's forward")
+    assert "or --input ARGUMENT.KEY=SPEC" in result.err[3]
+
+
+@pytest.mark.provokes("E210")
+@pytest.mark.parametrize("other", ["sample", "sample.x", ""])
+def test_an_argument_and_its_entry_do_not_go_together(call: Call, other: str):
+    spec = f"{other}=float32[batch, 6]".removeprefix("=")
+    result = call("cut", "model.py:Keyed", "--input", "sample.x=float32[batch, 6]", "--input", spec)
+    assert (result.code, result.err[0]) == (2, "E210 inputs that do not go together")
+    assert result.err[2].endswith(f"got sample.x, {other or 'no name'}")
+    assert "--input ARGUMENT.KEY=SPEC" in result.err[3]
 
 
 @pytest.mark.provokes("E325")

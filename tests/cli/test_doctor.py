@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from cutlayer.cli import doctor
 from cutlayer.cli.catalogue import catalogue
+from cutlayer.cli.console import Output
 from cutlayer.run import doctor as examination
 from cutlayer.run.doctor_network import _TITLES
+from cutlayer.transport.probe_listener import Visit
 from tests.cli.conftest import CODE, CONTRACT, write_site
 from tests.proxies import free_port
 
@@ -238,7 +241,8 @@ def test_a_real_pair(call: Call, study: Path, as_json: bool):
         try:
             assert server.stderr is not None
             assert server.stderr.readline().startswith("listening at 127.0.0.1:")
-            good = call("doctor", "contract.toml", "--party", "hospital.toml", "--json").json()
+            for _ in range(2):  # one after the other: each is told
+                good = call("doctor", "contract.toml", "--party", "hospital.toml", "--json").json()
             foreign(call, study)
             bad = call("doctor", "contract.toml", "--party", "hospital.toml", "--json").json()
             server.send_signal(signal.SIGINT)
@@ -251,14 +255,45 @@ def test_a_real_pair(call: Call, study: Path, as_json: bool):
     assert {"server: accepts ours", "server: speed", "server: clock", "server: contract"} <= set(statuses(good))
     assert [row["code"] for row in bad["rows"] if row["status"] == "problem"] == ["E664", "E668"]
     if as_json:
-        visits = json.loads(out)["visits"]
+        document = json.loads(out)
+        visits = document["visits"]
+        assert document["earlier"] == 0
         assert all(set(one) == {"at", "address", "name", "result", "text"} for one in visits)
         told = [(one["result"], one["name"]) for one in visits]
     else:
         assert out.splitlines()[-1] == "accepted: hospital; refused: 1"
         told = [(line.split()[3], line.split()[4].replace("unknown", "")) for line in out.splitlines()[:-1]]
-    assert told == [("accepted", "hospital"), ("measured", "hospital"), ("refused", "")]
+    assert told == [("accepted", "hospital"), ("measured", "hospital")] * 2 + [("refused", "")]
     assert "its certificate: " in out
+
+
+def test_a_flood_of_visits_is_counted_and_leaves_room_for_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+    monkeypatch.setattr(doctor, "_MOST", 30)
+    monkeypatch.setattr(doctor.time, "monotonic", lambda: now[0])
+    visits = doctor._Visits(Output(json=False, quiet=False, verbose=False))
+
+    def come(count: int, host: str, name: str = "") -> list[str]:
+        for port in range(count):
+            result = "accepted" if name else "refused"
+            visits.add(Visit(address=f"{host}:{port}", name=name, result=result, text="it speaks no TLS"))
+        return capsys.readouterr().out.splitlines()
+
+    assert len(come(500, "192.0.2.9")) == 20
+    assert come(1, "192.0.2.7", "hospital")[0].endswith("accepted hospital from 192.0.2.7: it speaks no TLS")
+    assert sum(len(come(30, f"[2001:db8::{n}]")) for n in range(50)) == 100 - 21
+    now[0] = 61.0
+    told = come(1, "192.0.2.7", "hospital")
+    assert told[0] == f"{500 + 1 + 1500 - 100} visits more in that minute"
+    assert len(told) == 2
+    assert len(come(25, "192.0.2.9")) == 20
+    assert visits.summary() == "accepted: hospital; refused: 2025"
+    assert capsys.readouterr().out == "5 visits more in that minute\n"
+    document = visits.document()
+    assert (len(document["visits"]), document["earlier"]) == (30, 2027 - 30)
+    assert document["visits"][-1]["address"] == "192.0.2.9:24"
 
 
 def foreign(call: Call, study: Path) -> None:

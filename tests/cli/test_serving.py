@@ -199,6 +199,14 @@ def test_a_server_that_is_not_there_is_not_waited_for_long(trained: Path, call: 
     assert "ask the operator of server whether `cutlayer serve` runs there" in result.err[-1]
 
 
+def test_weights_that_are_not_there_are_told_before_the_server_is_asked(trained: Path, call: Call):
+    digest = load_contract(trained / "contract.toml").digest()
+    words = ("predict", "contract.toml", "hospital.toml", "--served", "--weights", "absent", "--accept", digest)
+    result = call(*words)  # nobody serves
+    assert (result.code, result.err[-4]) == (6, "E811 a trained party cannot be read")
+    assert "absent/hospital.safetensors" in result.err[-3]
+
+
 def test_the_default_of_wait_is_that_of_the_api():
     assert Where().wait == WAIT == 15
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -367,3 +368,53 @@ def test_a_table_has_one_number_of_samples(fields):
     with pytest.raises(DataError, match=r"different numbers of samples.*give each field one row a sample") as caught:
         TensorTable(**fields)
     assert caught.value.code == "E254"
+
+
+class Listed(Dataset):
+    """Gives the samples of a list."""
+
+    def __init__(self, samples: list[object]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> object:
+        return self.samples[index]
+
+
+def sized(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+@pytest.mark.provokes("E253")
+@pytest.mark.parametrize(
+    ("samples", "got"),
+    [
+        (
+            [{"image": sized(3, 8, 8), "y": 0}] * 6 + [{"image": sized(3, 8, 9), "y": 1}] * 5,
+            "sizes [3, 8, 8] of sample 4 and [3, 8, 9] of sample 6 in image, counted from 0",
+        ),
+        ([(sized(2), sized(5))] * 5 + [(sized(2), sized(4))] * 6, "sizes [5] of sample 4 and [4] of sample 5 in [1],"),
+        ([sized(2)] * 7 + [sized(2, 1)] * 4, "sizes [2] of sample 4 and [2, 1] of sample 7, counted from 0"),
+        ([np.zeros(2)] * 7 + [np.zeros(3)] * 4, "sizes [2] of sample 4 and [3] of sample 7, counted from 0"),
+        ([{"a": {"b": [1, 2]}}] * 7 + [{"a": {"b": [1]}}] * 4, "sizes [2] of sample 4 and [1] of sample 7 in a['b'],"),
+        ([{"x": sized(2)}] * 6 + [{"x": None}] * 5, "got expected Tensor as element 2"),
+    ],
+    ids=["images", "tuples", "tensors", "arrays", "nested", "no sizes"],
+)
+def test_samples_of_two_sizes_are_named(samples: list[object], got: str):
+    fields = ("x", "y") if isinstance(samples[0], tuple) else ("x",)
+    source = OrderedBatches(Listed(samples), order(shuffle=False, fields=fields))
+    with pytest.raises(DataError, match=r"E253.*cannot be put together.*bring them to one size") as caught:
+        source.load(lane=0, epoch=0, index=1, size=4)  # samples 4 to 7
+    assert got in str(caught.value)
+
+
+@pytest.mark.provokes("E253")
+def test_samples_of_two_sizes_are_named_by_their_places_in_a_shuffled_epoch():
+    rows = permutation(0, 2, 0, COUNT)
+    samples = [sized(3 if row == rows[6] else 2) for row in range(COUNT)]
+    source = OrderedBatches(Listed(samples), order(fields=("x",)))
+    with pytest.raises(DataError, match=rf"\[2\] of sample {rows[4]} and \[3\] of sample {rows[6]}, counted"):
+        source.load(lane=0, epoch=2, index=1, size=4)

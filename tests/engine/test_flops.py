@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.engine.flops import FlopCounter
@@ -158,3 +159,37 @@ def test_products_of_groups(first: tuple[int, ...], second: tuple[int, ...], las
     with FlopCounter() as counter:
         torch._grouped_mm(one, two, offs=offsets)
     assert counter.total == 2 * flops
+
+
+def test_a_formula_that_raises_counts_nothing():
+    ragged = torch.nested.nested_tensor(
+        [torch.randn(3, 8), torch.randn(2, 8)]
+    )  # it has no shape, which torch's asks for
+    with FlopCounter() as counter:
+        found = torch.bmm(ragged, ragged.transpose(1, 2))
+        assert counter.total == 0
+        found.unbind()[0] @ torch.ones(3, 1)
+    assert counter.total == 2 * 3 * 3
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_is_compiled_runs_so_while_it_is_counted():
+    ran = []
+
+    def work(x: Tensor) -> Tensor:
+        return (x @ x.T).relu()
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        def run(*given: object) -> object:
+            ran.append(graph)
+            return graph(*given)
+
+        return run
+
+    x = torch.randn(1, 2, 16, 8)
+    with FlopCounter() as counter:
+        torch.compile(work, backend=backend)(x[0, 0])
+        assert len(ran) == 1
+        assert counter.total == 2 * 16 * 8 * 16
+        attended = flex_attention(x, x, x)  # torch compiles it, and refuses to do so under a counter that forbids it
+    assert torch.equal(attended, flex_attention(x, x, x))

@@ -368,3 +368,16 @@ def test_counted_as_torch_counts(module: nn.Module, shape: tuple[int, ...]):
         assert counter.get_total_flops() == forward
         output.backward(torch.ones(shape[0], 3))
     assert counter.get_total_flops() == forward + stage.spent
+
+
+def test_a_product_that_cannot_be_counted_trains():
+    def ragged(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.nested.as_nested_tensor([x[:1], x[1:]])  # no formula of torch's can count a product of these
+        return torch.cat([one.sum(-1) for one in torch.bmm(rows, rows.transpose(1, 2)).unbind()])
+
+    stage = stage_of(Odd(ragged), "float32[batch]")
+    value = torch.randn(4, 3)
+    (output,) = stage.forward([value], context())
+    torch.testing.assert_close(output[:1], value[0].square().sum()[None])
+    (gradient,) = stage.backward([torch.ones(4)], (0, 0))
+    torch.testing.assert_close(gradient[0], 2 * value[0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import flop_registry
 
 import cutlayer as cl
 from cutlayer import models
@@ -121,3 +122,14 @@ def test_operations_are_those_of_a_run():
     assert found.client is not None
     assert found.server is not None
     assert spent == {"client": found.client.flops, "server": found.server.flops}
+
+
+def test_a_formula_that_raises_counts_nothing(monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_shapes: object, **_other: object) -> int:
+        raise ValueError("a new argument")
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    monkeypatch.setitem(flop_registry, torch.ops.aten.addmm, unknown)  # the forward of a linear layer
+    (found,) = [one for one in costs(net, torch.rand(3, 3), batch=3) if one.point == "0"]
+    assert found.server is not None
+    assert found.server.flops == 2 * (2 * 3 * 4 * 2)  # the backward's two products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import cutlayer as cl
 from cutlayer.core.gate import retry_after
-from cutlayer.errors import CutlayerError, LinkError, PeerError
+from cutlayer.errors import CheckpointError, CutlayerError, LinkError, PeerError
 from cutlayer.run.prediction import SERVED, ask
 from cutlayer.run.results import write_results
 from cutlayer.run.serving import Service
@@ -217,6 +219,21 @@ def test_what_crosses_is_the_cut_and_the_number_of_samples(place: Place):
     assert result.samples == {"predict": {"alpha": 21}}
     flows = {(key[0], key[1], key[3]): row.payload for key, row in ledger.flows.items()}
     assert flows == {("sent", "server", "up"): 21 * 8 * 4, ("received", "server", "up"): 21 * 5 * 4}
+
+
+def test_the_weights_are_read_before_anything_is_dialled(place: Place, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    tensors = {"head.weight": torch.zeros(1)}
+    safetensors.torch.save_file(tensors, tmp_path / "other" / "alpha.safetensors")
+    party = place.client(cl.TensorTable(x=rows(3)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        network = place.settings("anna", "alpha", addresses={"server": f"127.0.0.1:{listener.getsockname()[1]}"})
+        for folder, code in (("nothing", "E811"), ("other", "E812")):
+            with pytest.raises(CheckpointError, match=code):
+                ask(place.plan, party, network=network, weights=tmp_path / folder, wait=1)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def test_a_link_that_breaks_is_taken_up_again(place: Place):

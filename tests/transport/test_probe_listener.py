@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import time
@@ -67,9 +68,22 @@ def test_a_party_measures_and_both_are_told(place: Place, own: dict[str, Credent
     found = measure(place.target, own["clinic"], digest="d", seconds=10)
     assert (found.plan, found.protocol_same) == ("same", True)
     assert 0 < found.round_trip < 5
-    accepted, measured = place.told(2)
-    assert accepted == ("accepted", "clinic", "its certificate is good")
+    (measured,) = place.told()
     assert measured[:2] == ("measured", "clinic")
+    assert re.fullmatch(r"it has measured its way here, [0-9,]+ bytes back", measured[2])
+
+
+def test_each_visit_is_told_as_it_ends(place: Place, own: dict[str, Credentials]):
+    for count in (1, 2):
+        measure(place.target, own["clinic"], digest="d", seconds=10)
+        assert place.told(count)[-1][:2] == ("measured", "clinic")
+    with (
+        socket.create_connection(("127.0.0.1", place.port), 10) as line,
+        context_of(own["clinic"], "test").wrap_socket(line, server_hostname="server") as stream,
+    ):
+        assert stream.recv(1)  # the server inside greets: the connection is through
+        assert len(place.visits) == 2
+    assert place.told(3)[-1] == ("accepted", "clinic", "its certificate is good")
 
 
 def test_a_name_that_the_contract_does_not_have(place: Place, own: dict[str, Credentials]):
@@ -79,10 +93,16 @@ def test_a_name_that_the_contract_does_not_have(place: Place, own: dict[str, Cre
 
 def test_who_comes_for_the_run_is_asked_to_come_again(place: Place, own: dict[str, Credentials]):
     channel = channel_to("server", f"127.0.0.1:{place.port}", own["clinic"])
-    with channel, pytest.raises(grpc.RpcError) as caught:
-        next(channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter([b"hello"]), timeout=20))
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # which a run tries again
-    assert "the run has not begun" in caught.value.details()
+    with channel:
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter([b"hello"]), timeout=20))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # which a run tries again
+            assert "the run has not begun" in caught.value.details()
+        came = ("accepted", "clinic", "its certificate is good; it came for the run, which has not begun")
+        assert place.told() == [came]
+    place.listener.__exit__(None, None, None)
+    assert place.told() == [came]  # once for a connection
 
 
 def until_closed(line: socket.socket) -> None:
@@ -183,7 +203,7 @@ def test_it_ends_while_somebody_is_there(own: dict[str, Credentials]):
         line = lines.enter_context(socket.create_connection(("127.0.0.1", place.port), 10))
         stream = lines.enter_context(context_of(own["clinic"], "test").wrap_socket(line, server_hostname="server"))
         stream.settimeout(10)
-        place.told(1)
+        assert stream.recv(1)  # of the server inside: the connection is through
         begin = time.monotonic()
         place.listener.__exit__(None, None, None)
         assert time.monotonic() - begin < 5

@@ -41,7 +41,7 @@ def show_cuts(text: str, inputs: Sequence[str], output: Output, *, batch: int, r
 
     Args:
         text: The function that gives the model.
-        inputs: Specs of the inputs, each "NAME=SPEC" or "SPEC".
+        inputs: Specs of the inputs, each "NAME=SPEC", "ARGUMENT.KEY=SPEC" or "SPEC".
         output: Where to write.
         batch: Samples in a step.
         refused: Whether to say where it cannot be cut.
@@ -118,20 +118,34 @@ def _nowhere(model: str, errors: Sequence[CutlayerError]) -> StageError:
     )
 
 
-def _example(inputs: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
-    """Return the inputs as an example: by name, or in the order of forward's arguments if none has a name."""
+def _example(inputs: Sequence[str]) -> tuple[Tensor, ...] | dict[str, Tensor | dict[str, Tensor]]:
+    """Return the inputs as an example: by name, or in the order of forward's arguments if none has a name.
+
+    "ARGUMENT.KEY" names an entry of an argument that is a dictionary.
+    """
     read = [_input(one) for one in inputs]
     names = [name for name, _ in read]
-    if any(names) and ("" in names or len(set(names)) < len(names)):
+    whole, parted = ({name.partition(".")[0] for name in names if ("." in name) is part} for part in (False, True))
+    if any(names) and ("" in names or len(set(names)) < len(names) or whole & parted):
         raise ConfigError(
             "inputs that do not go together",
             where="--input",
             expected="each with another name, or all without, in the order of forward's arguments",
             got=", ".join(name or "no name" for name in names),
-            remedy="give each argument of forward once: --input NAME=SPEC",
+            remedy="give each argument of forward once: --input NAME=SPEC; or each entry of an argument that is a "
+            "dictionary: --input ARGUMENT.KEY=SPEC",
             code="E210",
         )
-    return dict(read) if any(names) else tuple(value for _, value in read)
+    if not any(names):
+        return tuple(value for _, value in read)
+    example: dict[str, Any] = {}
+    for name, value in read:
+        argument, dot, key = name.partition(".")
+        if dot:
+            example.setdefault(argument, {})[key] = value
+        else:
+            example[argument] = value
+    return example
 
 
 def _input(text: str) -> tuple[str, Tensor]:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,8 +28,9 @@ __all__ = ["doctor"]
 
 _TOLD = Told()
 _WIDTH = 24  # of a row's name
-_AGAIN = 30.0  # seconds in which the same visit is told once
-_MOST = 10_000  # visits that are kept for --json
+_OF_HOST, _OF_ALL = 20, 100  # lines a minute, of one address and of all: no flood fills the terminal
+_MINUTE = 60.0  # seconds
+_MOST = 10_000  # visits that are kept for --json: the last ones
 
 
 @spread
@@ -143,38 +145,50 @@ def _serve(contract_path: Path | None, party_path: Path | None, minutes: float, 
 
 
 class _Visits:
-    """Tells each visit as it comes, and all in the end. Called from several threads."""
+    """Tells each visit as it comes, so many a minute, and all in the end. Called from several threads."""
 
     def __init__(self, output: Output) -> None:
         self._output, self._lock = output, threading.Lock()
-        self._rows: list[dict[str, str]] = []
-        self._told: dict[tuple[str, ...], float] = {}
+        self._rows = deque[dict[str, str]](maxlen=_MOST)
+        self._names: set[str] = set()
+        self._came = self._refused = self._untold = 0
+        self._minute, self._lines = time.monotonic(), Counter[str]()  # lines in the minute that began then, by address
 
     def add(self, visit: Visit) -> None:
-        """Take a visit; the same one within half a minute is told once."""
-        host = visit.address.rpartition(":")[0]
-        key, now = (host, visit.name, visit.result, visit.text), time.monotonic()
+        """Take a visit. Those beyond what is told in a minute are counted, and their number told in the next."""
+        host, moment = visit.address.rpartition(":")[0], datetime.now(UTC)
+        at = f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+        row = {"at": at, "address": visit.address, "name": visit.name, "result": visit.result, "text": visit.text}
         with self._lock:
-            again = now - self._told.get(key, -_AGAIN) < _AGAIN
-            if again or len(self._rows) >= _MOST:
+            self._rows.append(row)
+            self._came += 1
+            self._refused += visit.result == "refused"
+            if visit.name:
+                self._names.add(visit.name)
+            if time.monotonic() - self._minute >= _MINUTE:
+                self._next_minute()
+            if self._lines[host] >= _OF_HOST or self._lines.total() >= _OF_ALL:
+                self._untold += 1
                 return
-            self._told[key] = now
-            at = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-            self._rows.append({"at": at, "address": visit.address, "name": visit.name, "result": visit.result})
-            self._rows[-1]["text"] = visit.text
+            self._lines[host] += 1
             self._output.say(f"{at}  {visit.result:<8} {visit.name or 'unknown'} from {host}: {visit.text}")
 
+    def _next_minute(self) -> None:
+        if self._untold:
+            self._output.say(f"{_plural(self._untold, 'visit')} more in that minute")
+        self._minute, self._untold = time.monotonic(), 0
+        self._lines.clear()
+
     def document(self) -> dict[str, Any]:
-        """Return all visits as plain values."""
+        """Return the last visits as plain values, and how many there were before them."""
         with self._lock:
-            return {"visits": list(self._rows)}
+            return {"visits": list(self._rows), "earlier": self._came - len(self._rows)}
 
     def summary(self) -> str:
-        """Return who was accepted, and how many were refused."""
+        """Tell how many visits were not told of yet; return who was accepted, and how many were refused."""
         with self._lock:
-            names = sorted({row["name"] for row in self._rows if row["result"] == "accepted"})
-            refused = sum(row["result"] == "refused" for row in self._rows)
-        return f"accepted: {', '.join(names) or 'nobody'}; refused: {refused}"
+            self._next_minute()
+            return f"accepted: {', '.join(sorted(self._names)) or 'nobody'}; refused: {self._refused}"
 
 
 def _unable(expected: str, got: str, remedy: str = "") -> ConfigError:

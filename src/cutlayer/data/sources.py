@@ -187,7 +187,7 @@ class OrderedBatches:
         rows = self._indices[place]
         if self._whole:
             return cast("Mapping[str, Tensor]", self._dataset.batch(rows))
-        return _named(collated([self._dataset[row] for row in rows]), self.order.fields)
+        return _named(collated([self._dataset[row] for row in rows], rows), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
         order, training = self.order, self.order.training
@@ -309,8 +309,12 @@ def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa:
     )
 
 
-def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set gives, as a batch
-    """Return samples as a batch. Raises `DataError` E253 if they cannot be put together."""
+def collated(samples: list[Any], rows: Sequence[int] | None = None) -> Any:  # noqa: ANN401 - whatever the data set gives
+    """Return samples as a batch. `rows`: their places in the data set; None: from 0 on.
+
+    Raises:
+        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, and no values.
+    """
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
@@ -318,11 +322,36 @@ def collated(samples: list[Any]) -> Any:  # noqa: ANN401 - whatever the data set
             "the samples of a batch cannot be put together",
             where="a batch of the data set",
             expected="samples whose fields are tensors of one shape, or numbers",
-            got=str(error).partition("\n")[0][:200],
-            remedy="give a DataLoader with a collate_fn that pads them to one length and gives a mask beside, as in "
-            "docs/reference/data.md; where the length changes by batch, name it: cl.split(..., longest={...})",
+            got=_unequal(samples, rows or range(len(samples))) or str(error).partition("\n")[0][:200],
+            remedy="bring them to one size in the data set; or give a DataLoader with a collate_fn that pads them to "
+            "one length and gives a mask beside, as in docs/reference/data.md; where the length changes by batch, name "
+            "it: cl.split(..., longest={...})",
             code="E253",
         ) from error
+
+
+def _unequal(samples: list[Any], rows: Sequence[int]) -> str:
+    """Return in words the first sample with a part whose size is not that of the batch's first; "" if there is none."""
+    first = dict(_sizes(samples[0]))
+    for row, sample in zip(rows[1:], samples[1:], strict=True):
+        for place, size in _sizes(sample):
+            if first.get(place, size) != size:
+                part = f" in {place}" if place else ""
+                return f"sizes {first[place]} of sample {rows[0]} and {size} of sample {row}{part}, counted from 0"
+    return ""
+
+
+def _sizes(part: Any, place: str = "") -> Iterator[tuple[str, list[int]]]:  # noqa: ANN401 - of a sample
+    """Yield where in a sample something has a size, such as "image" or "[0]", and that size."""
+    if isinstance(part, Tensor | np.ndarray):
+        yield place, list(part.shape)
+    elif isinstance(part, Mapping):
+        for name, value in part.items():
+            yield from _sizes(value, f"{place}[{name!r}]" if place else str(name))
+    elif isinstance(part, list | tuple):
+        yield place, [len(part)]
+        for number, value in enumerate(part):
+            yield from _sizes(value, f"{place}[{number}]")
 
 
 def _named(item: Any, fields: tuple[str, ...] | None) -> Mapping[str, Tensor]:  # noqa: ANN401 - a collated batch

@@ -16,11 +16,15 @@ addition is two:
 - Products of a matrix and a vector, of two vectors, of a batch of matrices that is added up, of groups of rows
   (mixtures of experts), and of a matrix with an activation after it: 2 for each product of two numbers.
 - `nn.Bilinear`: 3 for each product of three numbers.
+
+Counting never fails what is counted: where a formula raises, for arguments that it does not know, the operation counts
+as none. What is compiled runs compiled: its products count where they are operations of torch, and not inside a kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -33,14 +37,21 @@ __all__ = ["FlopCounter"]
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, within `with`, the operations that have a formula (products, convolutions, attention, recurrence).
 
-    A multiplication with an addition counts as two. What is done element by element, and a table's look-up, count as
-    none.
+    A multiplication with an addition counts as two. What is done element by element, a table's look-up, and what a
+    formula raises for, count as none.
     """
+
+    supports_higher_order_operators = True  # else torch refuses them while it counts
 
     def __init__(self) -> None:
         """Begin at zero."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let what is compiled run compiled: torch would run it operation by operation, or refuse, while we count."""
+        return True
 
     def __torch_dispatch__(
         self,
@@ -52,11 +63,12 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Carry out one operation, and count it."""
         given = dict(kwargs or {})
         result = func(*args, **given)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.total += int(flop_registry[packet](*args, **given, out_val=result))
-        elif str(packet) in _MORE:
-            self.total += int(_MORE[str(packet)](*args))
+        packet = getattr(func, "_overloadpacket", func)  # one of a higher order has none
+        with suppress(Exception):
+            if packet in flop_registry:
+                self.total += int(flop_registry[packet](*args, **given, out_val=result))
+            elif str(packet) in _MORE:
+                self.total += int(_MORE[str(packet)](*args))
         return result
 
 

@@ -105,7 +105,9 @@ def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
         else:
             bound = signature.bind(*([example] if isinstance(example, Tensor | np.ndarray) else example))
     except TypeError as error:
-        remedy = f"{_EACH}; or, if forward takes one dictionary of tensors, example=({{...}},)"
+        remedy = (
+            f"{_EACH}; or, if forward takes one dictionary of tensors, example=({{...}},), or --input ARGUMENT.KEY=SPEC"
+        )
         raise _misfit(str(error), remedy if isinstance(example, Mapping) else "") from None
     given: dict[str, Any] = {}
     for name, value in bound.arguments.items():

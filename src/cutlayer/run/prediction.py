@@ -37,7 +37,7 @@ from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import telling
 from cutlayer.run.outcome import Result
-from cutlayer.run.party import Party, counts
+from cutlayer.run.party import Party, build, counts
 from cutlayer.run.session import Task, take_part
 from cutlayer.run.simulate import roster_of, run_phases
 from cutlayer.run.trained import load_trained
@@ -180,20 +180,23 @@ def ask(
 
     Only this party and the server take part. The server is told how many samples there are, and gets the activations
     of this party's cut; nobody else gets anything. The party is a role: several identities may play it, each with a
-    certificate in its own name and the role's weights.
+    certificate in its own name and the role's weights. They are read, and checked, before anything is dialled.
 
     Raises:
+        CheckpointError: E811, E812, the weights cannot be read, or are not those of the stages.
         ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
         LinkError: E612 to E615, the server does not let this identity in now: `core.gate.retry_after` says when.
         PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
     settings = asking(plan, party.name, network, wait)
-    party = replace(idle(serving_party(plan, party)), seed=secrets.randbits(63))  # or two predictions had one noise
+    served, party = served_plan(plan), replace(idle(serving_party(plan, party)), seed=secrets.randbits(63))  # new noise
+    site = build(served, replace(party, prediction=None), Roster({})).site
+    if weights is not None:
+        load_trained(site, weights, left_out(plan))
     programs: Programs = partial(served_programs, pair=settings.parties)
-    prepare = _prepare(weights, left_out(plan))
-    task = Task(agenda, counts(party), prepare=prepare, programs=programs, trains=False)
-    result = take_part(served_plan(plan), party, task, network=settings, notify=notify)
+    task = Task(agenda, counts(party), build=partial(build, site=site), programs=programs, trains=False)
+    result = take_part(served, party, task, network=settings, notify=notify)
     return replace(result, predictions=named(plan, result.predictions))
 
 
@@ -308,10 +311,10 @@ def agenda(plan: Plan, roster: Roster) -> list[tuple[Mode, int]]:
     return [("predict", 0)]
 
 
-def _prepare(weights: str | Path | None, without: frozenset[str] = frozenset()) -> Callable[[Worker], None]:
+def _prepare(weights: str | Path | None) -> Callable[[Worker], None]:
     def prepare(worker: Worker) -> None:
         if weights is not None:
-            load_trained(worker.site, weights, without)
+            load_trained(worker.site, weights)
 
     return prepare
 

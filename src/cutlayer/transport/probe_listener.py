@@ -44,7 +44,7 @@ _TLS: Final = 0x16  # first byte of a client's hello
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """Somebody who came.
+    """Somebody who came: told when a connection or a measurement ends, once for each.
 
     Attributes:
         address: From where, host:port; behind a proxy, the proxy's.
@@ -57,6 +57,15 @@ class Visit:
     name: str
     result: str
     text: str
+
+
+@dataclass
+class _Guest:
+    """Who is at the other end of a connection; `told`: a visit has told of it already."""
+
+    name: str
+    address: str
+    told: bool = False
 
 
 class ProbeListener:
@@ -82,7 +91,7 @@ class ProbeListener:
         """Open nothing yet. Raises CertificateError E663, E666 or E669 for certificates that TLS cannot use."""
         self._address, self._party, self._parties, self._visited = address, credentials.party, parties, visited
         self._context = context_of(credentials, f"party {credentials.party}", server=True)
-        self._known: dict[int, tuple[str, str]] = {}  # port of a connection inside -> name and address outside
+        self._known: dict[int, _Guest] = {}  # port of a connection inside -> who is outside
         self._service = ProbeService(credentials.party, digest, self._name_of)
         self._room = threading.Semaphore(_CONNECTIONS)
         self._stop = threading.Event()
@@ -105,7 +114,7 @@ class ProbeListener:
         self._inside = grpc.server(self._pool, options=server_options())
         methods = {
             PROBE: grpc.stream_stream_rpc_method_handler(self._answer),
-            METHOD: grpc.stream_stream_rpc_method_handler(_not_yet),
+            METHOD: grpc.stream_stream_rpc_method_handler(self._not_yet),
         }
         self._inside.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._inside_port = self._inside.add_insecure_port("127.0.0.1:0")
@@ -180,49 +189,58 @@ class ProbeListener:
         return stream
 
     def _forward(self, stream: ssl.SSLSocket, address: str) -> None:
-        """Carry bytes between a guest and the server inside."""
-        (name,) = names_of(stream.getpeercert(binary_form=True) or b"")
-        known = name in self._parties
-        text = "its certificate is good" if known else "its certificate is good, but it is no party of the contract"
-        self._visited(Visit(address=address, name=printable(name), result="accepted", text=text))
-        with socket.create_connection(("127.0.0.1", self._inside_port), _HANDSHAKE) as inside:
-            for one in (stream, inside):  # small pieces at once, or the round trip is not that of the way
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            port = int(inside.getsockname()[1])
-            self._known[port] = (name, address)
-            try:
-                _pump(stream, inside, self._stop)
-            finally:
-                del self._known[port]
+        """Carry bytes between a guest and the server inside; tell of the guest in the end, if nothing else has."""
+        guest = _Guest(names_of(stream.getpeercert(binary_form=True) or b"")[0], address)
+        try:
+            with socket.create_connection(("127.0.0.1", self._inside_port), _HANDSHAKE) as inside:
+                for one in (stream, inside):  # small pieces at once, or the round trip is not that of the way
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                port = int(inside.getsockname()[1])
+                self._known[port] = guest
+                try:
+                    _pump(stream, inside, self._stop)
+                finally:
+                    del self._known[port]
+        finally:
+            if not guest.told:
+                self._tell(guest, "accepted", "its certificate is good")
+
+    def _tell(self, guest: _Guest, result: str, text: str) -> None:
+        guest.told = True
+        known = "" if guest.name in self._parties else ", but it is no party of the contract"
+        name = printable(guest.name)
+        self._visited(Visit(address=guest.address, name=name, result=result, text=f"{text}{known}"))
 
     def _refuse(self, address: str, text: str) -> None:
         self._visited(Visit(address=address, name="", result="refused", text=text))
 
-    def _guest(self, context: Any) -> tuple[str, str]:  # noqa: ANN401 - grpc has no types
-        """Return name and address of who is at the other end of a connection inside; empty for strangers."""
+    def _guest(self, context: Any) -> _Guest:  # noqa: ANN401 - grpc has no types
+        """Return who is at the other end of a connection inside; for strangers without a name."""
         port = str(context.peer()).rpartition(":")[2]
-        return self._known.get(int(port), ("", "")) if port.isdigit() else ("", "")
+        return self._known.get(int(port) if port.isdigit() else 0, _Guest("", ""))
 
     def _name_of(self, context: Any) -> str:  # noqa: ANN401
-        return self._guest(context)[0]
+        return self._guest(context).name
 
     def _answer(self, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401
-        name, address = self._guest(context)
+        guest = self._guest(context)
         passed = 0
         try:
             for answer in self._service.answer(incoming, context):
                 passed += len(answer)
+                guest.told = True  # below, even if the connection ends before
                 yield answer
         finally:
             if passed:
-                text = f"it has measured its way here, {passed:,} bytes back"
-                self._visited(Visit(address=address, name=printable(name), result="measured", text=text))
+                self._tell(guest, "measured", f"it has measured its way here, {passed:,} bytes back")
 
-
-def _not_yet(_incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401 - grpc has no types
-    """Turn away who comes for the run itself, so that it tries again later."""
-    context.abort(grpc.StatusCode.UNAVAILABLE, "this is `cutlayer doctor --serve`: the run has not begun")
-    yield b""
+    def _not_yet(self, _incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:  # noqa: ANN401
+        """Turn away who comes for the run itself, so that it tries again later: told once for a connection."""
+        guest = self._guest(context)
+        if guest.name and not guest.told:
+            self._tell(guest, "accepted", "its certificate is good; it came for the run, which has not begun")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "this is `cutlayer doctor --serve`: the run has not begun")
+        yield b""
 
 
 def _reason(error: ssl.SSLError) -> str:
