@@ -105,6 +105,18 @@ def test_attention_counts_as_its_products(masked: bool):
     assert found == (forward, backward + forward // 2)  # the fused backward makes the scores again
 
 
+def test_attention_of_heads_that_share_keys_counts_each_head_of_the_queries():
+    """As in Llama. In every release of torch: its own formulas before 2.13 refuse it."""
+    q = torch.randn(2, 4, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, 7, 8, requires_grad=True) for _ in range(2))
+    with FlopCounter() as forwards:
+        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    with FlopCounter() as backwards:
+        output.sum().backward()
+    assert forwards.total == 2 * 2 * 4 * 5 * 7 * (8 + 8)
+    assert backwards.total == 2 * 2 * 4 * 5 * 7 * (3 * 8 + 2 * 8)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_fast_path_of_evaluation_counts_as_the_slow_one(nested: bool):

@@ -10,7 +10,8 @@ addition is two:
 - LSTM, GRU and RNN: for each step of a sample, layer and direction, gates * (input + hidden) * hidden * 2, where gates
   are 4, 3 and 1 and `input` is the size of what enters the layer; with a projection, gates * (input + projected) *
   hidden * 2 + hidden * projected * 2. The backward is the same for what entered, and once more for the weights.
-- Attention on a CPU, forwards and backwards: as torch counts it on a GPU.
+- Attention, for each head of the queries and pair of tokens: 2 * (size of a key + size of a value) forwards and
+  6 * key + 4 * value backwards, as torch counts it on a GPU. Its own formulas before 2.13 refuse heads that share keys.
 - `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` in evaluation: 2 for each token and weight of their linear
   layers, and 4 * width for each pair of tokens.
 - Products of a matrix and a vector, of two vectors, of a batch of matrices that is added up, of groups of rows
@@ -29,7 +30,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry
 
 __all__ = ["FlopCounter"]
 
@@ -65,10 +66,10 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **given)
         packet = getattr(func, "_overloadpacket", func)  # one of a higher order has none
         with suppress(Exception):
-            if packet in flop_registry:
-                self.total += int(flop_registry[packet](*args, **given, out_val=result))
-            elif str(packet) in _MORE:
+            if str(packet) in _MORE:
                 self.total += int(_MORE[str(packet)](*args))
+            elif packet in flop_registry:
+                self.total += int(flop_registry[packet](*args, **given, out_val=result))
         return result
 
 
@@ -116,6 +117,17 @@ def _grouped(first: Tensor, second: Tensor, *_: object) -> int:
     return 2 * first.shape[-2] * second.numel() if flat else 2 * first.numel() * second.shape[-1]
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
+    pairs = query.shape[:3].numel() * key.shape[2]  # of each sample and head
+    return 2 * pairs * (key.shape[3] + value.shape[3])
+
+
+def _attention_backward(_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
+    pairs = query.shape[:3].numel() * key.shape[2]  # the products are computed once more
+    return 2 * pairs * (3 * key.shape[3] + 2 * value.shape[3])
+
+
+_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 _MORE: dict[str, Callable[..., int]] = {
     "aten.mkldnn_rnn_layer": _layer,
     "aten.mkldnn_rnn_layer_backward": lambda *args: 2 * _layer(*args),
@@ -123,8 +135,8 @@ _MORE: dict[str, Callable[..., int]] = {
     "aten._cudnn_rnn_backward": _layers_backward,
     "aten.miopen_rnn": _layers,
     "aten.miopen_rnn_backward": _layers_backward,
-    "aten._scaled_dot_product_flash_attention_for_cpu": sdpa_flop,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward_flop,
+    **{f"aten._scaled_dot_product_{kind}": _attention for kind in _ATTENTION},
+    **{f"aten._scaled_dot_product_{kind}_backward": _attention_backward for kind in _ATTENTION},
     "aten._native_multi_head_attention": lambda *args: _encoder(args[0], args[3], (args[5], args[7])),
     "aten._transformer_encoder_layer_fwd": lambda *args: _encoder(
         args[0], args[1], (args[3], args[5], args[14], args[16])
