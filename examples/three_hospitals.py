@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,6 @@ import cutlayer as cl
 from cutlayer.core.batching import batch_slice, permutation
 from cutlayer.data.bundled import mnist_5k
 from cutlayer.run.config import Contract, dump_contract
-from cutlayer.run.results import results_folder
 
 HOSPITALS = {"hospital-a": slice(0, 2000), "hospital-b": slice(2000, 3200), "hospital-c": slice(3200, 4000)}
 TEST = slice(4000, 5000)
@@ -123,9 +123,8 @@ def run_parties(folder: Path, epochs: int, runs: Path) -> Path:
         file.write_text(f'party = "{name}"\n[code]\nbuilder = "{Path(__file__).resolve().as_posix()}:build"\n')
         files.append(str(file))
     command = [sys.executable, "-m", "cutlayer", "run", "--processes", str(folder / "contract.toml"), *files]
-    with results_folder(None, runs, "three-hospitals") as home:
-        command += ["--folder", str(home)]
-        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
+    command += ["--folder", str(runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-three-hospitals")]
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - cutlayer itself
     print(shown, end="")
     return Path(shown.strip().splitlines()[-1].removeprefix("results: ")).parent  # of the report
 

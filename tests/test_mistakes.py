@@ -72,7 +72,12 @@ def padded(model: nn.Module, *names: str) -> Any:
     ("mistake", "kind", "code", "words"),
     [
         (lambda: cl.fit(net(), loader(), loss=LOSS), ConfigError, "E236", "what cl.split gives, got Sequential. cut"),
-        (lambda: trained(loader(Lengths(1))), DataError, "E253", "equal size.*collate_fn that pads.*reference/data.md"),
+        (
+            lambda: trained(loader(Lengths(1))),
+            DataError,
+            "E253",
+            r"sizes \[6\] of sample 0 and \[5\] of sample 1 in \[0\].*collate_fn that pads.*reference/data.md",
+        ),
         (lambda: trained(loader(Lengths(6))), DataError, "E268", "equal size.*collate_fn that pads.*reference/data.md"),
         (
             lambda: trained(party={"scheduler": one_cycle, "scheduler_every": "step"}),

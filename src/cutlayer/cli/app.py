@@ -319,10 +319,7 @@ def cut(
     inputs: Annotated[
         list[str] | None,
         typer.Option(
-            "--input",
-            metavar="[NAME=]SPEC",
-            help="An argument of forward, once for each; ARGUMENT.KEY=SPEC: an entry of one that is a dictionary.",
-            show_default=False,
+            "--input", metavar="[NAME=]SPEC", help="An argument of forward, or ARGUMENT.KEY.", show_default=False
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a step.")] = 32,
