@@ -133,6 +133,8 @@ def test_run_under_nohup_goes_on():
     try:
         with processes._stopped_by_signals():
             signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # the other one stops it all the same
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -46,8 +46,8 @@ def plan_of(*more: Stage | Loss, loss_at: str = "a", **training: object) -> Plan
 
 def runs_of_autograd(case: Case, monkeypatch: pytest.MonkeyPatch) -> int:
     calls = []
-    known = stages._go_back
-    monkeypatch.setattr(stages, "_go_back", lambda *given: (calls.append(1), known(*given))[1])
+    known = stages.go_back
+    monkeypatch.setattr(stages, "go_back", lambda *given: (calls.append(1), known(*given))[1])
     assert difference(case.cut(), case.uncut()) == 0.0
     return len(calls)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
+from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_to, put_last, tell_writes
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
@@ -25,7 +23,6 @@ __all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
 Key = tuple[int, int]  # lane, micro
 Gradients = Sequence[Tensor | None] | float  # one per port; a number for the scalar of a loss
 _Shapes = tuple[tuple[int, ...], ...]
-_Hooks = OrderedDict[int, Callable[[Tensor], None]]
 _T = TypeVar("_T")
 
 
@@ -85,41 +82,6 @@ class StageProtocol(Protocol):
         """Drop what forwards have kept, for a roll-back in mid-step."""
 
 
-_engine: Any = torch.autograd.Variable._execution_engine
-_HOOK = -1  # PyTorch numbers its own hooks from 0
-_alias = torch.ops.aten._unsafe_view.default  # the same memory, and for autograd no view of it
-
-
-def _go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
-    """Do what `torch.autograd.backward` does, but for its checks of the gradients, which ModuleStage has made."""
-    _engine.run_backward(roots, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _enter(leaf: Tensor, hooks: _Hooks) -> Tensor:
-    """Let a value into a stage's graph. It may be changed in place, though autograd forbids that for leaves.
-
-    A hook takes the gradient as it comes: what the leaf keeps has its strides, and what goes on with other strides has
-    other last bits. The hooks are put where `register_hook` puts them, without its handle.
-    """
-    entered: Any = _alias(leaf, leaf.shape)
-    entered._backward_hooks = hooks
-    entered.grad_fn._register_hook_dict(entered)
-    return cast("Tensor", entered)
-
-
-def _tell_writes(leaves: Sequence[Tensor], entered: Sequence[Tensor], places: Iterable[int]) -> None:
-    """Let whoever made a value, and needs it for a backward, know that it was written to in place."""
-    for place in places:
-        if entered[place]._version:
-            increment_version(leaves[place])
-
-
-def _put_last(catching: Iterable[_Hooks]) -> None:
-    """Let our hook see what those that modules have put on an input make of the gradient."""
-    for hooks in catching:
-        hooks[_HOOK] = hooks.pop(_HOOK)
-
-
 class _Kept(msgspec.Struct):
     """What a forward leaves for its backward."""
 
@@ -129,7 +91,7 @@ class _Kept(msgspec.Struct):
     sink: list[Tensor | None]
     shapes: _Shapes
     after: ModuleStage | None
-    catching: list[_Hooks]
+    catching: list[Hooks]
 
 
 class ModuleStage:
@@ -191,7 +153,7 @@ class ModuleStage:
     def _run(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
         """Run the module in the mode that is set; keep what a backward needs."""
         training, sink = context.training, list[Tensor | None]([None] * len(inputs))
-        leaves, entered, catching = list[Tensor](), list[Tensor](), dict[int, _Hooks]()
+        leaves, entered, catching = list[Tensor](), list[Tensor](), dict[int, Hooks]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
         live, after = None, context.after
         if after is not None and training and ("backward", shapes) in self._flops:  # alone until its FLOPs are known
@@ -202,12 +164,12 @@ class ModuleStage:
             if live is not None:
                 leaf = live if wanted else leaf
             elif wanted and training:
-                catching[place] = OrderedDict(((_HOOK, partial(sink.__setitem__, place)),))
-                leaf = _enter(leaf.requires_grad_(), catching[place])
+                catching[place] = hooks_to(sink, place)
+                leaf = enter(leaf.requires_grad_(), catching[place])
             entered.append(leaf)
         mode = "forward" if training else "evaluate"
         given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
-        _tell_writes(leaves, entered, catching)
+        tell_writes(leaves, entered, catching)
         outputs = self._named(given, context.batch, shapes)
         if training:
             after = None if live is None else after
@@ -231,9 +193,9 @@ class ModuleStage:
         if kept.after is not None:
             self.spent = self._flops["backward", kept.shapes]
             return kept.after.goes_on(context_key, roots[0], seeds[0], kept.wanted)
-        _put_last(kept.catching)
+        put_last(kept.catching)
         if roots:
-            self._guarded("backward", kept.shapes, kept.leaves, _go_back, tuple(roots), tuple(seeds))
+            self._guarded("backward", kept.shapes, kept.leaves, go_back, tuple(roots), tuple(seeds))
         for place, gradient in enumerate(kept.sink):
             if gradient is None and kept.wanted[place]:
                 kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use

@@ -30,20 +30,19 @@ def drive(
     `idle` is called before each wait: what keeps nobody waiting is done then.
     """
     answer: object = None
-    held, size, sending = list[Post](), 0, False
+    held, sending = list[Post](), False
     try:
         while True:
             effect = talk.send(answer)
             answer = None
             if isinstance(effect, Post):
                 held.append(effect)
-                size += effect.frame.nbytes
-                if not sending or size > _SMALL:
-                    size = _hand_over(held, link)
+                if not sending or sum(post.frame.nbytes for post in held) > _SMALL:
+                    _hand_over(held, link)
                 continue
             sending = isinstance(effect, Do) and isinstance(effect.instruction, Send)
             if held and not sending:
-                size = _hand_over(held, link)
+                _hand_over(held, link)
                 if not isinstance(effect, Take):
                     link.flush()
             if isinstance(effect, Take):
@@ -57,12 +56,10 @@ def drive(
         talk.close()
 
 
-def _hand_over(posts: list[Post], link: Transport) -> int:
-    """Send them all; return the bytes that are left to be sent, 0."""
+def _hand_over(posts: list[Post], link: Transport) -> None:
     for post in posts:
         link.send(post.to, post.frame)
     posts.clear()
-    return 0
 
 
 def waited(link: Transport, ledger: Ledger, source: str, tag: Tag) -> Frame:

@@ -34,8 +34,9 @@ def own_folder(folder: Path) -> None:
 def locked(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Keep other processes out of a folder, which exists. The lock ends with this process, however that ends.
 
-    It is one of the system's on the file `.lock`, which forked processes do not inherit. Where the file system knows no
-    locks, nothing is kept out. Not for a folder that this process has locked already.
+    It is one of the system's on the file `.lock`, which forked processes do not inherit. (`filelock` takes flock: a
+    data loader's workers would keep the folder after their parent was killed.) Where the file system knows no locks,
+    nothing is kept out. Not for a folder that this process has locked already.
 
     Args:
         folder: The run's folder.
@@ -64,9 +65,8 @@ def _taken(path: Path) -> IO[str] | None:
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        kept = path.exists() and os.path.samestat(
-            os.fstat(file.fileno()), path.stat()
-        )  # else its owner has left just now
+        # A file that its owner has removed just now keeps nobody out.
+        kept = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError as error:
         kept = error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks
     if not kept:
