@@ -106,7 +106,7 @@ def test_attention_counts_as_its_products(masked: bool):
 
 
 def test_attention_of_heads_that_share_keys_counts_each_head_of_the_queries():
-    """As in Llama. In every release of torch: its own formulas before 2.13 refuse it."""
+    """As in Llama. The formulas of torch 2.11 refuse it."""
     q = torch.randn(2, 4, 5, 8, requires_grad=True)
     k, v = (torch.randn(2, 2, 7, 8, requires_grad=True) for _ in range(2))
     with FlopCounter() as forwards:

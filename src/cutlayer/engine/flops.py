@@ -11,7 +11,7 @@ addition is two:
   are 4, 3 and 1 and `input` is the size of what enters the layer; with a projection, gates * (input + projected) *
   hidden * 2 + hidden * projected * 2. The backward is the same for what entered, and once more for the weights.
 - Attention, for each head of the queries and pair of tokens: 2 * (size of a key + size of a value) forwards and
-  6 * key + 4 * value backwards, as torch counts it on a GPU. Its own formulas before 2.13 refuse heads that share keys.
+  6 * key + 4 * value backwards, as torch counts it on a GPU. The formulas of torch 2.11 refuse heads that share keys.
 - `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` in evaluation: 2 for each token and weight of their linear
   layers, and 4 * width for each pair of tokens.
 - Products of a matrix and a vector, of two vectors, of a batch of matrices that is added up, of groups of rows
