@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import cutlayer as cl
 from cutlayer.errors import ConfigError
-from tests.run import test_export, test_loop, test_preprocessing
+from tests.run import test_export, test_loop, test_preprocessing, test_tasks
 from tests.run.trial import Trial
 
 
@@ -54,6 +55,25 @@ def test_halves_under_autocast_are_those_of_fit(kind: str, tmp_path: Path):
     found = {name: value for module in stages.values() for name, value in module.state_dict().items()}
     assert found.keys() == fitted.keys()
     assert all(torch.equal(found[name], value) for name, value in fitted.items())
+
+
+@pytest.mark.parametrize("name", test_tasks.TASKS)
+def test_losses_and_metrics_of_a_task_are_those_of_one_process(name: str, tmp_path: Path):
+    """With labels, ignored places and sample weights of any dtype and shape, at two clinics that take turns."""
+    case = test_tasks.TASKS[name].case(test_tasks.COUNTS)
+    here, oracle = test_tasks.both(case)
+    assert test_tasks.difference(here, oracle) == 0.0
+    parties = [replace(one, evaluation=one.data) for one in case.parties()]
+    compared = 0
+    for party, result in joined(case.plan, parties, tmp_path).items():
+        for place, stage in result.workers[party].site.stages.items():
+            wanted = here.workers[party].site.stages[place].module.state_dict()
+            own = stage.module.state_dict()
+            assert own.keys() == wanted.keys()
+            assert all(torch.equal(own[key], value) for key, value in wanted.items())
+            compared += len(own)
+        assert result.metrics() == {"server": {}}.get(party, here.metrics())
+    assert compared > 0
 
 
 def test_shared_preprocessing_is_agreed_alike(tmp_path: Path):
