@@ -94,8 +94,9 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
                 where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
                 expected="the same output for the example",
                 got=_difference(whole, got),
-                remedy="the model's forward does something that tracing does not see (global state, isinstance "
-                "checks of tensors); cut elsewhere, or hand in the stages by hand",
+                remedy="the model's forward does something that tracing does not see (global state, a type that "
+                "code of another file asks for); do it in a submodule of its own, cut elsewhere, or hand in the stages "
+                "by hand",
                 code="E321",
             )
 
