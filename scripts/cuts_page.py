@@ -34,6 +34,12 @@ TITLES = {
     "gpt2": "GPT-2 of Hugging Face, three blocks",
     "llama": "Llama of Hugging Face, three blocks",
     "bert": "BERT of Hugging Face with a classifier, three blocks",
+    "phi": "Phi of Hugging Face, three blocks",
+    "granite": "Granite of Hugging Face, three blocks, whose forward scales the embeddings",
+    "bloom": "Bloom of Hugging Face with a classifier of words, three blocks",
+    "modernbert": "ModernBERT of Hugging Face with a classifier, three blocks, two kinds of attention",
+    "deberta": "DeBERTa-v2 of Hugging Face with a classifier, three blocks",
+    "deberta-relative": "DeBERTa-v2 with `relative_attention`: all blocks use one table",
     "vit": "ViT of Hugging Face with a classifier, three blocks",
 }
 HEAD = """# What can be cut

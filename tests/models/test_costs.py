@@ -101,7 +101,7 @@ def test_the_page_of_cuts_is_current_for_small_models():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     text = script.PAGE.read_text(encoding="utf-8")
-    assert set(re.findall(r"(?m)^## (\w+)$", text)) == set(SUBJECTS) == set(script.TITLES)
+    assert set(re.findall(r"(?m)^## ([\w-]+)$", text)) == set(SUBJECTS) == set(script.TITLES)
     for name in ("unet", "lstm", "tied", "encoder"):
         row, section = script.section(name, SUBJECTS[name])
         assert row in text, "run python scripts/cuts_page.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections.abc import Callable
 from functools import partial
 
@@ -272,11 +273,59 @@ class Asks(Three):
         return self.three(x)
 
 
+class AsksPython(Three):
+    """Asks with `isinstance` and `torch.is_tensor`, in forward and in a function beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first_of(self.one(x))
+        if torch.is_tensor(x) and isinstance(x.shape[0], int):
+            x = self.two(x).relu()
+        pair = x.chunk(2, 1)
+        if isinstance(pair, tuple | list) and not isinstance(pair[0], nn.Parameter):
+            x = torch.cat([pair[1], pair[0]], 1)
+        return self.three(x) if isinstance(self.three.weight, nn.Parameter) else x
+
+
+def first_of(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return value * 2 if isinstance(value, Tensor) else value[0]
+
+
+@pytest.mark.parametrize("kind", [Asks, AsksPython])
 @pytest.mark.parametrize("at", ["one", "two"])
-def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str):
-    model = Asks()
+def test_a_forward_may_ask_whether_a_value_is_a_tensor(at: str, kind: type[Three]):
+    model = kind()
     made = cut(model, at, example=X)
     assert torch.equal(compose(made, X), model(X))
+    assert "isinstance" not in globals()
+
+
+@pytest.mark.provokes("E321")
+def test_code_of_another_file_asks_in_vain_but_not_in_a_submodule():
+    elsewhere = types.FunctionType(first_of.__code__, {"Tensor": Tensor, "__builtins__": __builtins__})
+
+    class Through(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return elsewhere(x)
+
+    class Calls(Three):
+        def __init__(self, inside: bool) -> None:
+            super().__init__()
+            self.through = Through() if inside else elsewhere
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(self.two(self.through(self.one(x))))
+
+    with pytest.raises(StageError, match=r"E321.*a type that code of another file asks for\); do it in a submodule of"):
+        cut(Calls(False), "one", example=X)
+    model = Calls(True)
+    assert torch.equal(compose(cut(model, "one", example=X), X), model(X))
+
+
+@pytest.mark.provokes("E326")
+def test_what_a_value_is_is_known_with_an_example_only():
+    with pytest.raises(StageError, match=r"E326.*depends on what a value is.*first_of|isinstance.*pass example="):
+        cut(AsksPython(), "one")
+    assert "isinstance" not in globals()
 
 
 def test_a_forward_of_the_object_alone_is_followed():

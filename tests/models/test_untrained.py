@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cutlayer as cl
 from cutlayer.errors import PlanError
+from cutlayer.models import reach
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
 
@@ -24,6 +25,9 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
         self.two, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.backbone(x)).relu())
 
 
 class Extractor(Net):
@@ -160,6 +164,69 @@ def test_what_is_left_out_by_chance_is_not_frozen():
 
 
 @pytest.mark.provokes("E333")
+class Inside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+class Backless(torch.autograd.Function):
+    """Gives no gradient, not even one of zeros."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+class DetachedInside(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Inside()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.inside(self.backbone(x))).relu())
+
+
+class DetachedByFunction(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(Backless.apply(self.backbone(x))).relu())
+
+
+class DetachedByWriting(Net):
+    """The detached value is not all that the written one is made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.backbone(x)
+        held = torch.zeros_like(h)
+        held.copy_(h)
+        return self.out(self.two(held).relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs", "detached"),
+    [
+        (Net, 1, False),
+        (Detached, 1, True),
+        (Extractor, 1, False),  # what needs no gradient by itself is not asked for
+        (DetachedInside, 10, True),  # it might be by chance: nobody looks into a submodule
+        (DetachedByFunction, 10, True),
+        (DetachedByWriting, 1, False),
+    ],
+)
+def test_one_run_tells_unless_a_submodule_may_decide(
+    kind: type[Net], runs: int, detached: bool, monkeypatch: pytest.MonkeyPatch
+):
+    count: list[int] = []
+    once = reach._once
+    monkeypatch.setattr(reach, "_once", lambda *args: count.append(1) or once(*args))
+    made = cl.split(kind(), "backbone", example=X[:3], labels="server")
+    assert len(count) == runs
+    assert bool(made.ports[0].detached) == (detached or kind is Extractor)
+
+
 def test_what_is_unfrozen_after_the_cut_is_refused():
     model, loader = Net(), DataLoader(TensorDataset(X, Y), batch_size=4)
     model.forward = lambda x: model.out(model.two(model.backbone(x)).relu())

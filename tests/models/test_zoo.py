@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cutlayer as cl
+from cutlayer.errors import PlanError
 from cutlayer.models.costs import candidates
 from tests.models.zoo import SUBJECTS, TRANSPOSED, Subject
 
@@ -115,6 +116,8 @@ def test_resnet18_has_all_its_boundaries():
         ("tied", "table", "client"),
         ("tied", ("middle", "norm"), "client"),
         ("tied", "middle.1", "client"),
+        *(("deberta-relative", f"deberta.{at}", "server") for at in ("embeddings", "encoder")),
+        ("deberta-relative", ("deberta.embeddings", "deberta.encoder"), "client"),
     ],
 )
 def test_across_skips_states_and_ties(name: str, at: object, labels: str):
@@ -159,11 +162,25 @@ def test_modules_with_several_names_are_one_parameter_in_the_models_order():
 
 @pytest.mark.parametrize("labels", ["client", "server"])
 @pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "encoder"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "bert", "vit", "encoder", "phi", "granite", "bloom", "modernbert", "deberta"]
+)
 def test_stacks_of_blocks_at_every_block(name: str, block: int, labels: str):
     if name == "gpt2" and labels == "server":
         pytest.skip("its embedding and its last layer are one weight: only a U-shape keeps them together")
     assert difference(name, (1, 2) if block == 2 and labels == "client" else block, labels) == 0.0
+
+
+@pytest.mark.provokes("E332")
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_a_table_of_all_blocks_is_not_cut_between_them(labels: str):
+    """Cuts before and after them, which the error advises, are tried above."""
+    subject = SUBJECTS["deberta-relative"]
+    with pytest.raises(
+        PlanError, match=r"E332.*two uses of 'deberta.encoder.rel_embeddings.weight' are one weight"
+    ) as caught:
+        cl.split(subject.make(), 0, example=dict(subject.inputs), labels=labels)
+    assert caught.value.remedy == "cut before 'deberta.encoder', which uses it in several of its parts, or after it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -290,11 +290,38 @@ def transformer(kind: str) -> Callable[[], nn.Module]:
             return hf.LlamaForCausalLM(
                 hf.LlamaConfig(vocab_size=13, intermediate_size=16, num_key_value_heads=1, **small)
             )
+        if kind == "granite":
+            sizes = {"intermediate_size": 16, "num_key_value_heads": 1, "embedding_multiplier": 3.0}
+            return hf.GraniteForCausalLM(hf.GraniteConfig(vocab_size=13, tie_word_embeddings=False, **sizes, **small))
         if kind == "bert":
             config = hf.BertConfig(
                 vocab_size=13, intermediate_size=16, max_position_embeddings=16, num_labels=3, **small
             )
             return hf.BertForSequenceClassification(config)
+        if kind == "phi":
+            return hf.PhiForCausalLM(hf.PhiConfig(vocab_size=13, intermediate_size=16, embd_pdrop=0.1, **small))
+        if kind == "bloom":
+            sizes = {"n_layer": 3, "n_head": 2, "hidden_size": 8}
+            return hf.BloomForTokenClassification(hf.BloomConfig(vocab_size=13, num_labels=13, **sizes))
+        if kind == "modernbert":
+            ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+            kinds = {"global_attn_every_n_layers": 2, "local_attention": 4}
+            config = hf.ModernBertConfig(
+                vocab_size=13, intermediate_size=16, max_position_embeddings=16, num_labels=3, **ids, **kinds, **small
+            )
+            return hf.ModernBertForSequenceClassification(config)
+        if kind.startswith("deberta"):
+            relative = {"relative_attention": kind == "deberta-relative", "position_buckets": 4}
+            config = hf.DebertaV2Config(
+                vocab_size=13,
+                intermediate_size=16,
+                max_position_embeddings=16,
+                num_labels=3,
+                pos_att_type=["p2c", "c2p"],
+                **relative,
+                **small,
+            )
+            return hf.DebertaV2ForSequenceClassification(config)
         config = hf.ViTConfig(image_size=8, patch_size=4, num_channels=1, intermediate_size=16, num_labels=3, **small)
         return hf.ViTForImageClassification(config)
 
@@ -303,6 +330,7 @@ def transformer(kind: str) -> Callable[[], nn.Module]:
 
 WORDS = classes(9, 6, 5)
 TEXT = {"input_ids": classes(13, 6, 7)}
+PADDED = TEXT | {"attention_mask": (torch.arange(7) < torch.tensor([7, 5, 6, 7, 3, 7])[:, None]).long()}
 SUBJECTS: dict[str, Subject] = {
     "resnet18": Subject(make=seeded(ResNet18), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
     "densenet121": Subject(make=seeded(densenet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
@@ -318,6 +346,20 @@ SUBJECTS: dict[str, Subject] = {
     "gpt2": Subject(make=seeded(transformer("gpt2")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
     "llama": Subject(make=seeded(transformer("llama")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
     "bert": Subject(make=seeded(transformer("bert")), inputs=TEXT, labels=classes(3, 6)),
+    "phi": Subject(make=seeded(transformer("phi")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
+    "granite": Subject(make=seeded(transformer("granite")), inputs=TEXT, labels=TEXT["input_ids"], loss=of_words),
+    "bloom": Subject(
+        make=seeded(transformer("bloom")),
+        inputs=PADDED,
+        labels=TEXT["input_ids"],
+        loss=of_words,
+        release=("attention_mask",),
+    ),
+    "modernbert": Subject(
+        make=seeded(transformer("modernbert")), inputs=PADDED, labels=classes(3, 6), release=("attention_mask",)
+    ),
+    "deberta": Subject(make=seeded(transformer("deberta")), inputs=TEXT, labels=classes(3, 6)),
+    "deberta-relative": Subject(make=seeded(transformer("deberta-relative")), inputs=TEXT, labels=classes(3, 6)),
     "vit": Subject(make=seeded(transformer("vit")), inputs={"pixel_values": drawn(6, 1, 8, 8)}, labels=classes(3, 6)),
 }
 

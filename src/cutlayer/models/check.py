@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cutlayer.engine.scoring import shown
 from cutlayer.errors import StageError
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.pieces import Piece
+from cutlayer.models.slopes import Slopes
 
 __all__ = ["check", "check_backward_hooks", "run_pieces", "run_whole"]
 
@@ -59,45 +61,50 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
 
 
 def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick: Callable[[Any], Any]) -> None:
-    """Run model and pieces from the same random state and compare, bit for bit on the CPU.
+    """Run model and pieces from the same random state and compare: outputs bit for bit on the CPU, and gradients.
 
     Raises:
-        StageError: the outputs differ (E321).
+        StageError: the outputs differ, or in train mode the gradients by more than rounding (E321).
     """
     inputs = arguments.resized(3).tensors
     modules = [piece.module for piece in pieces]
     for mode in (False, True):
-        with undisturbed(model, *modules), torch.no_grad():
-            model.train(mode)
-            whole = pick(run_whole(model, arguments, inputs))
-        with undisturbed(model, *modules), torch.no_grad():
-            for module in modules:
-                module.train(mode)
-            got = run_pieces(pieces, _copies(inputs))[-1][0]
+        slopes = Slopes(model, inputs) if mode else None
+        as_model, as_pieces = (partial(_in_mode, mode, who, [model, *modules]) for who in ([model], modules))
+        whole = _run(lambda given: pick(run_whole(model, arguments, given)), inputs, slopes, as_model)
+        got = _run(lambda given: run_pieces(pieces, _copies(given))[-1][0], inputs, slopes, as_pieces)
         if not _same(whole, got):
             hooked = _hooked(_left_out(model, modules))
-            with undisturbed(model, *modules), torch.no_grad(), _unhooked(hooked):
-                model.train(mode)
+            with as_model(), torch.no_grad(), _unhooked(hooked):
                 blamed = hooked and _same(pick(run_whole(model, arguments, inputs)), got)
-            if blamed:
-                names = [name or "the model itself" for name, one in model.named_modules() if one in hooked]
-                raise StageError(
-                    "the pieces do not call a hook that changes what the model gives",
-                    where=f"{type(model).__name__}, forward hook or pre-hook of {', '.join(names)}",
-                    expected="the same output for the example with and without it",
-                    got=_difference(whole, got),
-                    remedy="remove the hook before the cut, and do in forward what it does to values",
-                    code="E321",
-                )
-            raise StageError(
-                "the pieces do not give what the model gives",
-                where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
-                expected="the same output for the example",
-                got=_difference(whole, got),
-                remedy="the model's forward does something that tracing does not see (global state, isinstance "
-                "checks of tensors); cut elsewhere, or hand in the stages by hand",
-                code="E321",
-            )
+            raise _other_output(model, hooked if blamed else [], mode, _difference(whole, got))
+        if slopes is not None:
+            slopes.compare(type(model).__name__)
+
+
+@contextmanager
+def _in_mode(mode: bool, who: Sequence[nn.Module], everything: Sequence[nn.Module]) -> Iterator[None]:
+    """Put modules into train mode or evaluation; at the end all is as it was."""
+    with undisturbed(*everything):
+        for module in who:
+            module.train(mode)
+        yield
+
+
+def _run(
+    call: Callable[[Mapping[str, Tensor | None]], Tensor],
+    inputs: Mapping[str, Tensor | None],
+    slopes: Slopes | None,
+    ready: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """Return an output, found with gradients where `slopes` is given and the model can be run so."""
+    if slopes is not None and slopes.failure is None:
+        with ready():
+            output = slopes.run(call)
+        if output is not None:
+            return output
+    with ready(), torch.no_grad():
+        return call(inputs)
 
 
 def check_backward_hooks(model: nn.Module, pieces: Sequence[Piece]) -> None:
@@ -120,6 +127,28 @@ def check_backward_hooks(model: nn.Module, pieces: Sequence[Piece]) -> None:
             remedy="remove the hook before the cut, or put it on submodules that are not cut apart",
             code="E321",
         )
+
+
+def _other_output(model: nn.Module, blamed: Sequence[nn.Module], mode: bool, difference: str) -> StageError:
+    if blamed:
+        names = [name or "the model itself" for name, one in model.named_modules() if one in blamed]
+        return StageError(
+            "the pieces do not call a hook that changes what the model gives",
+            where=f"{type(model).__name__}, forward hook or pre-hook of {', '.join(names)}",
+            expected="the same output for the example with and without it",
+            got=difference,
+            remedy="remove the hook before the cut, and do in forward what it does to values",
+            code="E321",
+        )
+    return StageError(
+        "the pieces do not give what the model gives",
+        where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
+        expected="the same output for the example",
+        got=difference,
+        remedy="the model's forward does something that tracing does not see (global state, a type that "
+        "code of another file asks for); do it in a submodule of its own, cut elsewhere, or hand in the stages by hand",
+        code="E321",
+    )
 
 
 def _left_out(model: nn.Module, pieces: Sequence[nn.Module]) -> list[nn.Module]:

@@ -88,8 +88,8 @@ def cut(
         example: Inputs as a loader gives them, without labels: a tensor, a tuple in the order of forward, or a dict by
             argument name; tensors of shape (batch, ...), any batch. For a forward that takes one dictionary of tensors
             it is `({...},)`, and its keys name the inputs. With it, decisions by size are followed, writes in place are
-            found exactly, tuples may cross, and the pieces are compared with the model (bit for bit on the CPU), so
-            give it where you can. Three samples are used; nothing leaves the process.
+            found exactly, tuples may cross, and the pieces are compared with the model (outputs bit for bit on the CPU,
+            gradients up to rounding), so give it where you can. Three samples are used; nothing leaves the process.
         method: "sequential" slices, "fx" traces, "auto" slices where that is possible.
         output: Which field or index of the model's output to take, if it is not one tensor; `logits` is taken by
             itself.

@@ -11,7 +11,7 @@ from torch import nn
 
 from cutlayer.models.steps import Ref, Step, hold, refs
 
-__all__ = ["is_derived", "is_item", "is_size", "is_view", "writes"]
+__all__ = ["draws", "is_derived", "is_item", "is_size", "is_view", "writes"]
 
 _SIZE_ATTRIBUTES = frozenset(
     {
@@ -111,13 +111,14 @@ def is_derived(step: Step, derived: set[str], modules: Mapping[str, nn.Module]) 
         return False  # the caller knows whether it is a buffer
     if step.op == "module":
         inside = modules[step.name]
-        if next(inside.parameters(), None) is not None or any(_draws(module) for module in inside.modules()):
+        if next(inside.parameters(), None) is not None or any(draws(module) for module in inside.modules()):
             return False
     name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
     return name not in _RANDOM and all(ref in derived for ref in refs(step))
 
 
-def _draws(module: nn.Module) -> bool:
+def draws(module: nn.Module) -> bool:
+    """Say whether a module of PyTorch's own draws random numbers when it trains."""
     return isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU)
 
 

@@ -18,7 +18,7 @@ from cutlayer.models.inplace import check_writes
 from cutlayer.models.names import InStack, in_stack, names_of
 from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
-from cutlayer.models.stacks import Parts, take_apart
+from cutlayer.models.stacks import Parts, returned, take_apart
 from cutlayer.models.steps import PieceModule, Routine, Step, refs, routine
 from cutlayer.models.trace import trace
 from cutlayer.models.tree import adopt, attach, frozen_paths, same_mode, ties
@@ -97,7 +97,7 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     Raises:
         StageError: see `cutlayer.models.cut`.
     """
-    stacks, names = _stacks(model, names, checked=bool(arguments.batch))
+    stacks, names = _stacks(model, names, arguments)
     names = _as_called(
         model, names, lambda enter: _trace(model, arguments, BATCHES[0], enter - set(stacks), stacks, pick)
     )
@@ -150,22 +150,29 @@ def _holders(names: Iterable[str]) -> frozenset[str]:
     return frozenset(".".join(one[:depth]) for one in parts for depth in range(len(one)))
 
 
-def _stacks(model: nn.Module, names: Sequence[str], *, checked: bool) -> tuple[dict[str, Parts], list[str]]:
+def _stacks(model: nn.Module, names: Sequence[str], arguments: Arguments) -> tuple[dict[str, Parts], list[str]]:
     """Take the stacks apart that have cut points inside; a point at a stack's very end becomes one after the stack."""
     inside: dict[str, list[InStack]] = {}
     points = []
     for name in names:
-        found = in_stack(model, name, checked=checked)
+        found = in_stack(model, name, checked=bool(arguments.batch))
         if found is not None and found.before == found.layout.count and not found.layout.after and found.path:
             name, found = found.path, None
         if found is not None:
             inside.setdefault(found.path, []).append(found)
         points.append(found.name if found is not None else name)
-    stacks = {
-        path: take_apart(model.get_submodule(path), path, spots[0].layout, sorted({spot.before for spot in spots}))
-        for path, spots in inside.items()
-    }
+    stacks = {}
+    for path, spots in inside.items():
+        stack, layout = model.get_submodule(path), spots[0].layout
+        returns = returned(stack.get_submodule(f"{layout.blocks}.0"), lambda: _run(model, arguments))
+        stacks[path] = take_apart(stack, path, layout, sorted({spot.before for spot in spots}), returns)
     return stacks, points
+
+
+def _run(model: nn.Module, arguments: Arguments) -> None:
+    if arguments.batch:
+        with undisturbed(model), torch.no_grad():
+            model(**arguments.called(arguments.resized(BATCHES[1]).tensors))
 
 
 def _trace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,11 +15,10 @@ from cutlayer.errors import CutlayerError, PlanError, StageError
 from cutlayer.models.check import run_pieces
 from cutlayer.models.cut import Cut, Piece
 from cutlayer.models.example import Arguments, undisturbed
+from cutlayer.models.reach import reached
 from cutlayer.models.sizes import BATCHES
 
 __all__ = ["Ports", "input_specs", "port_specs"]
-
-_CHANCES = 10  # runs, until a gradient has come back to each output
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ def port_specs(
         StageError: E319, a tensor that crosses does not begin with the batch, or has a dtype that cannot cross; E322,
             a piece works for the example's length only; E325, the pieces do not take the inputs in `longest` shorter.
     """
-    reached = _reached(cut, arguments.resized(BATCHES[0]), autocast)
-    large = _run(cut, arguments.resized(BATCHES[0]), autocast)
+    inputs = _inputs(arguments.resized(BATCHES[0]))
+    with _training(cut, inputs, autocast):
+        trained, large = reached(cut, inputs)
     small = _run(cut, arguments.resized(BATCHES[1]), autocast)
     lengths = _Lengths.of(arguments, longest or {})
     short = _shorter(cut, arguments, lengths, autocast) if lengths.names else large
@@ -89,7 +89,7 @@ def port_specs(
             tuple(
                 port
                 for port, value in zip(piece.outputs, large[index], strict=True)
-                if value.is_floating_point() and f"{index}.{port}" not in reached
+                if value.is_floating_point() and f"{index}.{port}" not in trained
             ),
             frozenset(name for name, one in piece.module.named_parameters() if not one.requires_grad),
         )
@@ -179,9 +179,13 @@ def _shorter(
 
 
 def _run(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> list[tuple[Tensor, ...]]:
-    inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
+    inputs = _inputs(arguments)
     with _training(cut, inputs, autocast):
         return run_pieces(cut.pieces, inputs)
+
+
+def _inputs(arguments: Arguments) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.tensors.items() if value is not None}
 
 
 @contextmanager
@@ -193,47 +197,6 @@ def _training(cut: Cut, inputs: Mapping[str, Tensor], autocast: torch.dtype | No
         for module in modules:
             module.train(True)
         yield
-
-
-def _reached(cut: Cut, arguments: Arguments, autocast: torch.dtype | None) -> set[str]:
-    """Return each "PIECE.PORT" that a gradient comes back to, over a cut, in one of several runs.
-
-    Several, because a submodule may leave a branch out by chance.
-    """
-    inputs = {name: value for name, value in arguments.tensors.items() if value is not None}
-    reached: set[str] = set()
-    with _training(cut, inputs, autocast):
-        for _ in range(_CHANCES):
-            able, found = _reached_once(cut, inputs)
-            reached |= found
-            if able <= reached:
-                break
-    return reached
-
-
-def _reached_once(cut: Cut, inputs: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    """Return each "PIECE.PORT" that a gradient could come back to, and those it comes back to from the last output."""
-    known = {f"data.{name}": value for name, value in inputs.items()}
-    crossed: list[tuple[str, Tensor]] = []
-    able: set[str] = set()
-    for index, piece in enumerate(cut.pieces):
-        taken = [known[source].clone() for source in piece.inputs]  # what a piece does itself with it is another way
-        crossed += [pair for pair in zip(piece.inputs, taken, strict=True) if pair[1].requires_grad]
-        given = piece.module(*taken)
-        outputs = dict(zip(piece.outputs, given if isinstance(given, tuple) else (given,), strict=True))
-        known |= {f"{index}.{port}": value for port, value in outputs.items()}
-        able |= {f"{index}.{port}" for port, value in outputs.items() if value.requires_grad}
-    last = outputs[cut.pieces[-1].outputs[0]]
-    if not (last.requires_grad and crossed):
-        return able, able
-    try:
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            last, [value for _, value in crossed], torch.ones_like(last), allow_unused=True
-        )
-    except Exception:  # a backward of the model's own code: where it fails, training names the stage
-        return able, able
-    got = {source for (source, _), gradient in zip(crossed, gradients, strict=True) if gradient is not None}
-    return able, got | {f"{len(cut.pieces) - 1}.{cut.pieces[-1].outputs[0]}"}
 
 
 def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> TensorSpec:

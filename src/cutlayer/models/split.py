@@ -4,7 +4,6 @@
 | --- | --- | --- |
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
-| E332 | PlanError | weights are tied across parties, or between a stage that trains and one that does not |
 | E333 | PlanError | weights were frozen when the model was cut, and are to be trained now |
 | E326 | StageError | there is no example |
 | E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
@@ -29,6 +28,7 @@ from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of
 from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key
+from cutlayer.models.shared import check_ties, check_trained
 from cutlayer.models.specs import Ports, input_specs, port_specs
 
 __all__ = ["Split", "split", "tail_point"]
@@ -208,7 +208,7 @@ def split(
         made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
-    _check_ties(made, places, labels)
+    check_ties(made, places, labels)
     return Split(
         model=model,
         cut=made,
@@ -351,46 +351,7 @@ def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> N
             )
 
 
-def _check_ties(made: Cut, places: Sequence[str], labels: str) -> None:
-    last = len(places) - 1
-    for first, one, second, other in made.ties:
-        if places[one] != places[other]:
-            which = f"{first!r} and {second!r} are" if first != second else f"two uses of {first!r} are"
-            spans = [f"piece {piece} ({places[piece]}, {_span(made, piece)})" for piece in (one, other)]
-            ways = ["cut so that both are at one party", "give each its own weight"]
-            if labels == SERVER and places[one] == CLIENT and other == last:
-                ways.insert(0, "keep the last layers at the client (a U-shape: labels='client')")
-            if labels == CLIENT and places[one] == SERVER and other == last:
-                point = made.points[-1]
-                ways.insert(0, f"let the server have the labels too: labels='server', without the cut after {point!r}")
-            raise PlanError(
-                f"{which} one weight, at two parties",
-                where=" and ".join(spans),
-                expected="tied weights in pieces of one party",
-                remedy=", or ".join(ways),
-                code="E332",
-            )
-
-
 def _ports(made: Cut, arguments: Arguments, autocast: str, longest: Mapping[str, int] | None) -> tuple[Ports, ...]:
-    """Return what the pieces give. Raises `PlanError` E332 for a weight in one that trains and in one that does not."""
     ports = port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest)
-    for first, one, second, other in made.ties:
-        still, moves = (one, other) if ports[other].trained else (other, one)
-        weight = dict(made.pieces[one].module.named_parameters()).get(first)
-        if weight is not None and weight.requires_grad and ports[moves].trained and not ports[still].trained:
-            raise PlanError(
-                f"a stage trains the weight {second!r}, and another, to which no gradient comes back, has it too",
-                where=f"piece {still} ({_span(made, still)}) and piece {moves} ({_span(made, moves)})",
-                expected="a weight in one of them: all that runs under torch.no_grad() or is detached is frozen",
-                remedy="cut so that both uses are in one piece, or give each its own weight",
-                code="E332",
-            )
+    check_trained(made, ports)
     return ports
-
-
-def _span(made: Cut, piece: int) -> str:
-    """Return where in the model a piece is: behind which cut and up to which."""
-    begin = f"after {made.points[piece - 1]!r}" if piece else ""
-    end = f"up to {made.points[piece]!r}" if piece < len(made.points) else ""
-    return " ".join(part for part in (begin, end) if part)

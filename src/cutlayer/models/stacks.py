@@ -2,18 +2,21 @@
 
 Their forwards are full of Python that depends on shapes and options, but they share one form: something before the
 blocks, a list of blocks, something after. A part of a stack is the user's own stack, shallowly copied, whose list
-holds only some of the blocks; it runs the stack's *own* forward. So masks, positions and rotary tables are computed in
-each part by the model's own code from the shape of the hidden state and from the attention mask: only the hidden state
-crosses. What the other parts own is replaced by stand-ins without parameters.
+holds only some of the blocks; it runs the stack's *own* forward. So masks, positions, alibi and rotary tables are
+computed in each part by the model's own code from the shape of the hidden state and from the attention mask: only the
+hidden state crosses. What the other parts own is replaced by stand-ins without parameters.
 
-A stack is known by its structure: the names in `_BLOCKS`, `_BEFORE` and `_AFTER` must account for all its parameters.
+A stack is known by its structure: a list of blocks under a name of `_BLOCKS`, and submodules that its forward names,
+which hold all other parameters. What forward names last after the blocks runs after them, all else before.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -22,22 +25,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.models.kinds import draws
 from cutlayer.models.steps import lend
 
-__all__ = ["Layout", "Part", "Parts", "layout_of", "take_apart"]
+__all__ = ["Layout", "Part", "Parts", "layout_of", "returned", "take_apart"]
 
 _BLOCKS = ("h", "layers", "encoder.layer", "encoder.layers")
-_BEFORE = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "embeddings", "emb_dropout", "drop")
-_AFTER = ("ln_f", "norm", "layernorm", "final_layer_norm", "pooler")
 # What only the part with the embeddings gets; all parts get the other arguments (masks, positions).
 _FIRST_ONLY = ("input_ids", "inputs_embeds", "pixel_values", "token_type_ids", "bool_masked_pos", "labels")
 # Stacks that the tests cut at every block; others of the same structure are cut when an example proves them equal.
-PROVEN = ("BertModel", "GPT2Model", "LlamaModel", "TransformerEncoder", "ViTModel")
+PROVEN = (
+    "BertModel",
+    "GPT2Model",
+    "LlamaModel",
+    "ModernBertModel",
+    "PhiModel",
+    "TransformerEncoder",
+    "ViTModel",
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The form of a stack: the path of its list of blocks, and the names of what runs before and after them."""
+    """The form of a stack: the path of its list of blocks, and the names of what runs before and after them.
+
+    Before them, only what has parameters or draws random numbers; a rotary table is computed again in each part.
+    """
 
     blocks: str
     count: int
@@ -94,27 +107,58 @@ def layout_of(module: nn.Module) -> Layout | None:
             blocks = module.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(blocks, nn.ModuleList) and _accounted(module, path):
-            before = tuple(name for name in _BEFORE if module._modules.get(name) is not None)
-            after = tuple(name for name in _AFTER if module._modules.get(name) is not None)
-            return Layout(path, len(blocks), before, after)
+        if isinstance(blocks, nn.ModuleList) and (around := _around(module, path)) is not None:
+            return Layout(path, len(blocks), *around)
     return None
 
 
-def _accounted(module: nn.Module, path: str) -> bool:
-    """Say whether all parameters belong to the blocks or to names that are known to run before or after them."""
-    holder, _, _ = path.partition(".")
-    if holder != path:
-        inside = dict(module.get_submodule(holder).named_parameters())
-        if any(not name.startswith(path.removeprefix(f"{holder}.") + ".") for name in inside):
-            return False
-    return all(
-        name in (holder, *_BEFORE, *_AFTER) or next(child.parameters(), None) is None
-        for name, child in module.named_children()
-    )
+def _around(module: nn.Module, path: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Return what runs before and after the blocks at a path, or None if it cannot be told of all parameters."""
+    holder, _, inner = path.partition(".")
+    if inner and any(not name.startswith(f"{inner}.") for name, _ in module.get_submodule(holder).named_parameters()):
+        return None
+    place = _named_in_forward(module)
+    before, after = list[str](), list[str]()
+    for name, child in module.named_children():
+        trains = next(child.parameters(), None) is not None
+        if name == holder or name not in place or holder not in place:
+            if name != holder and trains:
+                return None
+        elif place[name] > place[holder]:
+            after.append(name)
+        elif trains or any(draws(one) for one in child.modules()):
+            before.append(name)
+    return tuple(sorted(before, key=place.__getitem__)), tuple(sorted(after, key=place.__getitem__))
 
 
-def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int]) -> Parts:
+def _named_in_forward(module: nn.Module) -> dict[str, int]:
+    """Return where a forward names an attribute last, by the attribute's name; read from its code without a call."""
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    return {
+        step.argval: index
+        for index, step in enumerate(dis.get_instructions(code) if code else ())
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    }
+
+
+def returned(block: nn.Module, run: Callable[[], object]) -> int:
+    """Return how many values a block returns as a tuple, the hidden state first; 0 if it returns that alone.
+
+    Args:
+        block: The block.
+        run: Runs the model that the block is in. It may fail: whoever traces the model finds out why.
+    """
+    seen: list[int] = []
+    handle = block.register_forward_hook(lambda *call: seen.append(len(call[2]) if type(call[2]) is tuple else 0))
+    try:
+        with suppress(Exception):
+            run()
+    finally:
+        handle.remove()
+    return seen[0] if seen else 0
+
+
+def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int], returns: int = 0) -> Parts:
     """Cut a stack into parts.
 
     Args:
@@ -122,6 +166,7 @@ def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int])
         path: Its path in the user's model.
         layout: Its form.
         ends: For each part but the last, how many blocks lie before its end; ascending. 0 is after the embeddings.
+        returns: What a block returns, as of `returned`.
 
     Returns:
         The parts in order. They share the stack's blocks: same modules, same names below `path`.
@@ -131,16 +176,17 @@ def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int])
     parts = []
     for index, (low, high) in enumerate(pairwise(bounds)):
         last = index == len(ends)
-        make = _encoder_part if encoder else _part
-        module = make(stack, layout, (low, high), index == 0, last)
+        if encoder:
+            module = _encoder_part(stack, (low, high), last)
+        else:
+            module = _part(stack, layout, (low, high), _Hidden(index == 0, last, returns))
         inner = f"{layout.blocks}.{high - 1}" if high else layout.before[-1]
         name = path if last else f"{path}.{inner}".removeprefix(".")
         parts.append(Part(module, name, "src" if encoder else "hidden"))
     return Parts(tuple(parts), inspect.signature(stack.forward))
 
 
-def _encoder_part(stack: nn.Module, layout: Layout, span: tuple[int, int], first: bool, last: bool) -> nn.Module:
-    del layout, first
+def _encoder_part(stack: nn.Module, span: tuple[int, int], last: bool) -> nn.Module:
     if span[0] == span[1]:  # a cut after the last layer: `forward` looks at the first one
         return _Rest(stack._modules.get("norm"))
     part = copy.copy(stack)
@@ -175,7 +221,15 @@ class _Some(nn.ModuleList):
         return list(self)[index]
 
 
-def _part(stack: nn.Module, layout: Layout, span: tuple[int, int], first: bool, last: bool) -> nn.Module:
+class _Hidden:
+    """The hidden state that came into a part, while it runs; which part it is, and what a block returns."""
+
+    def __init__(self, first: bool, last: bool, returns: int) -> None:
+        self.value: Tensor | None = None
+        self.first, self.last, self.returns = first, last, returns
+
+
+def _part(stack: nn.Module, layout: Layout, span: tuple[int, int], hidden: _Hidden) -> nn.Module:
     part, holder = copy.copy(stack), stack
     part._modules = dict(stack._modules)
     inner = part
@@ -186,99 +240,93 @@ def _part(stack: nn.Module, layout: Layout, span: tuple[int, int], first: bool, 
         inner._modules[name] = copied
         inner = copied
     name = layout.blocks.rpartition(".")[2]
-    inner._modules[name] = _window(holder.get_submodule(name), *span)
-    given = None
-    if not first:
-        given = _replace_before(part, layout)
-    if not last:
-        for name in layout.after:
-            part._modules[name] = None if name == "pooler" else nn.Identity()
-    return _BlocksPart(part, given, first, last)
+    inner._modules[name] = _window(holder.get_submodule(name), *span, hidden)
+    for name in () if hidden.first else layout.before:
+        part._modules[name] = _Before(part._modules[name], hidden)  # type: ignore[arg-type]
+    for name in () if hidden.last else layout.after:
+        part._modules[name] = _After()
+    return _BlocksPart(part, hidden)
 
 
-def _window(blocks: nn.Module, low: int, high: int) -> nn.ModuleList:
+def _window(blocks: nn.Module, low: int, high: int, hidden: _Hidden) -> nn.ModuleList:
     """Return the list of blocks with all but those of low..high-1 passed over; places and names stay."""
     window = nn.ModuleList()
     for index, (name, block) in enumerate(blocks.named_children()):
-        window.add_module(name, block if low <= index < high else _Skip(block))
+        window.add_module(name, block if low <= index < high else _Skip(block, hidden, index < low))
     return window
 
 
 class _Skip(nn.Module):
-    """Stands where a block of another part stands: hands the hidden state on."""
+    """Stands where a block of another part stands: hands the hidden state on.
 
-    def __init__(self, block: nn.Module) -> None:
+    Before the part's own blocks it hands in the hidden state that came. So what the stack's forward does before the
+    blocks, such as scaling the embeddings, is not done to it again.
+    """
+
+    def __init__(self, block: nn.Module, hidden: _Hidden, before: bool) -> None:
         super().__init__()
         for name, value in vars(block).items():  # what a forward may ask of a block, such as its kind of attention
             if isinstance(value, str | int) and name != "training":
                 setattr(self, name, value)
+        self.__dict__["hidden"], self.__dict__["before"] = hidden, before
 
-    def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        return hidden
+    def forward(self, value: Tensor, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
+        hidden = self.__dict__["hidden"]
+        value = hidden.value if self.__dict__["before"] else value
+        return (value, *[None] * (hidden.returns - 1)) if hidden.returns else value
 
 
-class _Given(nn.Module):
-    """Stands for embeddings: returns the hidden state that came from the part before, whatever it is called with."""
+class _Before(nn.Module):
+    """Stands for what ran before the blocks in an earlier part: gives the hidden state that came from there.
 
-    def __init__(self, embeddings: nn.Module) -> None:
+    Called with something else than a hidden state (positions, say), it is an embedding that is added: it adds nothing.
+    """
+
+    def __init__(self, module: nn.Module, hidden: _Hidden) -> None:
         super().__init__()
-        self.value: Tensor | None = None
-        dtype = next((p.dtype for p in embeddings.parameters()), torch.get_default_dtype())
+        self.__dict__["hidden"] = hidden
+        dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
         weight = SimpleNamespace(dtype=dtype)  # vision models ask for it, to convert the image
         self.patch_embeddings = SimpleNamespace(projection=SimpleNamespace(weight=weight))
 
-    def forward(self, *_args: object, **_kwargs: object) -> Tensor | None:
-        return self.value
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        value: Tensor = self.__dict__["hidden"].value
+        given = [one.shape for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        return value if value.shape in given else torch.zeros(())
 
 
-class _Nothing(nn.Module):
-    """Stands for an embedding that was added in an earlier part: adds nothing."""
+class _After(nn.Module):
+    """Stands for what runs after the blocks in a later part: hands on what it is called with."""
 
-    def forward(self, *_args: object, **_kwargs: object) -> Tensor:
-        return torch.zeros(())
-
-
-def _replace_before(part: nn.Module, layout: Layout) -> _Given | None:
-    """Replace what runs before the blocks. Returns the stand-in that hands in the hidden state, if there is one."""
-    given = None
-    for name in layout.before:
-        if name in ("embeddings", "emb_dropout", "drop"):  # the last to run before the blocks
-            given = _Given(part._modules[name])  # type: ignore[arg-type]
-            part._modules[name] = given
-        else:
-            part._modules[name] = _Nothing()
-    return given
+    def forward(self, value: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        return value
 
 
 class _BlocksPart(nn.Module):
     """Runs the own forward of a stack of which only some blocks are there."""
 
-    def __init__(self, part: nn.Module, given: _Given | None, first: bool, last: bool) -> None:
+    def __init__(self, part: nn.Module, hidden: _Hidden) -> None:
         super().__init__()
         lend(part, self)
-        self.first, self.last = first, last
-        self.__dict__["given"] = given
+        self.__dict__["hidden"] = hidden
         names = inspect.signature(part.forward).parameters
         self.entry = "inputs_embeds" if "inputs_embeds" in names else "pixel_values"
         self.cached = "use_cache" in names
 
     def forward(self, **arguments: Any) -> Any:  # noqa: ANN401
         """Take the first part's arguments, or `hidden` and the arguments of all parts."""
+        hidden = self.__dict__["hidden"]
         if self.cached:
             arguments["use_cache"] = False  # a cache of keys and values is for generation, and would not cross
-        if not self.last:
+        if not hidden.last:
             arguments.pop("return_dict", None)
-        given = self.__dict__["given"]
-        if not self.first:
-            arguments[self.entry] = hidden = arguments.pop("hidden")
-            if given is not None:
-                given.value = hidden
+        if not hidden.first:
+            arguments[self.entry] = hidden.value = arguments.pop("hidden")
         try:
             output = self.__dict__["lender"](**arguments)
         finally:
-            if given is not None:
-                given.value = None
-        return output if self.last else output[0]
+            hidden.value = None
+        return output if hidden.last else output[0]
 
     def train(self, mode: bool = True) -> _BlocksPart:
         """Switch the stack's modules too; what its own `train` freezes is for the piece, as some blocks are away."""

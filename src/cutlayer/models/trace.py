@@ -12,16 +12,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
+from cutlayer.models.asked import answering
 from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
@@ -34,7 +33,6 @@ from cutlayer.models.whereabouts import from_einops, line, step_name
 __all__ = ["trace"]
 
 _ONE = threading.RLock()  # tracing replaces methods of `nn.Module` for the whole process: one thread at a time
-_ASKED = torch.jit.isinstance
 
 # Functions that make a tensor from sizes or from what they are given: torch would not show them a traced value.
 _MAKERS = tuple(
@@ -83,8 +81,8 @@ def trace(
     tracer = _Tracer(model, arguments, enter, stacks, pick)
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
-        asked = patch.object(torch.jit, "isinstance", partial(_is, tracer.found.values, _ASKED))
-        with _ONE, asked, kept_whole(), _without_backward_hooks([model, *map(model.get_submodule, enter)]):
+        entered = [model, *map(model.get_submodule, enter)]
+        with _ONE, answering(tracer, tracer.found.values, entered), kept_whole(), _without_backward_hooks(entered):
             graph = tracer.trace(model)
     except CutlayerError:
         raise
@@ -113,15 +111,6 @@ def _without_backward_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _is(values: Mapping[str, Any], asked: Callable[[Any, Any], bool], obj: Any, kind: Any) -> bool:  # noqa: ANN401
-    """Answer `torch.jit.isinstance` for values, also in lists or dictionaries, by what they are for the example."""
-
-    def known(one: Any) -> Any:  # noqa: ANN401
-        return values.get(one.node.name, one) if isinstance(one, fx.Proxy) else one
-
-    return asked(map_aggregate(obj, known), kind)
-
-
 def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorder) -> None:
     """Put back a buffer that the forward has assigned to: `self.count += 1` has written to it, all else is refused."""
     now: object = owner._buffers.get(name)
@@ -142,7 +131,7 @@ def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorde
 class _Proxy(fx.Proxy):
     """A value while tracing. Python may ask for its size or its number where an example tells them.
 
-    It must not give itself out as a tensor (`__class__`, for `isinstance`): torch's C code would read it as one.
+    It must not give itself out as a tensor (`__class__`): torch's C code would read it as one. See `asked`.
     """
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
