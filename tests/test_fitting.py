@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import cutlayer as cl
 from cutlayer.errors import ConfigError, DataError, PlanError, StageError
 from cutlayer.fitting import adam, fit
-from cutlayer.models.split import split, tail_point
+from cutlayer.models.split import split
 from tests.oracle import sample_order
 
 
@@ -304,13 +304,6 @@ def test_lengths_that_change_lead_to_longest():
         StageError, match=r"E301.*float32\[4, 6, 4\] instead of float32\[4, 5, 4\].*longest= of cl.split"
     ):
         fit(split(net, 0, example=torch.ones(2, 5).long()), words, loss=nn.CrossEntropyLoss(), batch_size=4)
-
-
-def test_the_tail_is_the_last_layer_with_parameters():
-    assert tail_point(model()) == "pool"
-    assert tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Softmax(1))) == "1"
-    with pytest.raises(PlanError, match="no last layer to keep"):
-        tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
 @pytest.mark.provokes("E330", "E235")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import cutlayer as cl
 from cutlayer.errors import CutlayerError, PlanError, StageError
 from cutlayer.models.cut import compose, cut
-from cutlayer.models.split import tail_point
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
@@ -363,12 +362,6 @@ def test_a_raw_input_stays_at_the_client():
     assert [r.field for r in cl.split(Masked(), ("one", "two"), example=given, release=["mask"]).plan().releases] == [
         "mask"
     ]
-
-
-@pytest.mark.provokes("E330")
-def test_a_model_without_a_last_layer():
-    with pytest.raises(PlanError, match=r"E330.*no last layer to keep at the client.*name both cut points"):
-        tail_point(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
 def test_an_error_says_which_line():

@@ -111,7 +111,6 @@ def test_resnet18_has_all_its_boundaries():
         ("transformer", "both.encoder.layers.1", "server"),
         ("encoder", "encoder.layers.2", "server"),
         ("transformer", ("both.encoder", "both.decoder.layers.1"), "client"),
-        ("writer", "first", "client"),
         *(("writer", at, "server") for at in ("first", "second")),
         ("tied", "table", "client"),
         ("tied", ("middle", "norm"), "client"),

@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypedDict, Unpack
 
 from torch import nn
@@ -26,12 +26,13 @@ from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of
-from cutlayer.models.names import Point, points_of, resolve
+from cutlayer.models.names import Point, points_of
 from cutlayer.models.output import Key
 from cutlayer.models.shared import check_ties, check_trained
 from cutlayer.models.specs import Ports, input_specs, port_specs
+from cutlayer.models.tail import check_tail, with_tail
 
-__all__ = ["Split", "split", "tail_point"]
+__all__ = ["Split", "split"]
 
 CLIENT, SERVER = "client", "server"
 _NAMES = {2: ("head", "body"), 3: ("head", "body", "tail")}
@@ -177,8 +178,7 @@ def split(
             stage that no gradient comes back to (`torch.no_grad()`, `detach()`) is frozen: it runs in train mode, and
             its parameters need no gradient from then on.
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
-            labels="client" and one cut point, the tail begins at the last submodule with parameters (`tail_point`), so
-            that neither inputs nor labels leave the client.
+            labels="client" and one cut point, the tail begins before the last layer with weights that the output passes.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict; see `cutlayer.models.cut`.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
@@ -186,7 +186,7 @@ def split(
 
     Raises:
         StageError: E31x, the model cannot be cut there; the text names the operation and what to do.
-        PlanError: E330 to E332, the pieces cannot be placed so.
+        PlanError: E330 to E332 and E334, the pieces cannot be placed so.
     """
     output, autocast, longest = _read(**options)
     _check_labels(labels)
@@ -194,9 +194,8 @@ def split(
         raise _no_example(model)
     refuse_compiled(model)
     points = points_of(model, at)
-    second = _second(model, points[0]) if labels == CLIENT and len(points) == 1 else ""
-    points += [second] if second else []
-    if len(points) % 2 == (labels == CLIENT):
+    chosen = labels == CLIENT and len(points) == 1
+    if not chosen and len(points) % 2 == (labels == CLIENT):
         raise PlanError(
             f"{len(points)} cut points with the labels at the {labels}",
             where=f"at={tuple(points)!r}",
@@ -204,11 +203,13 @@ def split(
             remedy="add or leave out a cut point",
             code="E330",
         )
-    with _telling(second):
-        made, arguments = cut(model, points, example=example, output=output), arguments_of(model, example)
+    make, arguments = partial(cut, model, example=example, output=output), arguments_of(model, example)
+    made = with_tail(model, points[0], make) if chosen else make(points)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
     check_ties(made, places, labels)
+    if labels == CLIENT and not chosen:
+        check_tail(made, places)
     return Split(
         model=model,
         cut=made,
@@ -240,69 +241,6 @@ def _state_bound(module: nn.Module) -> int:
     tensors = sum(4 * one.numel() * max(4, one.element_size()) for one in parameters)
     buffers = sum(one.numel() * one.element_size() for one in module.buffers())
     return tensors + buffers + 1024 * len(parameters) + 2**20
-
-
-def _second(model: nn.Module, first: Point) -> str:
-    """Return where the tail begins. Raises `PlanError` E330 if that is where the server's piece begins too."""
-    point = tail_point(model)
-    if point == resolve(model, first):
-        raise PlanError(
-            f"nothing is left for the server after {first!r}",
-            where=f"at={first!r}: the tail begins after {point!r} too, before the last layer with parameters",
-            expected="an earlier cut point, or two of them",
-            remedy="cut earlier; name both: at=(FIRST, SECOND); or give the labels to the server: labels='server'",
-            code="E330",
-        )
-    return point
-
-
-@contextmanager
-def _telling(second: str) -> Iterator[None]:
-    """Let an error about the second cut point say that `split` chose it itself; "": it did not."""
-    try:
-        yield
-    except StageError as error:
-        if not second or f"at={second!r}" not in error.where:
-            raise
-        raise StageError(
-            error.what,
-            where=f"{error.where}, the second cut point, chosen as the one before the last layer with parameters",
-            expected=error.expected,
-            got=error.got,
-            remedy="name both cut points, at=(FIRST, SECOND), or give the labels to the server: labels='server'",
-            code=error.code,
-        ) from error
-
-
-def tail_point(model: nn.Module) -> str:
-    """Return the submodule after which the tail of a U-shape begins: the one before the last that has parameters.
-
-    The tail then holds the last layer with parameters (the classifier) and what follows it.
-
-    Raises:
-        PlanError: E330, the model has fewer than two submodules with parameters.
-    """
-    own = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and any(True for _ in module.parameters(recurse=False))
-    ]
-    if len(own) < 2:
-        raise PlanError(
-            "the model has no last layer to keep at the client",
-            where=type(model).__name__,
-            expected="two submodules with parameters or more",
-            remedy="name both cut points: at=(FIRST, SECOND)",
-            code="E330",
-        )
-    last: str = own[-1][0]
-    parent, _, child = last.rpartition(".")
-    owner = model.get_submodule(parent)
-    before = [name for name, _ in owner.named_children()]
-    place = before.index(child)
-    if place:
-        return f"{parent}.{before[place - 1]}".lstrip(".")
-    return str(own[-2][0])
 
 
 def _no_example(model: nn.Module) -> StageError:
