@@ -178,7 +178,7 @@ def split(
             stage that no gradient comes back to (`torch.no_grad()`, `detach()`) is frozen: it runs in train mode, and
             its parameters need no gradient from then on.
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
-            labels="client" and one cut point, the tail begins before the last layer with weights that all output passes.
+            labels="client" and one cut point, the tail begins before the last layer with weights that outputs pass.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict; see `cutlayer.models.cut`.
         labels: "client": a U-shape, loss and labels stay with the data. "server": the labels are released to it.
         release: Inputs that pieces at the server need, and that may leave the client.
