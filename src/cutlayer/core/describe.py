@@ -182,7 +182,8 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
         others = f"another of {', '.join(dict.fromkeys(stage.places))}"
         if isinstance(stage, Loss):
             texts.append(
-                f"sums over its samples behind the metrics of {stage.name}, by way of {plan.hub_of(stage.name)}"
+                f"sums over its samples behind the metrics of {stage.name}, by way of {plan.hub_of(stage.name)} "
+                "(of few samples they tell outputs and labels)"
             )
         elif training.order == "relay":
             texts.append(f"all state of {stage.name} to {others}: at most {stage.state_limit:,} bytes a turn")
