@@ -78,7 +78,12 @@ def padded(model: nn.Module, *names: str) -> Any:
             "E253",
             r"sizes \[6\] of sample 0 and \[5\] of sample 1 in \[0\].*collate_fn that pads.*reference/data.md",
         ),
-        (lambda: trained(loader(Lengths(6))), DataError, "E268", "equal size.*collate_fn that pads.*reference/data.md"),
+        (
+            lambda: trained(loader(Lengths(6))),
+            DataError,
+            "E253",
+            r"of sample \d+ in \[0\].*collate_fn that pads.*data.md",
+        ),
         (
             lambda: trained(party={"scheduler": one_cycle, "scheduler_every": "step"}),
             ConfigError,

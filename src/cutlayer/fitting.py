@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cutlayer.core.parts import Training
 from cutlayer.core.spec import TensorSpec
-from cutlayer.data.sources import again, collated, sample_count
+from cutlayer.data.collating import collated
+from cutlayer.data.sources import again, sample_count
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.checkpoint import write_atomic

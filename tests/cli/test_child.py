@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,3 +132,47 @@ def test_parties_end_with_the_run_and_leave_no_key(call: Call, demo: Path, begun
     first, second = weights(demo / "one"), weights(demo / "many")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def in_terminal(folder: Path, more: str = "") -> tuple[subprocess.Popen[bytes], int]:
+    """Begin a long run with processes in a terminal of its own; return its process and the terminal's other end."""
+    contract = folder / "contract.toml"
+    contract.write_text(contract.read_text().replace("epochs = 2", "epochs = 60"))
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    code = f"import fcntl, signal, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{more}\n"
+    words = ["run", *ALL, "--folder", str(folder / "many"), "--processes"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}from cutlayer.cli import main\nmain()", *words],
+        stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+    )  # fmt: skip
+    os.close(inner)
+    events = folder / "many" / "hospital" / "metrics.jsonl"
+
+    def begun() -> bool:
+        if select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 65536)  # so that it can go on to draw
+        return events.exists() and '"round":3' in events.read_text()
+
+    assert eventually(begun, 120)
+    return process, terminal
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("_again", range(3))
+def test_a_terminal_that_is_closed_stops_a_run_as_ctrl_c_does(demo: Path, _again: int):
+    """All processes in it get SIGHUP, and nothing can be printed any more: the bars cannot, nor "stopped"."""
+    process, terminal = in_terminal(demo)
+    os.close(terminal)
+    assert process.wait(timeout=30) == 130
+    assert eventually(lambda: not parties(demo / "many"), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_ignores_sighup_goes_on_without_its_terminal(demo: Path):
+    process, terminal = in_terminal(demo, "signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    os.close(terminal)
+    assert process.wait(timeout=200) == 0
+    assert (demo / "many" / "summary.json").exists()

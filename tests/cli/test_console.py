@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import typer
 
 from cutlayer import errors
 from cutlayer.cli.console import Output, exit_code, reporting, shown_path
-from cutlayer.errors import CutlayerError, StageError
+from cutlayer.errors import CutlayerError, PlanError, StageError
 from tests.provoking import saw
 
 LOUD = Output(json=False, quiet=False, verbose=True)
@@ -90,6 +93,21 @@ def test_what_the_system_refuses_is_an_error_of_the_user(capsys: pytest.CaptureF
 def test_interruption(capsys: pytest.CaptureFixture[str]):
     assert ended(PLAIN, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO], ids=["a closed pipe", "a closed terminal"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (PlanError("x", code="E101"), 2), (KeyError("odd"), 1)]
+)
+def test_an_exit_code_is_the_same_where_nobody_reads(
+    number: int, error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+):
+    class Closed(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(number, "closed")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert ended(PLAIN, error) == code
 
 
 @pytest.mark.provokes("E001")

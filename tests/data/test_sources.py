@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import (
 from cutlayer.core.batching import permutation
 from cutlayer.core.parts import Training
 from cutlayer.data.sources import LoaderBatches, Order, OrderedBatches, TensorTable, again, batches, sample_count
+from cutlayer.engine.preprocess import unread
 from cutlayer.errors import DataError
 
 COUNT = 11
@@ -418,3 +420,79 @@ def test_samples_of_two_sizes_are_named_by_their_places_in_a_shuffled_epoch():
     source = OrderedBatches(Listed(samples), order(fields=("x",)))
     with pytest.raises(DataError, match=rf"\[2\] of sample {rows[4]} and \[3\] of sample {rows[6]}, counted"):
         source.load(lane=0, epoch=2, index=1, size=4)
+
+
+ODD = Listed([{"x": sized(3 if row == 5 else 2)} for row in range(COUNT)])
+
+
+def of_odd(**more: object) -> DataLoader:
+    return DataLoader(ODD, **{"batch_size": 4, **more})
+
+
+@pytest.mark.provokes("E253")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        of_odd(),
+        of_odd(num_workers=1),
+        of_odd(shuffle=True),
+        of_odd(shuffle=True, generator=torch.Generator(), num_workers=1),
+        of_odd(sampler=Backwards()),
+        of_odd(sampler=WeightedRandomSampler([1.0] * COUNT, COUNT, replacement=False)),
+        DataLoader(ODD, batch_sampler=[[0, 1, 2, 3], [7, 5, 4, 9], [6, 8, 10]]),
+    ],
+    ids=["plain", "worker", "shuffled", "generator", "backwards", "weighted", "batch sampler"],
+)
+def test_of_a_loader_too_the_samples_of_two_sizes_are_named(loader: DataLoader, alone: bool):
+    """Torch's own function names a place in the batch. The other sample is one of the same batch."""
+    source = batches(loader, order(fields=("x",)), alone=alone)
+    with pytest.raises(DataError, match=r"E253.*cannot be put together.*in x, counted from 0") as caught:
+        epoch_of(source)
+    rows = [int(word) for word in re.findall(r"sample (\d+)", caught.value.got)]
+    assert 5 in rows
+    assert len(rows) == 2
+    source = batches(again(loader, batch_size=4), order(fields=("x",), shuffle=False), alone=alone)
+    with pytest.raises(DataError, match=r"\[2\] of sample 4 and \[3\] of sample 5 in x"):
+        list(source.every())
+
+
+def test_the_samples_that_are_named_are_those_of_the_batch():
+    """Drawn again as they were: of each batch, all samples but the first differ from each other."""
+    samples = [{"x": sized(row + 1)} for row in range(COUNT)]
+    drawn = []
+
+    class Noted(Listed):
+        def __getitem__(self, index: int) -> object:
+            drawn.append(index)
+            return super().__getitem__(index)
+
+    for epoch in range(3):
+        drawn.clear()
+        loader = DataLoader(Noted(samples), batch_size=4, shuffle=True)
+        with pytest.raises(DataError, match=r"E253") as caught:
+            LoaderBatches(loader, order(fields=("x",))).load(lane=0, epoch=epoch, index=0, size=4)
+        assert drawn[:4] == drawn[4:]
+        assert f"of sample {drawn[0]} and [{drawn[1] + 1}] of sample {drawn[1]} in x" in caught.value.got
+
+
+def test_samples_that_are_of_one_size_when_they_are_read_again_leave_torchs_own_error():
+    class Changing(Dicts):
+        reads = 0
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            Changing.reads += 1
+            return {"x": sized(3 if Changing.reads == 2 else 2)}
+
+    with pytest.raises(RuntimeError, match=r"equal size, but got \[2\] at entry 0 and \[3\] at entry 1") as caught:
+        batches(DataLoader(Changing(), batch_size=4), order(), alone=True).load(lane=0, epoch=0, index=0, size=4)
+    assert "what differs is in the shapes of data[index]" in unread(caught.value, "").remedy
+
+
+def test_what_the_data_set_itself_raises_is_left_as_it_is():
+    class Broken(Dicts):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            raise RuntimeError(f"no file {index}")
+
+    with pytest.raises(RuntimeError, match="no file 0"):
+        batches(DataLoader(Broken(), batch_size=4), order(), alone=True).load(lane=0, epoch=0, index=0, size=4)

@@ -16,14 +16,14 @@ from cutlayer.transport.handshake import abort_of
 from tests.small import adam
 
 
-def ruined(x: Tensor, y: Tensor, preprocessing: tuple[Shared, ...] = (), head: nn.Module | None = None) -> None:
+def ruined(x: Tensor, y: Tensor, preprocessing: tuple[Shared, ...] = (), **own: nn.Module) -> None:
     stages = [
         Stage("head", at="ward", inputs=["data.x"], output="float32[batch, 2]"),
         Stage("body", at="server", inputs=["head"], output="float32[batch]"),
         Loss("loss", at="ward", inputs=["body", "data.y"]),
     ]
     plan = Plan(stages, training=Training(batch_size=8, microbatches=2, shuffle=False), preprocessing=preprocessing)
-    modules = {"head": head or nn.Linear(3, 2), "loss": nn.MSELoss()}
+    modules = {"head": nn.Linear(3, 2), "loss": nn.MSELoss(), **own}
     ward = Party("ward", data=TensorTable(x=x, y=y), modules=modules, optimizer=adam)
     server = Party("server", modules={"body": nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))}, optimizer=adam)
     simulate(plan, [ward, server])
@@ -84,6 +84,60 @@ def test_a_module_that_makes_it_of_good_data_is_advised_as_before():
     assert error.what == "a tensor at a cut holds a NaN or an infinity"
     assert "lower the learning rate" in error.remedy
     assert error.got == ""
+
+
+class Filled(nn.Module):
+    """Takes missing values as zeros; from the call `fails` on it gives a NaN for each sample, as what diverged does."""
+
+    def __init__(self, fails: int) -> None:
+        super().__init__()
+        self.layer, self.left = nn.Linear(3, 2), fails
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.left -= 1
+        return self.layer(value.nan_to_num()) / (1 if self.left > 0 else 0)
+
+
+LOWER = "lower the learning rate, clip gradients (training.clip_norm), or look for bad samples"
+
+
+def test_where_the_model_takes_missing_values_the_learning_rate_is_blamed_first():
+    """Also if each sample has one: batches before this went well."""
+    x, y = rows()
+    x[8] = float("nan")
+    for filled in (x, torch.full_like(x, float("nan"))):
+        error = caught(filled, y, head=Filled(3))
+        assert error.what == "a tensor at a cut holds a NaN or an infinity; the data hold one too, in x"
+        assert error.where == "party ward, cut head->body, train round 1, microbatch 0"
+        assert error.remedy.startswith(f"{LOWER}; if the model does not take such data, fill x with the mean of its")
+
+
+def test_in_the_first_step_the_data_are_blamed_first_where_samples_without_a_nan_have_one_now():
+    x, y = rows()
+    x[1, 0] = float("nan")
+    error = caught(x, y, head=Filled(1))
+    assert error.what == "a tensor at a cut holds a NaN or an infinity; the data hold one too, in x"
+    assert error.remedy.startswith("fill x with the mean of its column")
+    assert error.remedy.endswith(f"or leave these samples out; if the model takes such data, {LOWER}")
+
+
+def test_of_a_batch_that_is_normalised_one_missing_value_is_blamed_for_all_samples():
+    x, y = rows()
+    x[9, 0] = float("nan")
+    error = caught(x, y, head=nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    assert error.remedy.startswith("fill x with the mean of its column")
+
+
+def test_a_loss_that_makes_it_of_finite_numbers_is_blamed_on_the_data_last():
+    class Overflow(nn.Module):
+        def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+            return nn.functional.mse_loss(prediction, label) * float("inf")
+
+    x, y = rows()
+    x[0, 0] = float("nan")
+    error = caught(x, y, head=Filled(9), loss=Overflow())
+    assert error.what == "the loss 'loss' is a NaN or an infinity; the data hold one too, in x"
+    assert error.remedy.startswith("lower the learning rate; or look for bad samples")
 
 
 def test_of_two_parties_with_a_field_of_one_name_the_stage_of_the_one_is_named():

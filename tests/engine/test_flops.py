@@ -205,3 +205,77 @@ def test_what_is_compiled_runs_so_while_it_is_counted():
         assert counter.total == 2 * 16 * 8 * 16
         attended = flex_attention(x, x, x)  # torch compiles it, and refuses to do so under a counter that forbids it
     assert torch.equal(attended, flex_attention(x, x, x))
+
+
+def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "forward"),
+    [
+        ((5, 3), (7, 3), 2 * 5 * 7 * 3),
+        ((2, 30, 3), (27, 3), 2 * 2 * 30 * 27 * 3),
+        ((2, 5, 3), (2, 7, 3), 2 * 2 * 5 * 7 * 3),
+    ],
+    ids=["direct", "by products", "batches"],
+)
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_distances(first: tuple[int, ...], second: tuple[int, ...], forward: int, power: float):
+    """From 26 rows on torch takes the Euclidean distance apart into products: the count stays the same."""
+    one, two = shaped(*first), shaped(*second)
+    assert counted(FlopCounter(), lambda: torch.cdist(one, two, p=power)) == (forward, 2 * forward)
+
+
+def test_a_distance_counts_as_the_product_that_it_is_made_of():
+    """(a - b)**2 = a*a - 2*a*b + b*b: the cross terms are a product of matrices, and so is each gradient."""
+    one, two = shaped(40, 6), shaped(30, 6)
+    products = counted(FlopCounterMode(display=False), lambda: one @ two.T)
+    assert products == (2 * 40 * 30 * 6, 2 * products[0])
+    assert counted(FlopCounter(), lambda: torch.cdist(one, two)) == products
+
+
+COMPLEX = torch.complex64
+
+
+@pytest.mark.parametrize(
+    ("work", "entered", "forward", "backward"),
+    [
+        (torch.fft.fft, shaped(4, 8, dtype=COMPLEX), 4 * 5 * 8 * 3, 4 * 5 * 8 * 3),
+        (torch.fft.ifft, shaped(4, 8, dtype=COMPLEX), 4 * 5 * 8 * 3, 4 * 5 * 8 * 3),
+        (torch.fft.fft2, shaped(3, 4, 8, dtype=COMPLEX), 3 * 5 * 32 * 5, 3 * 5 * 32 * 5),
+        (torch.fft.fft, shaped(4, 6, dtype=COMPLEX), round(4 * 5 * 6 * 2.584963), round(4 * 5 * 6 * 2.584963)),
+        (torch.fft.rfft, shaped(4, 8), 4 * 20 * 3, 4 * 40 * 3),  # torch goes back by a transform of complex numbers
+        (torch.fft.rfft2, shaped(3, 4, 8), 3 * 80 * 5, 3 * 160 * 5),
+        (torch.fft.irfft, shaped(4, 5, dtype=COMPLEX), 4 * 20 * 3, 4 * 20 * 3),
+        (torch.fft.irfft2, shaped(3, 4, 5, dtype=COMPLEX), 3 * 80 * 5, 3 * 80 * 5),
+        (lambda x: torch.fft.fft(x, n=16), shaped(4, 8, dtype=COMPLEX), 4 * 5 * 16 * 4, 4 * 5 * 16 * 4),
+    ],
+    ids=["fft", "ifft", "fft2", "of six", "rfft", "rfft2", "irfft", "irfft2", "padded"],
+)
+def test_fourier_transforms(work: Callable[[Tensor], Tensor], entered: Tensor, forward: int, backward: int):
+    def real() -> Tensor:
+        found = work(entered)
+        return torch.view_as_real(found) if found.is_complex() else found
+
+    assert counted(FlopCounter(), real) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "right", "more", "forward", "solved", "product"),
+    [
+        ((6, 6), (6, 3), {}, 144 + 2 * 36 * 3, 2 * 36 * 3, 2 * 36 * 3),
+        ((6, 6), (6,), {}, 144 + 2 * 36, 2 * 36, 2 * 36),
+        ((5, 6, 6), (5, 6), {}, 5 * (144 + 2 * 36), 5 * 2 * 36, 5 * 2 * 36),
+        ((2, 6, 6), (2, 6, 3), {}, 2 * (144 + 2 * 36 * 3), 2 * 2 * 36 * 3, 2 * 2 * 36 * 3),
+        ((6, 6), (2, 6, 3), {}, 144 + 2 * 2 * 36 * 3, 2 * 2 * 36 * 3, 2 * 2 * 36 * 3),
+        ((6, 6), (3, 6), {"left": False}, 144 + 2 * 36 * 3, 2 * 36 * 3, 2 * 36 * 3),
+    ],
+    ids=["matrix", "vector", "vectors", "batch", "one for all", "from the right"],
+)
+def test_linear_equations(matrix, right, more: dict[str, bool], forward: int, solved: int, product: int):
+    """2 / 3 * 6**3 = 144 of the decomposition; backwards it is there."""
+    one, two = torch.randn(*matrix) + 6 * torch.eye(6), shaped(*right)
+    one.requires_grad_()
+    found = counted(FlopCounter(), lambda: torch.linalg.solve(one, two, **more))
+    assert found == (forward, solved + product)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
@@ -173,3 +173,96 @@ def test_a_hook_of_the_loss_counts_where_the_stage_before_gives_its_input():
         (found,) = made.backward([seed], KEY)
         (expected,) = torch.autograd.grad(loss(value.clone(), label), value)
         assert torch.equal(found, expected)
+
+
+class Failing(torch.autograd.Function):
+    """Gives what it takes; its backward fails."""
+
+    @staticmethod
+    def forward(_context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(_context, _gradient):
+        raise ValueError("no way back")
+
+
+def in_second_step(loss, module: nn.Module) -> StageError:
+    """Return what a step raises that follows one with a plain loss, so that loss and stage are one graph in it."""
+    made = stages.ModuleStage("tail", module, ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(nn.functional.cross_entropy), ports=None, seed=1, device=CPU)
+    for function in (nn.functional.cross_entropy, loss):
+        scored.module.function = function
+        (output,) = made.forward([torch.randn(4, 4)], context(True))
+        given = [output, torch.zeros(4, dtype=torch.long)]
+        try:
+            scored.forward(given, context(True, False, after=made))
+            seed, _ = scored.backward(1.0, KEY)
+            made.backward([seed], KEY)
+        except StageError as error:
+            return error
+    raise AssertionError("no error")
+
+
+def test_a_loss_that_fails_in_its_backward_is_named_though_the_stage_before_runs_it():
+    def loss(output, label):
+        return nn.functional.cross_entropy(Failing.apply(output), label)
+
+    error = in_second_step(loss, nn.Linear(4, 3))
+    assert (error.code, error.where) == ("E307", "stage loss")
+    assert "ValueError: no way back" in error.got
+
+
+def test_a_stage_that_fails_in_its_backward_is_named_though_a_loss_ends_its_graph():
+    calls = []
+
+    def module(value):
+        calls.append(1)
+        return Failing.apply(value) if len(calls) == 2 else value * 1.0
+
+    error = in_second_step(nn.functional.cross_entropy, nn.Sequential(nn.Linear(4, 3), Called(module)))
+    assert (error.code, "stage tail" in error.where) == ("E304", True)
+
+
+def of_views(loss, steps: int) -> Tensor:
+    """Return the last step's gradient at a stage that gives one of several views; `loss` is that of the last step."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 6)
+    module = nn.Sequential(layer, Called(lambda value: value.split(3, 1)[0]))
+    made = stages.ModuleStage("tail", module, ports={"": SPEC}, seed=1, device=CPU)
+    scored = stages.ModuleStage("loss", Called(loss), ports=None, seed=1, device=CPU)
+    for step in range(1, steps + 1):
+        scored.module.function = loss if step == steps else nn.functional.cross_entropy
+        layer.zero_grad()
+        (output,) = made.forward([torch.randn(4, 4)], context(True))
+        scored.forward([output, torch.zeros(4, dtype=torch.long)], context(True, False, after=made))
+        seed, _ = scored.backward(1.0, KEY)
+        made.backward([seed], KEY)
+    return layer.weight.grad
+
+
+def doubled(output: Tensor, label: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.mul_(2.0), label)
+
+
+def test_a_write_in_place_to_one_of_several_views_is_an_error_in_the_first_step():
+    """As of the uncut model."""
+    with pytest.raises(StageError, match="its base has been modified inplace") as caught:
+        of_views(doubled, 1)
+    assert caught.value.code == "E304"
+    assert "let it take x.clone() first" in caught.value.remedy
+
+
+def test_a_write_in_place_to_one_of_several_views_is_no_error_of_a_later_step():
+    """The loss takes no view where both are one graph: it was E307 there."""
+    assert torch.equal(of_views(doubled, 2), of_views(lambda output, label: doubled(output.clone(), label), 2))
+
+
+def test_a_loss_that_writes_in_place_to_one_of_several_views_is_told_what_to_do():
+    def loss(output, label):
+        output.split(1, 1)[0].mul_(2.0)
+        return nn.functional.cross_entropy(output, label)
+
+    error = in_second_step(loss, nn.Linear(4, 3))
+    assert error.code == "E307"
+    assert "let it take x.clone() first" in error.remedy

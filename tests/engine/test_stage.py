@@ -370,6 +370,7 @@ def test_counted_as_torch_counts(module: nn.Module, shape: tuple[int, ...]):
     assert counter.get_total_flops() == forward + stage.spent
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_a_product_that_cannot_be_counted_trains():
     def ragged(x: torch.Tensor) -> torch.Tensor:
         rows = torch.nested.as_nested_tensor([x[:1], x[1:]])  # no formula of torch's can count a product of these

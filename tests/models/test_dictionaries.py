@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, UserDict
 from typing import Any
 
 import numpy as np
@@ -105,10 +106,66 @@ def test_a_sequential_whose_first_module_takes_it():
         ),
         ((some(0, 3, site=np.arange(3)),), "'site' is a numpy array.*torch.from_numpy"),
         ((some(0, 3, site=[torch.arange(3)]),), "'site' is a list that holds tensors"),
-        ((some(0, 3), torch.zeros(3)), "'batch' is a dict that holds tensors"),
+        ((some(0, 3), torch.zeros(3)), "'batch' is a dict that holds tensors.*all tensors in one dictionary"),
+        ((UserDict(some(0, 3)), torch.zeros(3)), "'batch' is a UserDict that holds tensors.*all tensors in one dict"),
+        ((some(0, 3, more=UserDict(some(0, 3))),), "'more' is a UserDict that holds tensors.*none beside it or deeper"),
         (({1: torch.zeros(3, 6)},), "'batch' is a dict that holds tensors"),
     ],
 )
 def test_what_does_not_fit_is_refused(example: Any, words: str):
     with pytest.raises(StageError, match=f"E325.*{words}"):
         cut(Net(), "one", example=example)
+
+
+class Encoding(UserDict):
+    """Has its entries as attributes too, as transformers' BatchEncoding."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
+
+
+class Output(OrderedDict):
+    """Has its entries as attributes too, as transformers' ModelOutput."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+@pytest.mark.parametrize("kind", [UserDict, Encoding, Output])
+def test_any_mapping_that_is_read_by_key_is_taken(kind: Any):
+    made = cut(Net(), "one", example=(kind(some(0, 3)),))
+    assert torch.equal(compose(made, BATCH), Net()(some(0, 12)))
+
+
+class ByAttribute(Net):
+    def forward(self, batch: Any) -> Tensor:
+        return self.out(self.two(self.one(batch.x) * batch.mask))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind, self.net = kind, ByAttribute()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.net(self.kind({"x": x, "mask": mask}))
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize("kind", [Encoding, Output])
+def test_one_whose_entries_are_read_as_attributes_is_refused_and_the_advice_helps(kind: Any):
+    given = {name: BATCH[name][:3] for name in ("x", "mask")}
+    words = rf"forward takes a {kind.__name__}, and no plain dictionary.*no attribute 'x'.*read them so.*batch\['x'\]"
+    with pytest.raises(StageError, match=f"E325.*{words}.*calls this model with a {kind.__name__} of them"):
+        cut(ByAttribute(), "one", example=(kind(given),))
+    made = cut(Wrapped(kind), "net.one", example=given)
+    assert torch.equal(compose(made, {name: BATCH[name] for name in given}), ByAttribute()(kind(BATCH)))
+
+
+def test_an_example_that_does_not_fit_in_any_type_is_told_as_such():
+    with pytest.raises(StageError, match=r"E325.*does not fit the model's forward.*correct the example"):
+        cut(ByAttribute(), "one", example=(Encoding({"x": torch.zeros(3, 5)}),))

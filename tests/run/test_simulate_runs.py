@@ -256,8 +256,10 @@ def test_parties_of_one_lane_need_the_same_samples():
 def test_data_that_one_party_alone_is_given_is_named(mode, name, names):
     plan = vertical({"a": C, "b": C}, "server", output=C)
     case = Case.of(plan)
-    given = TensorTable(**case.data["a"])
-    error = raises(DataError, "E251", lambda: simulate(plan, changed(case, "a", **{name: given})))
+    given, told = TensorTable(**case.data["a"]), []
+    parties = changed(case, "a", **{name: given})
+    error = raises(DataError, "E251", lambda: simulate(plan, parties, notify=lambda *event: told.append(event)))
+    assert not told  # before the first step: no training is lost
     assert error.where == f"mode {mode}, lane 0"
     assert f"nothing is given at {names}: give Party({name}=...) there too" in error.remedy
     assert "or give it at no party: a training does not need it" in error.remedy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -120,6 +122,52 @@ def test_a_party_that_is_started_twice_does_not_end_its_run(cast: Cast):
     results = cast.play({"server": server, "clinic": clinic}, deadlines=PATIENT)
     assert results == {"server": None, "clinic": None}
     assert (second[0].code, "if this party runs already, let it be" in second[0].remedy) == ("E604", True)
+
+
+FAILING = """
+import sys
+from cutlayer.run.meeting import telling
+from cutlayer.transport.settings import NetworkSettings
+settings = NetworkSettings(
+    party="clinic", parties=("server", "clinic"), coordinator="server", addresses={"server": sys.argv[1]}, run="test",
+    digest="0123456789abcdef" * 4,
+)
+with telling(settings, "the builder of party 'clinic'"):
+    raise ValueError("no such file")
+"""
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["while it runs", "before it has come"])
+def test_a_second_start_whose_builder_fails_does_not_end_the_run_of_the_first(cast: Cast, runs: bool):
+    """The clinic opens no port, so nothing but the server knows that it runs already. Each start is a process."""
+    cast.names = ("server", "clinic")
+    fails = [sys.executable, "-c", FAILING, cast.settings("server").addresses["server"]]
+    begun, ended = threading.Event(), threading.Event()
+
+    def clinic(network: Network) -> int:
+        session = meet(network)
+        begun.set()
+        assert ended.wait(30)
+        network.finish()
+        return session
+
+    def server(network: Network) -> int:
+        session = meet(network) if runs else 0
+        assert begun.wait(10) or not runs
+        started = subprocess.run(fails, check=False, capture_output=True, text=True, timeout=30)
+        assert "ValueError: no such file" in started.stderr
+        ended.set()
+        session = session or meet(network)
+        network.finish()
+        return session
+
+    results = cast.play({"server": server, **({"clinic": clinic} if runs else {})}, deadlines=PATIENT)
+    if runs:
+        assert results == {"server": 1, "clinic": 1}
+        assert not cast.heard("server", "reset")
+    else:
+        assert results["server"].code == "E703"
+        assert results["server"].what == "clinic failed: the builder of party 'clinic' failed"
 
 
 def test_whoever_came_in_a_missing_partys_name_is_named(cast: Cast):

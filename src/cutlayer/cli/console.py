@@ -218,16 +218,20 @@ def _reported(output: Output) -> Iterator[None]:
     try:
         yield
     except CutlayerError as error:
-        output.fail(error)
+        with suppress(typer.Exit):  # nobody reads it
+            output.fail(error)
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
-        raise typer.Exit(output.stopped()) from None
+        with suppress(typer.Exit):
+            output.stopped()
+        raise typer.Exit(INTERRUPTED) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
         told = _refused(error) if isinstance(error, OSError) and error.filename else _unexpected(error)
         told.__cause__ = error
-        output.fail(told)
+        with suppress(typer.Exit):
+            output.fail(told)
         raise typer.Exit(exit_code(told)) from None
 
 
@@ -248,7 +252,10 @@ def _refused(error: OSError) -> ConfigError:
 
 
 def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
-    """Print a line. If nobody reads any more, as after `| head -1` or in a closed terminal, end without a word."""
+    """Print a line. If nobody reads any more, as after `| head -1`, end without a word.
+
+    In a closed terminal go on without one: whether that ends the program is for SIGHUP to say.
+    """
     try:
         typer.echo(text, file=to, err=err)
     except OSError as error:
@@ -256,7 +263,8 @@ def _write(text: str, *, err: bool = False, to: TextIO | None = None) -> None:
             raise
         for stream in (to, sys.__stdout__, sys.__stderr__):
             _to_nowhere(stream)  # what is still kept there would fail as the process ends
-        raise typer.Exit(1) from None
+        if error.errno == errno.EPIPE:
+            raise typer.Exit(1) from None
 
 
 def _to_nowhere(stream: TextIO | None) -> None:

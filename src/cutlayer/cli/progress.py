@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -39,6 +42,38 @@ class _Words(dict[str, object]):
         return "..."
 
 
+class _Screen:
+    """What is printed on a stream; nothing, once that is a terminal that has been closed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        with _open_or_not():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _open_or_not():
+            self._stream.flush()
+
+
+@contextmanager
+def _open_or_not() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
 class RunProgress:
     """Shows events of one or more parties. Use as `notify`, and as a context manager.
 
@@ -56,7 +91,7 @@ class RunProgress:
         self._output, self._epochs, self._steps = output, epochs, steps or {}
         self._told = {**_NEWS, "lost": lost}
         self._shown = not (output.quiet or output.json)
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=cast("IO[str]", _Screen(sys.stderr)), highlight=False)
         self._bars = self._console.is_terminal and self._shown
         self._progress = Progress(
             TextColumn("{task.description}"),

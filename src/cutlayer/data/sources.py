@@ -10,19 +10,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count, islice
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
+from cutlayer.data.collating import collated, next_batch
 from cutlayer.errors import DataError
 
-__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "again", "batches", "collated", "sample_count"]
+__all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "again", "batches", "sample_count"]
 
 
 @runtime_checkable
@@ -172,8 +173,9 @@ class OrderedBatches:
         if self._plain:
             return self._rows(place)  # draws nothing, and swapping generators costs more than the rows
         with self._random:
-            if self._iterator is not None:
-                return _named(next(self._iterator), self.order.fields)
+            if self._loader is not None and self._iterator is not None:
+                batch = next_batch(self._iterator, self._loader, lambda: self._indices[place])
+                return _named(batch, self.order.fields)
             return self._rows(place)
 
     def every(self) -> Iterator[Mapping[str, Tensor]]:
@@ -238,7 +240,7 @@ class LoaderBatches:
             self._restart(epoch, index)
         self._at = (epoch, index + 1)
         with self._random:
-            batch = next(cast("Iterator[Any]", self._iterator), None)
+            batch = next_batch(cast("Iterator[Any]", self._iterator), self.loader, lambda: self._drawn_at(epoch, index))
         if batch is None:
             raise DataError(
                 "the loader ended early",
@@ -254,31 +256,50 @@ class LoaderBatches:
         A sampler that draws at random, or again what it has drawn, would count some people several times, and others
         not. A sampler of the user's own gives what it gives in an epoch, and so does a loader that batches by itself.
         """
-        own, loader, size = _Random(), self.loader, self.order.training.batch_size
+        own, loader, size, rows = _Random(), self.loader, self.order.training.batch_size, list[int]()
         own.seed(self.order.seed, 0)
         with own:
             if loader.batch_sampler is not None and type(loader).__iter__ is DataLoader.__iter__:
                 rows = list(dict.fromkeys(_drawn(loader)))
                 loader = again(loader, batch_sampler=[rows[at : at + size] for at in range(0, len(rows), size)])
             iterator = iter(loader)
-        while True:
+        for at in count(0, size):
             with own:
-                batch = next(iterator, None)
+                batch = next_batch(iterator, loader, lambda at=at: rows[at : at + size])  # type: ignore[misc]
             if batch is None:
                 return
             yield _named(batch, self.order.fields)
 
-    def _restart(self, epoch: int, index: int) -> None:
+    def _drawn_at(self, epoch: int, index: int) -> list[int]:
+        """Return the samples of a batch that was drawn: draws them again, and reads none."""
+        self._seed(epoch)
+        places = DataLoader(
+            _Places(), batch_sampler=self.loader.batch_sampler, collate_fn=list, generator=self.loader.generator
+        )
+        with self._random:
+            return next(islice(places, index, None), [])
+
+    def _seed(self, epoch: int) -> None:
         self._random.seed(self.order.seed, epoch)
         sampler: Any = self.loader.sampler
         for generator in {id(g): g for g in (self.loader.generator, getattr(sampler, "generator", None)) if g}.values():
             generator.manual_seed(hash((self.order.seed, epoch)) & (2**63 - 1))
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
+
+    def _restart(self, epoch: int, index: int) -> None:
+        self._seed(epoch)
         with self._random:
             self._iterator = iter(self.loader)
             for _ in range(index):
                 next(self._iterator, None)
+
+
+class _Places(Dataset[int]):
+    """Gives the places of samples instead of them."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def _drawn(loader: DataLoader[Any]) -> Iterator[int]:
@@ -307,51 +328,6 @@ def again(loader: DataLoader[Any], **sampling: Any) -> DataLoader[Any]:  # noqa:
         timeout=loader.timeout,
         **sampling,
     )
-
-
-def collated(samples: list[Any], rows: Sequence[int] | None = None) -> Any:  # noqa: ANN401 - whatever the data set gives
-    """Return samples as a batch. `rows`: their places in the data set; None: from 0 on.
-
-    Raises:
-        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, and no values.
-    """
-    try:
-        return default_collate(samples)
-    except (RuntimeError, TypeError) as error:
-        raise DataError(
-            "the samples of a batch cannot be put together",
-            where="a batch of the data set",
-            expected="samples whose fields are tensors of one shape, or numbers",
-            got=_unequal(samples, rows or range(len(samples))) or str(error).partition("\n")[0][:200],
-            remedy="bring them to one size in the data set; or give a DataLoader with a collate_fn that pads them to "
-            "one length and gives a mask beside, as in docs/reference/data.md; where the length changes by batch, name "
-            "it: cl.split(..., longest={...})",
-            code="E253",
-        ) from error
-
-
-def _unequal(samples: list[Any], rows: Sequence[int]) -> str:
-    """Return in words the first sample with a part whose size is not that of the batch's first; "" if there is none."""
-    first = dict(_sizes(samples[0]))
-    for row, sample in zip(rows[1:], samples[1:], strict=True):
-        for place, size in _sizes(sample):
-            if first.get(place, size) != size:
-                part = f" in {place}" if place else ""
-                return f"sizes {first[place]} of sample {rows[0]} and {size} of sample {row}{part}, counted from 0"
-    return ""
-
-
-def _sizes(part: Any, place: str = "") -> Iterator[tuple[str, list[int]]]:  # noqa: ANN401 - of a sample
-    """Yield where in a sample something has a size, such as "image" or "[0]", and that size."""
-    if isinstance(part, Tensor | np.ndarray):
-        yield place, list(part.shape)
-    elif isinstance(part, Mapping):
-        for name, value in part.items():
-            yield from _sizes(value, f"{place}[{name!r}]" if place else str(name))
-    elif isinstance(part, list | tuple):
-        yield place, [len(part)]
-        for number, value in enumerate(part):
-            yield from _sizes(value, f"{place}[{number}]")
 
 
 def _named(item: Any, fields: tuple[str, ...] | None) -> Mapping[str, Tensor]:  # noqa: ANN401 - a collated batch

@@ -44,7 +44,9 @@ def after_failure(module: nn.Module, inputs: Sequence[Tensor], error: Exception)
         return "take more microbatches, or a smaller batch"
     if isinstance(error, IndexError) and "out of range in self" in words:
         return "an id is outside of an embedding's table: give ids in 0..num_embeddings-1, or a larger table"
-    if "modified by an inplace operation" in words:
+    if "is a view and is being modified inplace" in words:
+        return "the module writes in place to one of several views: let it take x.clone() first"
+    if "modified by an inplace operation" in words or "its base has been modified inplace" in words:
         return "a stage or loss writes in place to what this one needs for its backward: let it take x.clone() first"
     if "scalar types: Long, Int" in words:
         return "an embedding takes whole numbers: give the ids as int64, .long() in the data set"

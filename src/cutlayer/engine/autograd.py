@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-__all__ = ["Hooks", "enter", "go_back", "hooks_to", "put_last", "tell_writes"]
+__all__ = ["Hooks", "enter", "go_back", "hooks_of", "hooks_to", "put_last", "tell_writes"]
 
 Hooks = OrderedDict[int, Callable[[Tensor], None]]
 _engine: Any = torch.autograd.Variable._execution_engine
@@ -27,6 +27,11 @@ def go_back(roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
 def hooks_to(sink: list[Tensor | None], place: int) -> Hooks:
     """Return the hooks of a value that enters: the gradient at it goes to this place of `sink`."""
     return OrderedDict(((_HOOK, partial(sink.__setitem__, place)),))
+
+
+def hooks_of(reached: list[bool]) -> Hooks:
+    """Return the hooks of a value that enters from the graph of another stage: they tell when a gradient is at it."""
+    return OrderedDict(((_HOOK, lambda _gradient: reached.append(True)),))
 
 
 def enter(leaf: Tensor, hooks: Hooks) -> Tensor:

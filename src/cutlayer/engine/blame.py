@@ -21,31 +21,55 @@ from cutlayer.errors import NonFiniteError, StageError
 __all__ = ["blamed", "with_classes"]
 
 
-def blamed(error: NonFiniteError, values: Values, lane: int, micro: int) -> NonFiniteError:
+def blamed(
+    error: NonFiniteError, values: Values, lane: int, micro: int, seen: Sequence[Tensor], *, trained: bool, mixed: bool
+) -> NonFiniteError:
     """Return the error that names the fields which hold a NaN or an infinity; `error` itself if none does.
+
+    A model may well take missing values, so the fields alone are named only where they are the likely cause: the
+    samples that are not finite in `seen` are among theirs. Else they are named beside the advice of `error`, the
+    likelier first.
 
     Args:
         error: What was found at a cut or of a loss.
         values: Those of the step, with this party's own data: fields of shape (samples, ...).
         lane: Of the microbatch that they belong to.
         micro: That microbatch.
+        seen: The tensor at the cut, or what the loss was given: of shape (samples, ...).
+        trained: Whether weights have been trained in this run, so that the learning rate may be the cause.
+        mixed: Whether a module of this party lets samples of a batch bear on each other (BatchNorm).
 
     Returns:
         Of the fields this side is told names and numbers of samples; the others only the names, never a value.
     """
-    found = {name: text for name, value in own_fields(values, lane, micro).items() if (text := _bad(value))}
+    held = {name: _rows(value) for name, value in own_fields(values, lane, micro).items()}
+    found = {name: text for name, rows in held.items() if (text := _bad(rows))}
     if not found:
         return error
-    graph = values.graph
+    graph, names = values.graph, ", ".join(found)
     own = [edge for edge in graph.edges if edge.source.field in found and graph.origin(edge, lane) == values.party]
-    return NonFiniteError(
-        f"the data hold a NaN or an infinity in {', '.join(found)}, and so: {error.what}",
-        where=error.where,
-        expected=error.expected,
-        got=", ".join(f"{name}: {text}" for name, text in found.items()),
-        remedy="; ".join(_fill(name, graph, own, "NaN" in text) for name, text in found.items()),
-        code=error.code,
-    )
+    fill = "; ".join(_fill(name, graph, own, "NaN" in text) for name, text in found.items())
+    first, alone = _likely(torch.stack([held[name].any(0) for name in found]).any(0), seen, trained, mixed)
+    what, remedy = f"the data hold a NaN or an infinity in {names}, and so: {error.what}", fill
+    if not alone:
+        what = f"{error.what}; the data hold one too, in {names}"
+        remedy = f"{fill}; if the model takes such data, {error.remedy}"
+        if not first:
+            remedy = f"{error.remedy}; if the model does not take such data, {fill}"
+    got = ", ".join(f"{name}: {text}" for name, text in found.items())
+    return NonFiniteError(what, where=error.where, expected=error.expected, got=got, remedy=remedy, code=error.code)
+
+
+def _likely(data: Tensor, seen: Sequence[Tensor], trained: bool, mixed: bool) -> tuple[bool, bool]:
+    """Return whether the samples of `data` are the likelier cause of what is in `seen`, and whether the only one."""
+    rows = [_rows(value).any(0) for value in seen if value.dim() and len(value) == len(data)]
+    bad = torch.stack(rows).any(0) if rows else torch.ones_like(data)
+    if not bad.any():
+        return False, False  # a loss that makes it of finite numbers
+    beyond = bool((bad & ~data).any())
+    if beyond:
+        return mixed or not trained, False
+    return not (trained and data.all()), not (trained and data.all())
 
 
 def with_classes(error: StageError, inputs: Sequence[Edge], agreed: Mapping[str, Agreed]) -> StageError:
@@ -68,13 +92,21 @@ def with_classes(error: StageError, inputs: Sequence[Edge], agreed: Mapping[str,
     )
 
 
-def _bad(value: Tensor) -> str:
-    """Return how many samples of a field hold a NaN or an infinity; empty if none does, or if it cannot."""
+def _rows(value: Tensor) -> Tensor:
+    """Return for each sample whether it holds a NaN, and whether an infinity: bool of shape (2, samples), on the CPU.
+
+    Both are False where the dtype has neither.
+    """
     if not value.is_floating_point() or not value.numel():
-        return ""
-    rows = value.reshape(len(value), -1)
-    counts = {"NaN": int(torch.isnan(rows).any(1).sum()), "an infinity": int(torch.isinf(rows).any(1).sum())}
-    said = [f"{what} in {count} of {len(value)} samples" for what, count in counts.items() if count]
+        return torch.zeros(2, len(value), dtype=torch.bool)
+    rows = value.detach().reshape(len(value), -1)
+    return torch.stack([torch.isnan(rows).any(1), torch.isinf(rows).any(1)]).cpu()
+
+
+def _bad(rows: Tensor) -> str:
+    """Return how many samples of a field hold a NaN or an infinity; empty if none does."""
+    counts = zip(("NaN", "an infinity"), rows.sum(1).tolist(), strict=True)
+    said = [f"{what} in {count} of {rows.shape[1]} samples" for what, count in counts if count]
     return f"{' and '.join(said)} of this microbatch" if said else ""
 
 

@@ -17,6 +17,13 @@ addition is two:
 - Products of a matrix and a vector, of two vectors, of a batch of matrices that is added up, of groups of rows
   (mixtures of experts), and of a matrix with an activation after it: 2 for each product of two numbers.
 - `nn.Bilinear`: 3 for each product of three numbers.
+- `torch.cdist` of P and R rows of M numbers: 2 * P * R * M, and backwards as many for each gradient. These are its
+  products, where torch takes the distance apart into them (`_euclidean_dist`); elsewhere it counts the same.
+- `torch.fft`: 5 * N * log2(N) for a transform of N complex numbers, and half of it where what enters or leaves is real:
+  what FFTW counts, https://www.fftw.org/speed/method.html. Of several dimensions, N is the product of their sizes.
+- `torch.linalg.solve` of n equations and k right sides: 2 / 3 * n**3 for the LU decomposition and 2 * n**2 * k for the
+  two triangular systems (Golub and Van Loan, Matrix Computations, 4th edition, 3.1 and 3.2). The backward solves once
+  more with the same decomposition, and multiplies.
 
 Counting never fails what is counted: where a formula raises, for arguments that it does not know, the operation counts
 as none. What is compiled runs compiled: its products count where they are operations of torch, and not inside a kernel.
@@ -24,10 +31,12 @@ as none. What is compiled runs compiled: its products count where they are opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from math import log2, prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -36,8 +45,9 @@ __all__ = ["FlopCounter"]
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, within `with`, the operations that have a formula (products, convolutions, attention, recurrence).
+    """Counts, within `with`, the operations that have a formula.
 
+    Products, convolutions, attention, recurrence, distances, Fourier transforms and linear equations have one.
     A multiplication with an addition counts as two. What is done element by element, a table's look-up, and what a
     formula raises for, count as none.
     """
@@ -112,6 +122,34 @@ def _size(tensor: Tensor, expanded: set[int], dim: int) -> int:
     return 1 if dim in expanded else tensor.shape[dim - sum(one < dim for one in expanded)]
 
 
+def _batch(*shapes: torch.Size) -> int:
+    return prod(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _distances(first: Tensor, second: Tensor, *_: object) -> int:
+    return 2 * _batch(first.shape[:-2], second.shape[:-2]) * first.shape[-2] * second.shape[-2] * first.shape[-1]
+
+
+def _transform(numbers: int, sizes: Iterable[int], each: float) -> int:
+    return round(each * numbers * log2(prod(sizes)))
+
+
+def _from_complex_to_real(entered: Tensor, dims: Sequence[int], _: int, last: int) -> int:
+    sizes = [*(entered.shape[dim] for dim in dims[:-1]), last]
+    return _transform(entered.numel() // entered.shape[dims[-1]] * last, sizes, 2.5)
+
+
+def _triangular(matrix: Tensor, right: Tensor) -> int:
+    """Return the operations of the two triangular systems for right sides of shape (..., n) or (..., n, k)."""
+    vector = right.dim() == 1 or (right.dim() == matrix.dim() - 1 and right.shape == matrix.shape[:-1])
+    dims = 1 if vector else 2
+    return 2 * matrix.shape[-1] * _batch(matrix.shape[:-2], right.shape[:-dims]) * right.shape[-dims:].numel()
+
+
+def _solve(matrix: Tensor, right: Tensor, *_: object) -> int:
+    return round(2 / 3 * matrix.shape[-1] * matrix.numel()) + _triangular(matrix, right)
+
+
 def _grouped(first: Tensor, second: Tensor, *_: object) -> int:
     flat = first.dim() == 3 and second.dim() == 2  # groups of columns
     return 2 * first.shape[-2] * second.numel() if flat else 2 * first.numel() * second.shape[-1]
@@ -149,4 +187,12 @@ _MORE: dict[str, Callable[..., int]] = {
     "aten.addbmm": lambda _, first, second, *__: 2 * first.numel() * second.shape[-1],
     "aten._addmm_activation": lambda _, first, second, *__: 2 * first.numel() * second.shape[-1],
     "aten._grouped_mm": _grouped,
+    "aten._euclidean_dist": _distances,
+    "aten._cdist_forward": _distances,
+    "aten._cdist_backward": lambda gradient, first, *_: 2 * gradient.numel() * first.shape[-1],
+    "aten._fft_c2c": lambda entered, dims, *_: _transform(entered.numel(), [entered.shape[dim] for dim in dims], 5),
+    "aten._fft_r2c": lambda entered, dims, *_: _transform(entered.numel(), [entered.shape[dim] for dim in dims], 2.5),
+    "aten._fft_c2r": _from_complex_to_real,
+    "aten._linalg_solve_ex": _solve,
+    "aten.linalg_lu_solve": lambda matrix, _, right, *__: _triangular(matrix, right),
 }

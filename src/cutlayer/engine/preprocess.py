@@ -159,7 +159,8 @@ def unread(error: Exception, where: str) -> DataError:
         "the data set failed at a batch",
         where=where,
         got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-        remedy="give the DataLoader a collate_fn that pads samples to one length, as in docs/reference/data.md"
+        remedy="give the DataLoader a collate_fn that pads samples to one length, as in docs/reference/data.md; "
+        "what differs is in the shapes of data[index], index by index"
         if "equal size" in str(error)
         else "read this batch's samples alone, as data[index]; check that its files are there and can be read",
         code="E268",

@@ -231,6 +231,8 @@ def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
     prediction, label = inputs[0], inputs[-1]
     if outside:
         return "give the model one output for each class, or set the loss's ignore_index for labels to leave out"
+    if "is a view and is being modified inplace" in words:
+        return "the loss writes in place to one of several views: let it take x.clone() first"
     if "class probabilities" in words or ("multi-target" in words and label.shape == prediction.shape):
         return _of_classes(prediction, label)
     if "Long" in words and label.dtype != torch.int64 and "cast" not in words:

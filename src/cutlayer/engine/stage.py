@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
-from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_to, put_last, tell_writes
+from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_of, hooks_to, put_last, tell_writes
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
@@ -92,6 +93,8 @@ class _Kept(msgspec.Struct):
     shapes: _Shapes
     after: ModuleStage | None
     catching: list[Hooks]
+    reached: list[bool]  # of a graph that goes on in the stage before: not empty once a backward has come there
+    back: Callable[..., None] | None = None
 
 
 class ModuleStage:
@@ -153,7 +156,7 @@ class ModuleStage:
     def _run(self, inputs: Sequence[Tensor], context: Context) -> tuple[Tensor, ...]:
         """Run the module in the mode that is set; keep what a backward needs."""
         training, sink = context.training, list[Tensor | None]([None] * len(inputs))
-        leaves, entered, catching = list[Tensor](), list[Tensor](), dict[int, Hooks]()
+        leaves, entered, catching, reached = list[Tensor](), list[Tensor](), dict[int, Hooks](), list[bool]()
         shapes: _Shapes = tuple([value.shape for value in inputs])
         live, after = None, context.after
         if after is not None and training and ("backward", shapes) in self._flops:  # alone until its FLOPs are known
@@ -161,11 +164,9 @@ class ModuleStage:
         for place, (value, wanted) in enumerate(zip(inputs, context.wanted, strict=True)):
             leaf = (value if value.device == self.device else value.to(self.device)).detach()
             leaves.append(leaf)
-            if live is not None:
-                leaf = live if wanted else leaf
-            elif wanted and training:
-                catching[place] = hooks_to(sink, place)
-                leaf = enter(leaf.requires_grad_(), catching[place])
+            if wanted and training:
+                catching[place] = hooks_to(sink, place) if live is None else hooks_of(reached)
+                leaf = enter(leaf.requires_grad_() if live is None else live, catching[place])
             entered.append(leaf)
         mode = "forward" if training else "evaluate"
         given = self._guarded(mode, shapes, entered, _with_generator, self, entered, training)
@@ -173,7 +174,8 @@ class ModuleStage:
         outputs = self._named(given, context.batch, shapes)
         if training:
             after = None if live is None else after
-            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes, after, [*catching.values()])
+            hooks = [*catching.values()]
+            self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes, after, hooks, reached)
         return tuple([output.detach() for output in outputs])
 
     def backward(self, gradients: Gradients, context_key: Key) -> list[Tensor | None]:
@@ -190,12 +192,13 @@ class ModuleStage:
                 code="E303",
             )
         roots, seeds = self._roots(kept, gradients)
+        put_last(kept.catching)
         if kept.after is not None:
             self.spent = self._flops["backward", kept.shapes]
-            return kept.after.goes_on(context_key, roots[0], seeds[0], kept.wanted)
-        put_last(kept.catching)
+            kept.after.goes_on(context_key, roots[0], partial(_through, self, kept))
+            return [seeds[0] if one else None for one in kept.wanted]
         if roots:
-            self._guarded("backward", kept.shapes, kept.leaves, go_back, tuple(roots), tuple(seeds))
+            self._guarded("backward", kept.shapes, kept.leaves, kept.back or go_back, tuple(roots), tuple(seeds))
         for place, gradient in enumerate(kept.sink):
             if gradient is None and kept.wanted[place]:
                 kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use
@@ -206,13 +209,13 @@ class ModuleStage:
         kept = self._kept[key]
         return kept.outputs[0] if kept.outputs[0].requires_grad and ("backward", kept.shapes) in self._flops else None
 
-    def goes_on(self, key: Key, root: Tensor, seed: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
-        """Let a forward's graph end at `root`, a loss of this stage's output; return what its backward is to be given.
+    def goes_on(self, key: Key, root: Tensor, back: Callable[..., None]) -> None:
+        """Let a forward's graph end at `root`, a loss of this stage's output, whose seed its backward is to be given.
 
-        The gradients are those of a backward for each, with one run of autograd's engine fewer.
+        The gradients are those of a backward for each, with one run of autograd's engine fewer. `back` is that run.
         """
-        self._kept[key].outputs = (root,)
-        return [seed if one else None for one in wanted]
+        kept = self._kept[key]
+        kept.outputs, kept.back = (root,), back
 
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
@@ -252,11 +255,10 @@ class ModuleStage:
         *given: Any,  # noqa: ANN401
     ) -> _T:
         """Do the work; count its FLOPs the first time these shapes are seen; name the stage if it fails."""
-        scored = self.ports is None
         try:
             flops = self._flops.get((kind, shapes))
             if flops is None:
-                watch = Pairs(self.name, inputs) if scored and kind != "backward" else None
+                watch = Pairs(self.name, inputs) if self.ports is None and kind != "backward" else None
                 with watch or nullcontext(), FlopCounter() as counter:
                     result = work(*given)
                 self.spent = self._flops[kind, shapes] = counter.total
@@ -267,15 +269,7 @@ class ModuleStage:
         except CutlayerError:
             raise
         except Exception as error:
-            if scored and not isinstance(error, torch.OutOfMemoryError):
-                raise loss_error(self.name, inputs, error) from error
-            raise StageError(
-                f"stage {self.name!r} failed in its {kind}",
-                where=f"stage {self.name}, inputs of shapes {_lists(shapes)}",
-                got=f"{type(error).__name__}: {error}",
-                remedy=after_failure(self.module, inputs, error),
-                code="E304",
-            ) from error
+            raise _failed(self, kind, shapes, inputs, error) from error
 
     def _named(self, given: object, batch: int, shapes: _Shapes) -> tuple[Tensor, ...]:
         """Return what the module gave in the order of the ports, checked against their specs."""
@@ -296,6 +290,28 @@ class ModuleStage:
 
 def _lists(shapes: _Shapes) -> list[list[int]]:
     return [list(shape) for shape in shapes]
+
+
+def _through(loss: ModuleStage, kept: _Kept, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
+    """Go back through a loss and the stage before it, whose errors are its own once a gradient has come there."""
+    try:
+        go_back(roots, seeds)
+    except Exception as error:
+        if kept.reached:
+            raise
+        raise _failed(loss, "backward", kept.shapes, kept.leaves, error) from error
+
+
+def _failed(stage: ModuleStage, kind: str, shapes: _Shapes, inputs: list[Tensor], error: Exception) -> StageError:
+    if stage.ports is None and not isinstance(error, torch.OutOfMemoryError):
+        return loss_error(stage.name, inputs, error)
+    return StageError(
+        f"stage {stage.name!r} failed in its {kind}",
+        where=f"stage {stage.name}, inputs of shapes {_lists(shapes)}",
+        got=f"{type(error).__name__}: {error}",
+        remedy=after_failure(stage.module, inputs, error),
+        code="E304",
+    )
 
 
 def _check_output(stage: ModuleStage, port: str, output: Tensor, batch: int, shapes: _Shapes) -> None:

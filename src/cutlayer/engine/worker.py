@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -78,6 +78,7 @@ class Worker:
         self.values = Values(self.graph, self.party)  # of the step that is under way
         self._read: dict[tuple[int, int], dict[str, Tensor]] = {}  # batches of the step that comes next
         self._roles: dict[tuple[str, int], _Role] = {}
+        self.trained = False
 
     def begin(self, mode: Mode, number: int) -> None:
         """Begin a round of a mode: metrics start at zero, stages are told to train or to evaluate, all of them anew.
@@ -124,7 +125,7 @@ class Worker:
             try:
                 check_loss(self, job.stage, outputs[0], f", microbatch {job.micro} of lane {job.lane}")
             except NonFiniteError as error:
-                raise blamed(error, self.values, job.lane, job.micro) from None
+                raise _blamed(self, error, job, inputs) from None
             scale = getattr(role.stage, "scale", "")
             role.book.update(outputs[0], inputs, job.size, role.reduction, scale, job.lane)
             return
@@ -173,7 +174,7 @@ class Worker:
         try:
             _check_leaving(self, job, value, edge.spec)
         except NonFiniteError as error:
-            raise blamed(error, self.values, job.lane, job.micro) from None
+            raise _blamed(self, error, job, [value]) from None
         if edge.crossing is not None:
             place = f"{self.mode}:{self.round}:{step}:{job.lane}:{job.micro}"
             value = self.coder.leaving(edge, job.direction, value, place)
@@ -210,6 +211,7 @@ class Worker:
 
     def end_step(self) -> None:
         """Drop all values of a step: none is needed after it."""
+        self.trained = self.trained or self.mode == "train"
         self.values.clear()
         for stage in self.site.stages.values():
             stage.forget()
@@ -260,6 +262,13 @@ def _joined(worker: Worker, loss: str, lane: int) -> ModuleStage | None:
     return stage if alone and isinstance(stage, ModuleStage) and stage.device == own.device else None
 
 
+def _blamed(worker: Worker, error: NonFiniteError, job: Forward | Send, seen: Sequence[Tensor]) -> NonFiniteError:
+    modules = [module for stage in worker.site.stages.values() for module in stage.module.modules()]
+    mixed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+    trained = worker.trained or (worker.mode == "train" and worker.round > 1)
+    return blamed(error, worker.values, job.lane, job.micro, seen, trained=trained, mixed=mixed)
+
+
 def _place(worker: Worker, job: Forward | Backward) -> str:
     lane = f" of {worker.graph.lane_names[job.lane]}" if worker.graph.lanes > 1 else ""
     return f"party {worker.party}, {worker.mode} round {worker.round}, microbatch {job.micro}{lane}"
@@ -275,8 +284,8 @@ def check_loss(worker: Worker, loss: str, value: Tensor, place: str) -> None:
             f"the loss {loss!r} is a NaN or an infinity",
             where=f"party {worker.party}, train round {worker.round}{place}",
             expected="a finite number",
-            remedy="look for bad samples, and for microbatches with no label that counts (ignore_index): use fewer "
-            "of them; or lower the learning rate",
+            remedy="lower the learning rate; or look for bad samples, and for microbatches with no label that counts "
+            "(ignore_index): use fewer of them",
             code="E351",
         )
 

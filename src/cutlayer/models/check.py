@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -48,6 +49,17 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
                 expected="a model without hooks of its own: the pieces do not call them",
                 got=f"{type(error).__name__}: {error}",
                 remedy="remove the hook before the cut; do in forward what it does to values",
+                code="E325",
+            ) from error
+        if _takes_mapping(model, arguments):
+            kind = type(arguments.mapping).__name__
+            raise StageError(
+                f"the model's forward takes a {kind}, and no plain dictionary with its entries",
+                where=f"forward of {type(model).__name__}, argument {arguments.dictionary}",
+                expected="entries that are read by their keys",
+                got=f"{type(error).__name__}: {error}",
+                remedy=f"read them so in forward, {arguments.dictionary}[{next(iter(inputs))!r}]; or cut a module "
+                f"whose forward takes each tensor as an argument of its own and calls this model with a {kind} of them",
                 code="E325",
             ) from error
         raise StageError(
@@ -159,6 +171,16 @@ def _left_out(model: nn.Module, pieces: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
+
+
+def _takes_mapping(model: nn.Module, arguments: Arguments) -> bool:
+    if arguments.mapping is None:
+        return False
+    try:
+        model(**{**arguments.constants, arguments.dictionary: copy.copy(arguments.mapping)})
+    except Exception:
+        return False
+    return True
 
 
 def _runs_unhooked(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> bool:

@@ -20,6 +20,10 @@ __all__ = ["Arguments", "Example", "arguments_of", "undisturbed"]
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 _EACH = "give each tensor as an argument of its own, named in forward, with at least one sample"
+_ENTRIES = (
+    "let forward take all tensors in one dictionary, each under a text, and none beside it or deeper; or each tensor "
+    "as an argument of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Arguments:
         batch: Samples in the tensors; 0 where they are not known.
         dictionary: Name of the one argument that gets all tensors as a dictionary, if forward takes them so: `tensors`
             is then by its keys, and `constants` has its other entries, under None where a tensor goes.
+        mapping: What the example has for that dictionary, if it is of another type than dict.
     """
 
     tensors: dict[str, Tensor | None]
     constants: dict[str, Any]
     batch: int
     dictionary: str = ""
+    mapping: Mapping[str, Any] | None = None
 
     def called(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of forward with these tensors, or what stands for them; by name."""
@@ -74,12 +80,16 @@ def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
         return Arguments(dict.fromkeys(free), {}, 0)
     given = _bind(signature, example)
     dictionary = _dictionary(given)
-    inputs = dict(given.pop(dictionary)) if dictionary else given
+    mapping = given.pop(dictionary) if dictionary else None
+    inputs = given if mapping is None else dict(mapping)
     for name, value in [*given.items(), *inputs.items()]:
         if isinstance(value, np.ndarray):
             raise _misfit(f"{name!r} is a numpy array", "make it a tensor: torch.from_numpy(array)")
         if not isinstance(value, Tensor) and _holds_tensor(value):
-            raise _misfit(f"{name!r} is a {type(value).__name__} that holds tensors")
+            raise _misfit(
+                f"{name!r} is a {type(value).__name__} that holds tensors",
+                _ENTRIES if isinstance(value, Mapping) else "",
+            )
     tensors: dict[str, Tensor | None] = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     sizes = [value.shape[0] for value in tensors.values() if value is not None and value.dim()]
     if not sizes or not sizes[0]:
@@ -87,7 +97,7 @@ def arguments_of(model: nn.Module, example: Example | None) -> Arguments:
     constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     if dictionary:
         constants[dictionary] = {name: None if name in tensors else value for name, value in inputs.items()}
-    return Arguments(tensors, constants, sizes[0], dictionary)
+    return Arguments(tensors, constants, sizes[0], dictionary, None if type(mapping) is dict else mapping)
 
 
 def _dictionary(given: Mapping[str, Any]) -> str:

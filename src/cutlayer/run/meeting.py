@@ -59,8 +59,9 @@ def telling(network: NetworkSettings, what: str) -> Iterator[None]:
     """Tell the others of an error of this party in what it does before it meets them, or only that `what` failed.
 
     Nothing is opened without an error. After one, whoever does not coordinate dials the coordinator, for at most
-    `deadlines.close` or 5 seconds; the coordinator listens until all have come, for at most `deadlines.close`. The
-    error itself is raised in any case. Only code, sentence and remedy leave, as `Network.abort` says.
+    `deadlines.close` or 5 seconds; the coordinator listens until all have come, for at most `deadlines.close`. Where
+    another process of this party has come already, nobody is told, and its run goes on. The error itself is raised in
+    any case. Only code, sentence and remedy leave, as `Network.abort` says.
     """
     try:
         yield
@@ -69,7 +70,7 @@ def telling(network: NetworkSettings, what: str) -> Iterator[None]:
         if not network.coordinates:
             deadlines = replace(deadlines, close=min(deadlines.close, _DIAL))
         settings = replace(network, deadlines=deadlines)
-        with suppress(Exception), Network(settings, lambda _event, _details: None) as link:
+        with suppress(Exception), Network(settings, lambda _event, _details: None, tells=True) as link:
             tell_others(link, error, what)
         raise
 

@@ -97,7 +97,7 @@ class LinkHello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         party, digest, run: Who speaks, the plan's digest, the run's name.
         incarnation: Random number of the sender's process; a restart has another.
         known: The receiver's incarnation that `wanted` counts for; 0: none is known.
-        wanted: The sequence number that the sender wants next.
+        wanted: The sequence number that the sender wants next; 0: this process takes no part, but tells of an error.
     """
 
     protocol: Count
@@ -107,7 +107,7 @@ class LinkHello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     run: Name
     incarnation: Identity
     known: Count
-    wanted: Identity
+    wanted: Count
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=ACK):

@@ -138,7 +138,8 @@ class Dialer:
         """Yield our hello, and all else once the peer has answered it."""
         desk, peer = self._desk, self._peer
         with peer.changed:
-            hello = hello_of(desk.settings, desk.steward.incarnation, peer.link.remote, peer.link.inbox.wanted)
+            wanted = peer.link.inbox.wanted if desk.steward.takes_part else 0
+            hello = hello_of(desk.settings, desk.steward.incarnation, peer.link.remote, wanted)
         yield single(hello, desk.settings.run)
         with peer.changed:
             while not (stream.closed or peer.stream is stream):

@@ -43,7 +43,7 @@ class Links:
             if self._server is not None:
                 self._server.start()
         except CutlayerError as error:
-            failed = error
+            failed, self._desk.steward.takes_part = error, False
         if failed is None or not in_use(failed.__cause__):
             self.need(self._desk.settings.coordinator)
         if failed is not None:

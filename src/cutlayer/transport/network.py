@@ -61,13 +61,14 @@ class Network:
         notify: Called, from a thread of its own, with what people should know: "connected", "lost", "returned"
             (party), "waiting" (parties), "reset" (party, session), "aborted" (party, code, what). Never with data.
         listens: False: a `Hall` listens, and lets others in at this network's `desk`.
+        tells: It only tells of an error, and is not heard where another process of this party has come.
 
     Raises:
         ConfigError: E211 to E213, settings that cannot work.
         CertificateError: this party's own certificate is not usable.
     """
 
-    def __init__(self, settings: NetworkSettings, notify: Notify, *, listens: bool = True) -> None:
+    def __init__(self, settings: NetworkSettings, notify: Notify, *, listens: bool = True, tells: bool = False) -> None:
         """Check the settings; nothing is opened before the `with`."""
         check_settings(settings)
         if settings.credentials is not None:
@@ -80,6 +81,7 @@ class Network:
             f"cutlayer-{settings.party}-timers", lambda error: self._steward.fail(typed(error, where))
         )
         self._steward = Steward(settings, peers, self._notifier.post)
+        self._steward.takes_part = not tells
         self._watch = Watch(settings, self._steward, self._timers)
         self._relays = Relays(settings, self._steward)
         reception = Reception(settings, self._steward, self._watch, self._relays)

@@ -201,18 +201,20 @@ class Peer:
 
         Raises:
             WireError: E511, the peer wants a frame that cannot be had.
-            HandshakeError: E644, this process of it was replaced; E647, it is new, and wants what an earlier one did.
+            HandshakeError: E644, this process of it was replaced, or only tells of an error while another takes part;
+                E647, it is new, and wants what an earlier one did.
         """
         with self.lock:
             old, previous = self.stream, self.link.remote
-            if hello.incarnation in self._replaced:
+            only_tells = hello.wanted == 0
+            if hello.incarnation in self._replaced or (only_tells and previous not in (0, hello.incarnation)):
                 raise _late(self)
             if hello.incarnation != previous:
-                if hello.known == own and hello.wanted != 1:
+                if hello.known == own and hello.wanted > 1:
                     raise _presumptuous(self, hello.wanted)
                 self._replaced.append(previous)
             _, dropped = self.link.adopt(hello.incarnation)
-            self.link.resume(hello.wanted if hello.known == own else 1)
+            self.link.resume(hello.wanted if hello.known == own and not only_tells else 1)
             self.stream, stream.peer, self.left = stream, self, False
             stream.heard = time.monotonic()
             if old is not None and previous != hello.incarnation:

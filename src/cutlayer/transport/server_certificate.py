@@ -33,6 +33,7 @@ def shown_by(stream: ssl.SSLSocket) -> bytes:
     """Return the certificate (DER) that a server showed in a handshake that failed by it; empty: it cannot be had.
 
     Python gives it after a handshake that succeeds; what holds it after one that fails is not public before 3.13.
+    A second handshake, which checks nothing, would give it too, and be one more visit that the server notes as refused.
     """
     inner: Any = getattr(stream, "_sslobj", None)
     with contextlib.suppress(AttributeError, TypeError, LookupError, ssl.SSLError):

@@ -47,6 +47,7 @@ class Steward:
 
     def __init__(self, settings: NetworkSettings, peers: Mapping[str, Peer], event: Event) -> None:
         """Begin outside of any session."""
+        self.takes_part = True  # False: this process only tells of an error
         self.settings, self.peers, self.event = settings, peers, event
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
