@@ -95,6 +95,21 @@ def test_a_slice_of_a_sequential_is_held_to_its_layers():
         cut.plan()
 
 
+def test_an_object_that_use_writes_to_is_no_change():
+    """As `save_pretrained` and a call with labels write to the configuration of a model of `transformers`."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=2, n_heads=2, hidden_dim=8, num_labels=2)
+    model = transformers.DistilBertForSequenceClassification(config)
+    words = torch.ones(2, 4, dtype=torch.long)
+    cut = cl.split(model, 0, example={"input_ids": words})
+    model(input_ids=words, labels=torch.zeros(2, dtype=torch.long))
+    assert config.problem_type == "single_label_classification"
+    cut.plan()
+    model.config = copy.copy(config)
+    with pytest.raises(PlanError, match=r"E335.*'config'.*another one"):
+        cut.plan()
+
+
 def test_what_the_error_advises_trains_as_uncut():
     """Cut again; a buffer that is filled; an attribute of a submodule that stays whole."""
     plain = Net()

@@ -1,7 +1,9 @@
 """What a model's forward was followed with: plain attributes, and which submodules and weights it had.
 
 The forward of a module that is cut apart does not run again: its pieces have the steps that it took. So an attribute
-that is changed after the cut would be ignored; it is refused instead. Modules that stay whole run as they are.
+that is changed after the cut would be ignored; it is refused instead. Modules that stay whole run as they are. Of an
+object of another class (a logger; the configuration of a model of `transformers`, which its own `save_pretrained`
+writes to) only the identity is kept.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -118,7 +120,7 @@ def _plain(value: Any, depth: int = _DEPTH) -> Any:  # noqa: ANN401
         return [type(value).__name__, *(_plain(item, depth - 1) for item in value)]
     if depth and isinstance(value, Mapping):
         return {repr(key): _plain(item, depth - 1) for key, item in value.items()}
-    settings = isinstance(value, Namespace | SimpleNamespace) or hasattr(type(value), "to_dict")
-    if depth and (settings or (is_dataclass(value) and not isinstance(value, type))):
+    fields = is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "save_pretrained")
+    if depth and (fields or isinstance(value, Namespace | SimpleNamespace)):
         return [type(value).__name__, _plain(dict(getattr(value, "__dict__", {})), depth - 1)]
     return repr(value) if isinstance(value, set | frozenset | torch.device | torch.Size) else _Same(value)
