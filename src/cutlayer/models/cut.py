@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cutlayer.errors import StageError
 from cutlayer.models.check import check, check_backward_hooks, run_pieces, run_whole
@@ -125,11 +126,13 @@ def cut_unchecked(
             code="E327",
         )
     refuse_compiled(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    unmade = any(is_lazy(value) for value in [*model.parameters(), *model.buffers()])
+    if unmade or not any(parameter.requires_grad for parameter in model.parameters()):
         raise StageError(
             "the model has no parameter to train",
             where=type(model).__name__,
             expected="at least one parameter with requires_grad",
+            got="parameters that the first call makes" if unmade else "",
             remedy="build the model before it is cut (lazy modules: run it once), or unfreeze a part of it",
             code="E318",
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cutlayer.errors import StageError
 from cutlayer.models.steps import every_module
@@ -159,14 +160,15 @@ def _misfit(got: str, remedy: str = "") -> StageError:
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
     """Put back, at the end, all that running a model may change.
 
-    These are: train mode of each submodule, values of buffers, gradients of parameters, and the state of the random
-    generators (of torch on the CPU and on the devices in use, of numpy, of Python).
+    These are: train mode of each submodule, values of parameters and buffers, gradients of parameters and whether they
+    need one, and the state of the random generators (of torch on the CPU and on the devices in use, of numpy, of
+    Python). Parameters and buffers are copied for as long as this lasts.
     """
     everything = {module: module.training for owner in modules for module in every_module(owner)}
     buffers = {(module, name): value for module in everything for name, value in module._buffers.items()}
-    copies = {key: value.detach().clone() for key, value in buffers.items() if value is not None}
-    parameters = [parameter for owner in modules for parameter in owner.parameters()]
-    gradients = [parameter.grad for parameter in parameters]
+    parameters = list({id(one): one for module in everything for one in module.parameters(recurse=False)}.values())
+    kept = [_Kept.of(value) for value in [*parameters, *buffers.values()] if value is not None and not is_lazy(value)]
+    gradients = [(parameter.grad, parameter.requires_grad) for parameter in parameters]
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda" and p.device.index is not None})
     python, numpy = random.getstate(), np.random.get_state()
     for parameter in parameters:
@@ -179,10 +181,30 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
         for module, training in everything.items():
             module.training = training
-        with torch.no_grad():
-            for (module, name), value in buffers.items():
-                module._buffers[name] = value
-                if value is not None and not torch.equal(value, copies[module, name]):
-                    value.copy_(copies[module, name])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for (module, name), value in buffers.items():
+            module._buffers[name] = value
+        for one in kept:
+            one.put_back()
+        for parameter, (gradient, needs_one) in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(needs_one)
             parameter.grad = gradient
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A parameter or buffer, its memory (`x.data = ...` gives it another), and its values."""
+
+    tensor: Tensor
+    memory: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kept:
+        return cls(tensor, tensor.data, tensor.detach().clone())
+
+    def put_back(self) -> None:
+        if self.tensor.data_ptr() != self.memory.data_ptr() or self.tensor.shape != self.memory.shape:
+            self.tensor.data = self.memory
+        if not self.tensor.is_meta and not torch.equal(self.memory, self.values):
+            with torch.no_grad():
+                self.tensor.copy_(self.values)

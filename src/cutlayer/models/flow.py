@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.errors import StageError
-from cutlayer.models.kinds import is_item, is_size, is_view, writes
+from cutlayer.models.kinds import is_item, is_random, is_size, is_view, writes
 from cutlayer.models.record import Trace
 from cutlayer.models.steps import Ref, Step, hold, refs, substitute
 
@@ -92,6 +92,7 @@ def flow_of(trace: Trace, twin: Trace | None, points: Sequence[str]) -> Flow:
     flow = Flow(trace, tuple(points), place, derived=derived)
     flow.ordinary = [step for step in trace.steps if step.name in place]
     _drop_unused_items(flow)
+    _sink_reads(flow)
     _pull_items(flow, twin)
     _spread_tuples(flow)
     _pull_checks(flow)
@@ -115,6 +116,28 @@ def _drop_unused_items(flow: Flow) -> None:
     """Leave out fields and items that nobody uses: looking at them does nothing."""
     used = {name for step in flow.trace.steps for name in refs(step)} | {flow.trace.output}
     flow.ordinary = [step for step in flow.ordinary if step.name in used or not is_item(step)]
+
+
+def _sink_reads(flow: Flow) -> None:
+    """Compute what needs weights alone, such as their norm, in the first piece that uses it, if one does."""
+    written = {name for names in flow.trace.written.values() for name in names}
+    written |= {name for step in flow.ordinary if writes(step, flow.trace.modules) for name in list(refs(step))[:1]}
+    targets = {step.name: step.target for step in flow.trace.steps if step.op == "state"}
+    moving = {targets[name] for name in written if name in targets}
+    pure = {name for name, target in targets.items() if target not in moving}
+    reads = []
+    for step in flow.ordinary:
+        computed = step.target is not hold and step.op in ("function", "method") and step.name not in written
+        used = set(refs(step))
+        if computed and used and used <= pure and not is_random(step):
+            pure.add(step.name)
+            reads.append(step)
+    for step in reversed(reads):
+        users = [flow.place[one.name] for one in flow.ordinary if step.name in refs(one)]
+        if users:
+            flow.place[step.name] = min(users)
+        elif step.name != flow.trace.output:
+            flow.ordinary.remove(step)
 
 
 def _pull_items(flow: Flow, twin: Trace | None) -> None:

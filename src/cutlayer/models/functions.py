@@ -19,6 +19,8 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import CheckpointFunction
 
+from cutlayer.models.weights import step_with_weights
+
 __all__ = ["Applied", "applied", "kept_whole"]
 
 _APPLY: types.FunctionType = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ def applied(function: type[torch.autograd.Function], args: tuple[Any, ...], kwar
     map_aggregate((args, dict(kwargs)), leaves.append)
     tracer = next((leaf.tracer for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
     if tracer is None:
-        return _UNTRACED(function, *args, **kwargs)
+        return step_with_weights(Applied(function), args, kwargs)
     if function is CheckpointFunction:
         inputs = args[2:]
         with nullcontext() if any(_trains(leaf) for leaf in inputs) else torch.no_grad():

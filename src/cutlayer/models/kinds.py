@@ -11,7 +11,7 @@ from torch import nn
 
 from cutlayer.models.steps import Ref, Step, hold, refs
 
-__all__ = ["draws", "is_derived", "is_item", "is_size", "is_view", "writes"]
+__all__ = ["draws", "is_derived", "is_item", "is_random", "is_size", "is_view", "writes"]
 
 _SIZE_ATTRIBUTES = frozenset(
     {
@@ -68,7 +68,7 @@ _WRITING: frozenset[Callable[..., Any]] = frozenset(
         "setitem",
         "delitem",
     ]
-)
+) | {setattr}
 
 
 def is_size(step: Step) -> bool:
@@ -113,8 +113,13 @@ def is_derived(step: Step, derived: set[str], modules: Mapping[str, nn.Module]) 
         inside = modules[step.name]
         if next(inside.parameters(), None) is not None or any(draws(module) for module in inside.modules()):
             return False
+    return not is_random(step) and all(ref in derived for ref in refs(step))
+
+
+def is_random(step: Step) -> bool:
+    """Say whether a step is a function or method that draws random numbers, or leaves memory as it finds it."""
     name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
-    return name not in _RANDOM and all(ref in derived for ref in refs(step))
+    return name in _RANDOM
 
 
 def draws(module: nn.Module) -> bool:

@@ -116,7 +116,8 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
                 again = (_trace(model, arguments, BATCHES[0], enter, stacks, pick) for _ in range(4))
                 raise _unsteady(step) if any(_other_step(first, one) for one in again) else _by_batch(step)
             if mode:
-                moving = [buffer for buffer, version in versions if buffer._version != version]
+                moved = _written(first)
+                moving = [b for b, version in versions if b._version != version or any(b is one for one in moved)]
                 points = [name for _, name in sorted(zip(positions(first, names), names, strict=True))]
             flows[mode] = flow_of(first, twin, points)
             check_writes(flows[mode])
@@ -124,6 +125,12 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     _same_ports(flows, drafts)
     pieces = _build(model, flows, drafts, frozen)
     return Pieces(tuple(points), pieces, ties([piece.module for piece in pieces], moving))
+
+
+def _written(trace_: Trace) -> list[Tensor]:
+    """Return the parameters and buffers that steps write to themselves: `buffer.data.mul_(...)` leaves no version."""
+    names = {name for names in trace_.written.values() for name in names}
+    return [trace_.values[step.name] for step in trace_.steps if step.op == "state" and step.name in names]
 
 
 def _as_called(model: nn.Module, names: Sequence[str], follow: Callable[[frozenset[str]], Trace]) -> list[str]:

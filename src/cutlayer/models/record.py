@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -13,6 +14,7 @@ from torch.fx.proxy import TraceError
 
 from cutlayer.models.example import Arguments
 from cutlayer.models.steps import Step, substitute
+from cutlayer.models.weights import memory
 from cutlayer.models.whereabouts import ambient, contexts, line, with_refs
 
 __all__ = ["Recorder", "Trace"]
@@ -44,7 +46,8 @@ class Trace:
 class Recorder:
     """Notes steps, and computes each on the example.
 
-    `running` is true while a step is carried out. `callee` is the submodule that the next "call_module" calls, and how.
+    `running` is true while a step is carried out, within `paused()`. `callee` is the submodule that the next
+    "call_module" calls, and how.
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
@@ -53,6 +56,7 @@ class Recorder:
         self.found = Trace(tuple(arguments.tensors))
         self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
         self.running, self.thread = False, get_ident()
+        self.paused: Callable[[], AbstractContextManager[None]] = nullcontext
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
@@ -80,21 +84,35 @@ class Recorder:
         kwargs = substitute(with_refs(node.kwargs), lambda ref: values[ref.name])
         self.running = True
         try:
-            if node.op == "call_module":
-                value = self.callee[1](*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            elif node.op == "get_attr":
-                value = operator.attrgetter(str(node.target))(self.model)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            with self.paused():
+                value = self._value(node, args, kwargs)
+                self._note_writes(node, args)
+                self.keep(node, value)
         finally:
             self.running = False
-        written = tuple(name for name, tensor, version in self.watched if tensor._version != version)
-        if written:
-            self.found.written[node.name] = written
-            self.watched = [(name, tensor, tensor._version) for name, tensor, _ in self.watched]
-        self.keep(node, value)
+
+    def _value(self, node: fx.Node, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        if node.op == "call_module":
+            return self.callee[1](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.model)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _note_writes(self, node: fx.Node, args: Any) -> None:  # noqa: ANN401
+        """Note what a step wrote to: values with another version, those that share their memory, and `x.data = ...`."""
+        moved = [tensor for _, tensor, version in self.watched if tensor._version != version]
+        given = args[0] if node.target is setattr else None
+        if not moved and given is None:
+            return
+        places = {memory(tensor) for tensor in moved} - {0}
+        self.found.written[node.name] = tuple(
+            name
+            for name, tensor, version in self.watched
+            if tensor is given or tensor._version != version or memory(tensor) in places
+        )
+        self.watched = [(name, tensor, tensor._version) for name, tensor, _ in self.watched]
 
     def keep(self, node: fx.Node, value: Any) -> None:  # noqa: ANN401
         """Keep a step's value."""

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cutlayer.errors import PlanError
 from cutlayer.models.cut import Cut
 from cutlayer.models.specs import Ports
+from cutlayer.models.steps import PieceModule
 
 __all__ = ["check_ties", "check_trained"]
 
@@ -35,6 +36,7 @@ def check_ties(made: Cut, places: Sequence[str], labels: str) -> None:
                 f"{which} one weight, at two parties",
                 where=" and ".join(spans),
                 expected="tied weights in pieces of one party",
+                got=", ".join(_fetches(made, {one: first, other: second})),
                 remedy=", or ".join(_ways(made, places, labels, (first, one, second, other))),
                 code="E332",
             )
@@ -53,7 +55,23 @@ def _ways(made: Cut, places: Sequence[str], labels: str, tie: tuple[str, int, st
         ways.insert(
             0, f"let the server have the labels too: labels='server', without the cut after {made.points[-1]!r}"
         )
+    if len(_fetches(made, {one: first, other: second})) == 1:
+        ways.append(
+            f"let forward read or write {second!r} by itself only where its layer runs, on that side of the cut (an L2 "
+            "penalty is the optimizer's weight_decay)"
+        )
     return ways
+
+
+def _fetches(made: Cut, uses: Mapping[int, str]) -> list[str]:
+    """Say where forward uses a weight by itself, not through the layer that has it. `uses`: piece -> its name there."""
+    found: dict[str, None] = {}
+    for piece, weight in uses.items():
+        module = made.pieces[piece].module
+        for routine in module.routines.values() if isinstance(module, PieceModule) else ():
+            fetched = {step.name: step for step in routine.steps if step.op == "state" and step.target == weight}
+            found |= dict.fromkeys(f"piece {piece} fetches it at {step.line}" for step in fetched.values())
+    return list(found)
 
 
 def _user(weight: str, points: Sequence[str]) -> str:

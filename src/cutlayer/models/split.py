@@ -5,6 +5,7 @@
 | E330 | PlanError | the number of cut points does not fit where the labels are |
 | E331 | PlanError | a piece at another party needs a raw input, and no release allows it |
 | E333 | PlanError | weights were frozen when the model was cut, and are to be trained now |
+| E335 | PlanError | an attribute of a module that is cut apart has changed since |
 | E326 | StageError | there is no example |
 | E235 | ConfigError | the labels are neither at the client nor at the server, or called as an input is |
 """
@@ -26,6 +27,7 @@ from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of
+from cutlayer.models.kept import Kept, attributes
 from cutlayer.models.names import Point, points_of
 from cutlayer.models.output import Key
 from cutlayer.models.shared import check_ties, check_trained
@@ -53,6 +55,7 @@ class Split:
         release: Model inputs that may leave the client, for pieces at the server.
         longest: Model input of shape (batch, length, ...) -> most that its length may be.
         autocast: "bfloat16" or "float16", if the parties are to run under it; else empty.
+        kept: Attributes of the modules that are cut apart, as they were. `plan` and `modules` refuse others (E335).
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class Split:
     release: tuple[str, ...] = ()
     longest: Mapping[str, int] = field(default_factory=dict)
     autocast: str = ""
+    kept: Kept | None = None
 
     def plan(
         self,
@@ -88,8 +92,10 @@ class Split:
 
         Raises:
             ConfigError: E235, the label is called as an input of the model is.
-            PlanError: E333, weights were frozen when the model was cut, and need a gradient now.
+            PlanError: E333, weights were frozen when the model was cut, and need a gradient now;
+                E335, an attribute, a submodule or a weight of a module that is cut apart was changed since then.
         """
+        self._check_kept()
         if label in self.cut.inputs:
             raise ConfigError(
                 f"the label and an input of the model are both called {label!r}",
@@ -114,12 +120,21 @@ class Split:
         return Plan(stages, training=training, releases=releases, name=name)
 
     def modules(self, place: str, *, copied: bool = False) -> dict[str, nn.Module]:
-        """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept."""
+        """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept.
+
+        Raises:
+            PlanError: E335, as `plan`.
+        """
+        self._check_kept()
         memo: dict[int, object] = {}
         found = {
             n: piece.module for n, p, piece in zip(self.names, self.places, self.cut.pieces, strict=True) if p == place
         }
         return {n: copy.deepcopy(module, memo) for n, module in found.items()} if copied else found
+
+    def _check_kept(self) -> None:
+        if self.kept is not None:
+            self.kept.check()
 
     def _stage(self, index: int, at: str | tuple[str, ...]) -> Stage:
         piece, ports = self.cut.pieces[index], self.ports[index]
@@ -176,7 +191,8 @@ def split(
     Args:
         model: The model. Its `forward` names the data's fields. It is trained in place where its pieces run here. A
             stage that no gradient comes back to (`torch.no_grad()`, `detach()`) is frozen: it runs in train mode, and
-            its parameters need no gradient from then on.
+            its parameters need no gradient from then on. Attributes of modules that are cut apart (numbers, texts,
+            submodules) are read once, now: who changes one later splits again, or is refused by `plan` (E335).
         at: One cut point or several, by name, index or the submodule itself; see `cutlayer.models.cut`. With
             labels="client" and one cut point, the tail begins before the last layer with weights that outputs pass.
         example: Inputs as a loader gives them, without labels: a tensor, a tuple, or a dict; see `cutlayer.models.cut`.
@@ -189,10 +205,7 @@ def split(
         PlanError: E330 to E332 and E334, the pieces cannot be placed so.
     """
     output, autocast, longest = _read(**options)
-    _check_labels(labels)
-    if example is None:
-        raise _no_example(model)
-    refuse_compiled(model)
+    _check_asked(model, example, labels)
     points = points_of(model, at)
     chosen = labels == CLIENT and len(points) == 1
     if not chosen and len(points) % 2 == (labels == CLIENT):
@@ -203,6 +216,7 @@ def split(
             remedy="add or leave out a cut point",
             code="E330",
         )
+    before = attributes(model)
     make, arguments = partial(cut, model, example=example, output=output), arguments_of(model, example)
     made = with_tail(model, points[0], make) if chosen else make(points)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
@@ -221,6 +235,7 @@ def split(
         release=tuple(release),
         longest=dict(longest or {}),
         autocast=autocast,
+        kept=Kept(model, [piece.module for piece in made.pieces], before),
     )
 
 
@@ -243,18 +258,7 @@ def _state_bound(module: nn.Module) -> int:
     return tensors + buffers + 1024 * len(parameters) + 2**20
 
 
-def _no_example(model: nn.Module) -> StageError:
-    return StageError(
-        "an example of the inputs is needed",
-        where=f"example of {type(model).__name__}",
-        expected="inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name",
-        got="None",
-        remedy="pass example=, such as the inputs of a first batch: they give the shapes of what crosses",
-        code="E326",
-    )
-
-
-def _check_labels(labels: str) -> None:
+def _check_asked(model: nn.Module, example: Example | None, labels: str) -> None:
     if labels not in (CLIENT, SERVER):
         raise ConfigError(
             "unknown place of the labels",
@@ -264,6 +268,16 @@ def _check_labels(labels: str) -> None:
             remedy="choose one of the two",
             code="E235",
         )
+    if example is None:
+        raise StageError(
+            "an example of the inputs is needed",
+            where=f"example of {type(model).__name__}",
+            expected="inputs as a loader gives them, without labels: a tensor, a tuple, or a dict by argument name",
+            got="None",
+            remedy="pass example=, such as the inputs of a first batch: they give the shapes of what crosses",
+            code="E326",
+        )
+    refuse_compiled(model)
 
 
 def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> None:

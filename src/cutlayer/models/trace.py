@@ -28,6 +28,7 @@ from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import hold
+from cutlayer.models.weights import Weights, held_again, set_on
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
@@ -82,7 +83,13 @@ def trace(
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         entered = [model, *map(model.get_submodule, enter)]
-        with _ONE, answering(tracer, tracer.found.values, entered), kept_whole(), _without_backward_hooks(entered):
+        with (
+            _ONE,
+            answering(tracer, tracer.found.values, entered),
+            kept_whole(),
+            _without_backward_hooks(entered),
+            tracer.weights,
+        ):
             graph = tracer.trace(model)
     except CutlayerError:
         raise
@@ -136,6 +143,12 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name in ("node", "tracer") or not hasattr(Tensor, name):
+            super().__setattr__(name, value)
+        else:
+            set_on(self.tracer, self, name, value)  # type: ignore[arg-type]
 
     def __index__(self) -> int:
         return int(self.tracer.constant(self, operator.index))  # type: ignore[attr-defined]
@@ -197,6 +210,8 @@ class _Tracer(fx.Tracer):
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
+        self.weights = Weights(model, self)
+        self.record.paused = self.weights.paused
         self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -278,8 +293,11 @@ class _Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            registered = any(a is buffer for buffer in self.model.buffers())
-            return super().create_arg(a) if registered else a
+            if id(a) in self.weights.names:
+                return super().create_arg(a)
+            if not self.record.away and (a.grad_fn is not None or self.weights.name_of(a)):
+                raise held_again(self.weights.name_of(a) or "weights: it has a gradient")
+            return a
         try:
             return super().create_arg(a)
         except NotImplementedError:
