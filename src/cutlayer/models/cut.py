@@ -22,17 +22,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cutlayer.errors import StageError
+from cutlayer.models.attributes import as_before, call_first
 from cutlayer.models.check import check, check_backward_hooks, run_pieces, run_whole
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key, picker
-from cutlayer.models.pieces import Piece, Pieces, sliced, traced
+from cutlayer.models.pieces import Piece, sliced, traced
 from cutlayer.models.sequential import sliceable
 
 __all__ = ["Cut", "Piece", "compose", "cut", "refuse_compiled"]
@@ -100,22 +102,28 @@ def cut(
     Raises:
         StageError: the model cannot be cut there; the text names the operation and what to do (codes above).
     """
-    try:
-        pieces, arguments, chosen = cut_unchecked(model, at, example=example, method=method, output=output)
-    except StageError as error:
-        if error.code == "E313" and example is not None:
-            check_example(model, example)
-        raise
-    check_backward_hooks(model, pieces.pieces)
-    if arguments.batch:
-        check(model, pieces.pieces, arguments, picker(model, output))
-    return Cut(pieces.pieces, pieces.points, pieces.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
+    names, arguments, chosen = _asked(model, at, example, method, output)
+    pick = picker(model, output)
+    if chosen == "fx" and arguments.batch:
+        call_first(model, lambda: _call(model, arguments.resized(3)))
+    with as_before(model):
+        try:
+            made = traced(model, names, arguments, pick) if chosen == "fx" else sliced(model, names, arguments)
+        except StageError as error:
+            if error.code == "E313" and example is not None:
+                check_example(model, example)
+            raise
+        check_backward_hooks(model, made.pieces)
+        if arguments.batch:
+            with as_before(*(piece.module for piece in made.pieces)):
+                check(model, made.pieces, arguments, pick)
+    return Cut(made.pieces, made.points, made.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
 
 
-def cut_unchecked(
-    model: nn.Module, at: Point | Sequence[Point], *, example: Example | None, method: str, output: Key
-) -> tuple[Pieces, Arguments, str]:
-    """Cut without comparing; return the pieces, what forward is called with, and the method."""
+def _asked(
+    model: nn.Module, at: Point | Sequence[Point], example: Example | None, method: str, output: Key
+) -> tuple[list[str], Arguments, str]:
+    """Return the names of the cut points, what forward is called with, and the method."""
     if method not in METHODS:
         raise StageError(
             f"unknown method {method!r}",
@@ -148,9 +156,7 @@ def cut_unchecked(
             remedy="leave method out",
             code="E313",
         )
-    if can_slice and method != "fx":
-        return sliced(model, names, arguments), arguments, "sequential"
-    return traced(model, names, arguments, picker(model, output)), arguments, "fx"
+    return names, arguments, "sequential" if can_slice and method != "fx" else "fx"
 
 
 def check_example(model: nn.Module, example: Example) -> None:
@@ -163,6 +169,14 @@ def check_example(model: nn.Module, example: Example) -> None:
     arguments = arguments_of(model, example).resized(3)
     with undisturbed(model), torch.no_grad():
         run_whole(model, arguments, arguments.tensors)
+
+
+def _call(model: nn.Module, arguments: Arguments) -> None:
+    """Call the whole model on the example in both modes. It may fail: whoever follows the model finds out why."""
+    with undisturbed(model), suppress(StageError):
+        for mode in (True, False):
+            model.train(mode)
+            run_whole(model, arguments, arguments.tensors)
 
 
 def refuse_compiled(model: nn.Module) -> None:

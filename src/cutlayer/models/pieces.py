@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cutlayer.errors import StageError
 from cutlayer.models import sequential
+from cutlayer.models.attributes import as_before
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.flow import Flow, flow_of, inside_of, positions
 from cutlayer.models.inplace import check_writes
@@ -106,7 +107,8 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     drafts: dict[bool, list[_Draft]] = {}
     frozen, moving = frozen_paths(model), []
     points: list[str] = []
-    with undisturbed(model):
+    parts = [part.module for stack in stacks.values() for part in stack.parts]
+    with undisturbed(model), as_before(*parts):
         versions = [(buffer, buffer._version) for buffer in model.buffers()]
         for mode in (True, False):
             model.train(mode)

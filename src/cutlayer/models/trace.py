@@ -21,13 +21,14 @@ from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.asked import answering
+from cutlayer.models.attributes import Attributes
 from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
 from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
-from cutlayer.models.steps import hold
+from cutlayer.models.steps import every_module, hold
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
@@ -79,6 +80,7 @@ def trace(
     if "" in stacks:
         enter = frozenset()
     tracer = _Tracer(model, arguments, enter, stacks, pick)
+    kept = Attributes(every_module(model))
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         entered = [model, *map(model.get_submodule, enter)]
@@ -98,6 +100,7 @@ def trace(
         ) from error
     for owner, name, value in buffers:
         _put_back(owner, name, value, tracer.record)
+    kept.without(fx.Proxy)
     return tracer.record.result(graph)
 
 
