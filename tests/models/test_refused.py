@@ -126,12 +126,12 @@ def test_another_value_crosses_in_evaluation():
 
 class Lists(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
-        return {"a": x, "length": 3}
+        return {"a": x, "rows": range(3)}
 
 
 class Consume(nn.Module):
     def forward(self, found: dict[str, Any]) -> Tensor:
-        return found["a"] * found["length"]
+        return found["a"] * len(found["rows"])
 
 
 @pytest.mark.provokes("E315")
