@@ -127,3 +127,34 @@ def test_a_number_that_goes_with_the_batch_does_not_cross():
     model(X)
     with pytest.raises(StageError, match=r"E315.*not a tensor.*got int"):
         cut(model, "two", example=X)
+
+
+@pytest.mark.parametrize("at", ["segformer.stages.0", "segformer.stages.1", "segformer"])
+def test_outputs_that_hooks_collect_cross(at: str):
+    model = built("Segformer", "SegformerForSemanticSegmentation", num_labels=3, decoder_hidden_size=8, **STAGES)
+    model.decode_head.dropout.p = 0.0
+    trains_as_uncut(model, at, torch.randint(0, 3, (4, 8, 8), generator=torch.Generator().manual_seed(2)))
+
+
+class Collects(nn.Module):
+    """Hooks keep what two layers give; the last layer gets it from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Bilinear(6, 6, 3)
+        self.kept = list[Tensor]()
+        for layer in (self.one, self.two):
+            layer.register_forward_hook(lambda _module, _args, output: self.kept.append(output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.clear()
+        self.two(torch.relu(self.one(x)))
+        return self.out(*self.kept)
+
+
+def test_what_hooks_collect_crosses_as_the_step_that_made_it():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    made = cut(Collects(), "one", example=x)
+    assert made.pieces[0].outputs == ("one",)
+    assert made.pieces[1].inputs == ("0.one",)

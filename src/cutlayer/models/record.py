@@ -54,6 +54,7 @@ class Recorder:
         self.details: dict[str, tuple[str, str, tuple[Any, ...]]] = {}  # step -> path, line, contexts
         self.running, self.thread = False, get_ident()
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward
+        self.makers: dict[int, fx.Node] = {}  # id of a tensor -> the step that gave it
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
 
@@ -99,6 +100,8 @@ class Recorder:
     def keep(self, node: fx.Node, value: Any) -> None:  # noqa: ANN401
         """Keep a step's value."""
         self.found.values[node.name] = value
+        if isinstance(value, Tensor):
+            self.makers[id(value)] = node
         if isinstance(value, Tensor) and not value.is_inference():
             self.watched.append((node.name, value, value._version))
 

@@ -281,8 +281,9 @@ class _Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            registered = any(a is buffer for buffer in self.model.buffers())
-            return super().create_arg(a) if registered else a
+            if any(a is buffer for buffer in self.model.buffers()):
+                return super().create_arg(a)
+            return self.record.makers.get(id(a), a)  # a hook, or code of another file, may have kept a step's result
         try:
             return super().create_arg(a)
         except NotImplementedError:
