@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -24,6 +25,9 @@ class Layers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.two(torch.relu(self.one(x)))))
 
 
 class Keeps(Layers):
@@ -119,3 +123,14 @@ def test_what_is_kept_from_call_to_call_and_used_is_refused():
         cut(model, "one", example=X)
     assert model.before is None
     assert "before" not in vars(model)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_parametrized_last_layer_is_the_tail(norm: Callable[[nn.Module], nn.Module], bias: bool):
+    model = Layers()
+    model.three = norm(nn.Linear(6, 3, bias=bias))
+    uncut = copy.deepcopy(model)
+    made = cl.split(model, "one", example=X[:3])
+    assert made.cut.points == ("one", "two")
+    assert trains_as_uncut(made, uncut, X)

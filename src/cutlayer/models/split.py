@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict, Unpack
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
@@ -282,10 +283,12 @@ def tail_point(model: nn.Module) -> str:
     Raises:
         PlanError: E330, the model has fewer than two submodules with parameters.
     """
+    whole = [name for name, module in model.named_modules() if name and is_parametrized(module)]  # weight norm
     own = [
         (name, module)
         for name, module in model.named_modules()
-        if name and any(True for _ in module.parameters(recurse=False))
+        if name and (name in whole or any(True for _ in module.parameters(recurse=False)))
+        if not any(name.startswith(f"{outer}.") for outer in whole)
     ]
     if len(own) < 2:
         raise PlanError(
