@@ -178,6 +178,21 @@ def test_nothing_to_train():
         cut(Net().requires_grad_(False), "one", example=X)
 
 
+@pytest.mark.provokes("E318")
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+def test_lazy_modules_that_were_never_called(example: Tensor | None):
+    def model() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Linear(6, 6))
+
+    words = r"E318.*a lazy module has no parameters yet \(Sequential, 0, 1\).*call the model once on a batch"
+    for attempt in (lambda: cut(model(), "0", example=example), lambda: cl.split(model(), ("0", "1"), example=X)):
+        with pytest.raises(StageError, match=words):
+            attempt()
+    called = model()
+    called(X)
+    assert cut(called, "0", example=example).points == ("0",)
+
+
 @pytest.mark.provokes("E325")
 @pytest.mark.parametrize("example", [{"y": X}, (X, X), X[:0], {"x": [X]}], ids=["name", "two", "empty", "nested"])
 def test_an_example_that_does_not_fit(example: Any):

@@ -10,7 +10,7 @@
 | E315 | a value that would cross is not a tensor, or a size is not known after the cut |
 | E316 | a write in place whose effect the cut would lose |
 | E317 | the model's output is not one tensor |
-| E318 | the model has no parameter to train |
+| E318 | the model has no parameter to train, or lazy modules that were never run |
 | E320 | train mode and evaluation send different values across the cut |
 | E321 | the pieces do not give what the model gives |
 | E322 | a piece meets another size than the model was cut for |
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cutlayer.errors import StageError
 from cutlayer.models.attributes import as_before, call_first
@@ -133,12 +134,13 @@ def _asked(
             code="E327",
         )
     refuse_compiled(model)
+    _refuse_lazy(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise StageError(
             "the model has no parameter to train",
             where=type(model).__name__,
             expected="at least one parameter with requires_grad",
-            remedy="build the model before it is cut (lazy modules: run it once), or unfreeze a part of it",
+            remedy="build the model before it is cut, or unfreeze a part of it",
             code="E318",
         )
     arguments = arguments_of(model, example)
@@ -157,6 +159,20 @@ def _asked(
             code="E313",
         )
     return names, arguments, "sequential" if can_slice and method != "fx" else "fx"
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with parameters or buffers that its first call is to make. Raises `StageError` (E318)."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name.rpartition(".")[0] for name, value in held if is_lazy(value)]
+    if lazy:
+        raise StageError(
+            "a lazy module has no parameters yet",
+            where=f"{type(model).__name__}, {', '.join(dict.fromkeys(lazy))}",
+            expected="parameters whose shapes are known",
+            remedy="call the model once on a batch before it is cut, as before an optimizer is made",
+            code="E318",
+        )
 
 
 def check_example(model: nn.Module, example: Example) -> None:
