@@ -95,7 +95,7 @@ def cut(
             give it where you can. Three samples are used; nothing leaves the process.
         method: "sequential" slices, "fx" traces, "auto" slices where that is possible.
         output: Which field or index of the model's output to take, if it is not one tensor; `logits` is taken by
-            itself.
+            itself. An index is for a tuple: where the model gives one tensor in evaluation, that is taken.
 
     Returns:
         The pieces, and what they share.
@@ -158,7 +158,10 @@ def _asked(
             remedy="leave method out",
             code="E313",
         )
-    return names, arguments, "sequential" if can_slice and method != "fx" else "fx"
+    if can_slice and method != "fx":
+        return names, arguments, "sequential"
+    _refuse_compiled_inside(model)
+    return names, arguments, "fx"
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -205,6 +208,24 @@ def refuse_compiled(model: nn.Module) -> None:
             expected="the nn.Module itself, with its forward in Python",
             got="a model of torch.jit" if scripted else "a model of torch.compile",
             remedy="pass the module that was compiled, before it is",
+            code="E313",
+        )
+
+
+def _refuse_compiled_inside(model: nn.Module) -> None:
+    """Refuse submodules of torch.compile where forward is followed. Raises `StageError` (E313)."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and ("_orig_mod" in module._modules or module._compiled_call_impl is not None)
+    ]
+    if names:
+        raise StageError(
+            "a forward that calls a compiled submodule cannot be followed",
+            where=f"{type(model).__name__}, {', '.join(names[:3])}",
+            expected="submodules that are compiled after the cut",
+            got="a module of torch.compile",
+            remedy=f"pass the model before {names[0]!r} is compiled; model.{names[0]}.compile() may follow the cut",
             code="E313",
         )
 

@@ -214,8 +214,8 @@ class _Tracer(fx.Tracer):
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors}
         given = self.arguments.called(proxies)
         if "" in self.stacks:
-            return lambda: self.pick(self._open(self._stack("", (), given))), []
-        return lambda: self.pick(self._open(self.model.forward(**given))), []
+            return lambda: self._end(self._stack("", (), given)), []
+        return lambda: self._end(self.model.forward(**given)), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
@@ -342,14 +342,16 @@ class _Tracer(fx.Tracer):
 
     # --- steps ---
 
-    def _open(self, output: Any) -> Any:  # noqa: ANN401
-        """Return an output that is one step's tuple or dict as a tuple or dict of values."""
+    def _end(self, output: Any) -> Any:  # noqa: ANN401
+        """Return the one tensor of what forward returns; that may be one step's tuple or dict, then of values."""
         value = self.found.values.get(output.node.name) if isinstance(output, fx.Proxy) else None
         if isinstance(value, Mapping):
-            return {key: output[key] for key in value}
-        if isinstance(value, tuple | list):
-            return tuple(output[index] for index in range(len(value)))
-        return output
+            output = {key: output[key] for key in value}
+        elif isinstance(value, tuple | list):
+            output = tuple(output[index] for index in range(len(value)))
+        elif isinstance(value, Tensor) and self.pick(value) is value:
+            return output
+        return self.pick(output)
 
     def _stack(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if path in self.seen:
