@@ -34,15 +34,6 @@ script = load_script()
 ENTRIES = catalogue().items()
 # Numbered by where they arise, not by their class:
 OTHERS = ("E330", "E331", "E332", "E333", "E334", "E335", "E390", "E403")
-    "E330",
-    "E331",
-    "E332",
-    "E333",
-    "E334",
-    "E335",
-    "E390",
-    "E403",
-)  # numbered by where they arise, not by their class
 GENERAL = {kind.default_code: kind for name in errors.__all__ if (kind := getattr(errors, name))}
 
 

@@ -174,6 +174,14 @@ def test_an_optimizer_whose_step_needs_a_closure_is_refused(make: Any):
         Bundle({"head": stage}, make, None)
 
 
+@pytest.mark.provokes("E221")
+@pytest.mark.parametrize("given", [None, torch.optim.SGD])
+def test_a_function_that_gives_no_optimizer_is_refused(given: Any):
+    stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"E221.*gives none.*stages head.*got (NoneType|type).*return it: lambda"):
+        Bundle({"head": stage}, lambda _: given, None)
+
+
 def test_an_optimizer_that_has_a_scheduler_already_is_taken():
     """Schedulers wrap the optimizer's own `step`, whose signature then says `self`."""
 

@@ -218,6 +218,77 @@ def test_a_compiled_model_is_refused(how: Callable[[nn.Module], nn.Module]):
         list(costs(model, X))
 
 
+class Bent(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x))
+
+
+class Plain(Three):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Bent(self.two)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(torch.relu(self.one(x))))
+
+
+@pytest.mark.provokes("E313")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_a_submodule_is_compiled_after_the_cut(at: str, in_place: bool):
+    model = Plain()
+    if in_place:
+        model.two.compile(backend="eager")
+    else:
+        model.two = torch.compile(model.two, backend="eager")
+    with pytest.raises(StageError, match=r"E313.*Plain, two\).*before 'two' is compiled.*model.two.compile"):
+        cut(model, at, example=X)
+    plain = Plain()
+    made = cut(plain, at, example=X)
+    expected, calls = plain(X), []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        calls.append(graph)
+        return graph
+
+    plain.two.compile(backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compose(made, X), expected)
+    assert len(calls) == 1
+
+
+class TwoInTraining(Three):
+    """As GoogLeNet and Inception: a tuple in train mode, a tensor in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = torch.relu(self.one(x))
+        aside = self.aside(h) if self.training else None
+        found = self.three(torch.relu(self.two(h)))
+        return found if aside is None else (found, aside)
+
+
+@pytest.mark.parametrize("at", ["one", "two"])
+def test_an_output_that_is_a_tuple_in_train_mode_only(at: str):
+    model = TwoInTraining()
+    with pytest.raises(StageError, match=r"E317.*output=0"):
+        cut(model, at, example=X)
+    made = cut(model, at, example=X, output=0)
+    assert torch.equal(compose(made, X), model(X)[0])
+    for piece in made.pieces:
+        piece.module.eval()
+    assert torch.equal(compose(made, X), model.eval()(X))
+    with pytest.raises(StageError, match=r"E317.*tuple of 2|E317.*got Tensor"):
+        cut(model, at, example=X, output="pred")
+
+
 class Named(Three):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"pred": self.three(self.two(self.one(x))), "input": x}

@@ -125,12 +125,12 @@ def test_another_value_crosses_in_evaluation():
 
 class Lists(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
-        return {"a": x, "length": 3}
+        return {"a": x, "rows": range(3)}
 
 
 class Consume(nn.Module):
     def forward(self, found: dict[str, Any]) -> Tensor:
-        return found["a"] * found["length"]
+        return found["a"] * len(found["rows"])
 
 
 @pytest.mark.provokes("E315")
@@ -175,6 +175,21 @@ def test_a_batch_of_another_size_is_refused_when_it_comes():
 def test_nothing_to_train():
     with pytest.raises(StageError, match=r"E318.*no parameter to train.*unfreeze"):
         cut(Net().requires_grad_(False), "one", example=X)
+
+
+@pytest.mark.provokes("E318")
+@pytest.mark.parametrize("example", [X, None], ids=["example", "none"])
+def test_lazy_modules_that_were_never_called(example: Tensor | None):
+    def model() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Linear(6, 6))
+
+    words = r"E318.*a lazy module has no parameters yet \(Sequential, 0, 1\).*call the model once on a batch"
+    for attempt in (lambda: cut(model(), "0", example=example), lambda: cl.split(model(), ("0", "1"), example=X)):
+        with pytest.raises(StageError, match=words):
+            attempt()
+    called = model()
+    called(X)
+    assert cut(called, "0", example=example).points == ("0",)
 
 
 @pytest.mark.provokes("E325")

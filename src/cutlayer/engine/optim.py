@@ -59,7 +59,7 @@ class Bundle:
                     remedy="give Party(optimizer=lambda params: ...), or set frozen=True on its stages",
                     code="E221",
                 )
-            self.optimizer = optimizer(self.parameters)
+            self.optimizer = _checked(optimizer(self.parameters), stages)
             if _needs_closure(self.optimizer):
                 raise ConfigError(
                     f"{type(self.optimizer).__name__} runs the whole network again within a step, which no party can "
@@ -108,6 +108,20 @@ class Bundle:
         """Forget gradients, for a roll-back in mid-step."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def _checked(made: Any, stages: Iterable[str]) -> Optimizer:  # noqa: ANN401
+    """Return what the function of the optimizer has given, if it is one. Raises `ConfigError` E221."""
+    if all(hasattr(made, name) for name in ("step", "zero_grad", "param_groups", "state")):
+        return made  # type: ignore[no-any-return]
+    raise ConfigError(
+        "the function that makes the optimizer gives none",
+        where=f"stages {', '.join(stages)}",
+        expected="a torch.optim.Optimizer over the parameters it is called with",
+        got=type(made).__name__,
+        remedy="return it: lambda parameters: torch.optim.Adam(parameters, lr=1e-3)",
+        code="E221",
+    )
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

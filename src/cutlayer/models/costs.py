@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.errors import CutlayerError
+from cutlayer.models.attributes import as_before
 from cutlayer.models.cut import Cut, Piece, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.output import Key
@@ -118,7 +119,7 @@ def _raw(made: Cut, arguments: Arguments) -> dict[str, TensorSpec]:
 def _sides(made: Cut, arguments: Arguments) -> tuple[Side, Side]:
     inputs = {f"data.{name}": value for name, value in arguments.tensors.items() if value is not None}
     modules = [piece.module for piece in made.pieces]
-    with undisturbed(*modules):
+    with undisturbed(*modules), as_before(*modules):
         for module in modules:
             module.train(True)
         first, given = _measured(made.pieces[0], inputs)

@@ -10,7 +10,7 @@
 | E315 | a value that would cross is not a tensor, or a size is not known after the cut |
 | E316 | a write in place whose effect the cut would lose |
 | E317 | the model's output is not one tensor |
-| E318 | the model has no parameter to train |
+| E318 | the model has no parameter to train, or lazy modules that were never run |
 | E320 | train mode and evaluation send different values across the cut |
 | E321 | the pieces do not give what the model gives |
 | E322 | a piece meets another size than the model was cut for |
@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cutlayer.errors import StageError
+from cutlayer.models.attributes import as_before, call_first
 from cutlayer.models.check import check, check_backward_hooks, run_pieces, run_whole
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
+from cutlayer.models.kept import attributes, changed
 from cutlayer.models.names import Point, points_of, resolve
 from cutlayer.models.output import Key, picker
-from cutlayer.models.pieces import Piece, Pieces, sliced, traced
+from cutlayer.models.pieces import Piece, sliced, traced
 from cutlayer.models.sequential import sliceable
 
 __all__ = ["Cut", "Piece", "compose", "cut", "refuse_compiled"]
@@ -54,6 +57,7 @@ class Cut:
         inputs: The model's inputs: names of the arguments of its forward that are tensors.
         method: "sequential" (sliced) or "fx" (traced).
         checked: Whether the pieces were compared with the model on an example.
+        moved: Names of the model's attributes that its own forward changes, such as a count of its calls.
     """
 
     pieces: tuple[Piece, ...]
@@ -62,6 +66,7 @@ class Cut:
     inputs: tuple[str, ...]
     method: str
     checked: bool
+    moved: frozenset[str] = frozenset()
 
 
 def cut(
@@ -93,7 +98,7 @@ def cut(
             gradients up to rounding), so give it where you can. Three samples are used; nothing leaves the process.
         method: "sequential" slices, "fx" traces, "auto" slices where that is possible.
         output: Which field or index of the model's output to take, if it is not one tensor; `logits` is taken by
-            itself.
+            itself. An index is for a tuple: where the model gives one tensor in evaluation, that is taken.
 
     Returns:
         The pieces, and what they share.
@@ -101,22 +106,29 @@ def cut(
     Raises:
         StageError: the model cannot be cut there; the text names the operation and what to do (codes above).
     """
-    try:
-        pieces, arguments, chosen = cut_unchecked(model, at, example=example, method=method, output=output)
-    except StageError as error:
-        if error.code == "E313" and example is not None:
-            check_example(model, example)
-        raise
-    check_backward_hooks(model, pieces.pieces)
-    if arguments.batch:
-        check(model, pieces.pieces, arguments, picker(model, output))
-    return Cut(pieces.pieces, pieces.points, pieces.ties, tuple(arguments.tensors), chosen, bool(arguments.batch))
+    names, arguments, chosen = _asked(model, at, example, method, output)
+    pick, before = picker(model, output), attributes(model)
+    if chosen == "fx" and arguments.batch:
+        call_first(model, lambda: _call(model, arguments.resized(3)))
+    with as_before(model):
+        try:
+            made = traced(model, names, arguments, pick) if chosen == "fx" else sliced(model, names, arguments)
+        except StageError as error:
+            if error.code == "E313" and example is not None:
+                check_example(model, example)
+            raise
+        check_backward_hooks(model, made.pieces)
+        if arguments.batch:
+            with as_before(*(piece.module for piece in made.pieces)):
+                check(model, made.pieces, arguments, pick)
+        moved = changed(model, before)
+    return Cut(made.pieces, made.points, made.ties, tuple(arguments.tensors), chosen, bool(arguments.batch), moved)
 
 
-def cut_unchecked(
-    model: nn.Module, at: Point | Sequence[Point], *, example: Example | None, method: str, output: Key
-) -> tuple[Pieces, Arguments, str]:
-    """Cut without comparing; return the pieces, what forward is called with, and the method."""
+def _asked(
+    model: nn.Module, at: Point | Sequence[Point], example: Example | None, method: str, output: Key
+) -> tuple[list[str], Arguments, str]:
+    """Return the names of the cut points, what forward is called with, and the method."""
     if method not in METHODS:
         raise StageError(
             f"unknown method {method!r}",
@@ -126,14 +138,13 @@ def cut_unchecked(
             code="E327",
         )
     refuse_compiled(model)
-    unmade = any(is_lazy(value) for value in [*model.parameters(), *model.buffers()])
-    if unmade or not any(parameter.requires_grad for parameter in model.parameters()):
+    _refuse_lazy(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise StageError(
             "the model has no parameter to train",
             where=type(model).__name__,
             expected="at least one parameter with requires_grad",
-            got="parameters that the first call makes" if unmade else "",
-            remedy="build the model before it is cut (lazy modules: run it once), or unfreeze a part of it",
+            remedy="build the model before it is cut, or unfreeze a part of it",
             code="E318",
         )
     arguments = arguments_of(model, example)
@@ -152,8 +163,23 @@ def cut_unchecked(
             code="E313",
         )
     if can_slice and method != "fx":
-        return sliced(model, names, arguments), arguments, "sequential"
-    return traced(model, names, arguments, picker(model, output)), arguments, "fx"
+        return names, arguments, "sequential"
+    _refuse_compiled_inside(model)
+    return names, arguments, "fx"
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with parameters or buffers that its first call is to make. Raises `StageError` (E318)."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name.rpartition(".")[0] for name, value in held if is_lazy(value)]
+    if lazy:
+        raise StageError(
+            "a lazy module has no parameters yet",
+            where=f"{type(model).__name__}, {', '.join(dict.fromkeys(lazy))}",
+            expected="parameters whose shapes are known",
+            remedy="call the model once on a batch before it is cut, as before an optimizer is made",
+            code="E318",
+        )
 
 
 def check_example(model: nn.Module, example: Example) -> None:
@@ -168,6 +194,14 @@ def check_example(model: nn.Module, example: Example) -> None:
         run_whole(model, arguments, arguments.tensors)
 
 
+def _call(model: nn.Module, arguments: Arguments) -> None:
+    """Call the whole model on the example in both modes. It may fail: whoever follows the model finds out why."""
+    with undisturbed(model), suppress(StageError):
+        for mode in (True, False):
+            model.train(mode)
+            run_whole(model, arguments, arguments.tensors)
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Refuse a model whose forward is no longer Python. Raises `StageError` (E313)."""
     scripted = isinstance(model, torch.jit.ScriptModule)
@@ -178,6 +212,24 @@ def refuse_compiled(model: nn.Module) -> None:
             expected="the nn.Module itself, with its forward in Python",
             got="a model of torch.jit" if scripted else "a model of torch.compile",
             remedy="pass the module that was compiled, before it is",
+            code="E313",
+        )
+
+
+def _refuse_compiled_inside(model: nn.Module) -> None:
+    """Refuse submodules of torch.compile where forward is followed. Raises `StageError` (E313)."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and ("_orig_mod" in module._modules or module._compiled_call_impl is not None)
+    ]
+    if names:
+        raise StageError(
+            "a forward that calls a compiled submodule cannot be followed",
+            where=f"{type(model).__name__}, {', '.join(names[:3])}",
+            expected="submodules that are compiled after the cut",
+            got="a module of torch.compile",
+            remedy=f"pass the model before {names[0]!r} is compiled; model.{names[0]}.compile() may follow the cut",
             code="E313",
         )
 

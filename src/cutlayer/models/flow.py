@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cutlayer.errors import StageError
@@ -94,7 +95,7 @@ def flow_of(trace: Trace, twin: Trace | None, points: Sequence[str]) -> Flow:
     _drop_unused_items(flow)
     _sink_reads(flow)
     _pull_items(flow, twin)
-    _spread_tuples(flow)
+    _spread_tuples(flow, twin)
     _pull_checks(flow)
     _check_work(flow)
     return flow
@@ -184,14 +185,18 @@ def _pull_checks(flow: Flow) -> None:
         flow.place[step.name] = max(bases, default=0)
 
 
-def _spread_tuples(flow: Flow) -> None:
-    """Let the items of a tuple, list or dict that crosses whole cross one by one, and put it together again there."""
+def _spread_tuples(flow: Flow, twin: Trace | None) -> None:
+    """Let the items of a tuple, list or dict that crosses whole cross one by one, and put it together again there.
+
+    A number does not cross: it is held to what it was for the example, in any number of samples, where it is made.
+    """
+    others = {} if twin is None else dict(twin.values)
     for piece in range(1, len(flow.points) + 1):
         for name in flow.needs(piece):
             value = flow.trace.values.get(name)
             if name in flow.trace.inputs or isinstance(value, Tensor) or (name not in flow.trace.values):
                 continue
-            whole = _spread(flow, name, value)
+            whole = _spread(flow, others, name, value)
             for index, step in enumerate(flow.ordinary):
                 if flow.place[step.name] > flow.place[name]:
                     flow.ordinary[index] = _replaced(step, name, whole)
@@ -204,16 +209,23 @@ def _replaced(step: Step, name: str, whole: Any) -> Step:  # noqa: ANN401
     return replace(step, args=substitute(step.args, change), kwargs=substitute(dict(step.kwargs), change))
 
 
-def _spread(flow: Flow, name: str, value: Any) -> Any:  # noqa: ANN401
-    """Return the structure of a value with `Ref`s for its tensors, and add the steps that take them out."""
+def _spread(flow: Flow, others: dict[str, Any], name: str, value: Any) -> Any:  # noqa: ANN401
+    """Return the structure of a value with `Ref`s for its tensors, and add the steps that take them out.
+
+    `others` has the values for another number of samples, by name.
+    """
     if isinstance(value, Tensor):
         return Ref(name)
     if value is None:
         return None
     if type(value) in (tuple, list):
-        return type(value)(_spread(flow, _item(flow, name, index), item) for index, item in enumerate(value))
+        items = enumerate(value)
+        return type(value)(_spread(flow, others, _item(flow, others, name, key), one) for key, one in items)
     if type(value) is dict:
-        return {key: _spread(flow, _item(flow, name, key), item) for key, item in value.items()}
+        return {key: _spread(flow, others, _item(flow, others, name, key), one) for key, one in value.items()}
+    if isinstance(value, bool | int | float | str | torch.dtype | torch.device) and others.get(name) == value:
+        _add(flow, name, f"{name}-held", hold, (Ref(name), value, ""))
+        return value
     maker = next(step for step in flow.ordinary if step.name == name)
     raise StageError(
         "a value that would cross the cut is not a tensor",
@@ -225,17 +237,26 @@ def _spread(flow: Flow, name: str, value: Any) -> Any:  # noqa: ANN401
     )
 
 
-def _item(flow: Flow, name: str, key: Any) -> str:  # noqa: ANN401
+def _item(flow: Flow, others: dict[str, Any], name: str, key: Any) -> str:  # noqa: ANN401
     """Add, right after a step, one that takes an item of its result; return the item's name."""
     item = f"{name}[{key}]"
     if item not in flow.place:
-        index = next(i for i, step in enumerate(flow.ordinary) if step.name == name)
-        maker = flow.ordinary[index]
-        taken = Step(item, "function", operator.getitem, (Ref(name), key), {}, maker.path, maker.line)
-        flow.ordinary.insert(index + 1, taken)
-        flow.place[item] = flow.place[name]
+        _add(flow, name, item, operator.getitem, (Ref(name), key))
         flow.trace.values[item] = flow.trace.values[name][key]
+        if type(others.get(name)) is type(flow.trace.values[name]):
+            others[item] = others[name][key]
     return item
+
+
+def _add(flow: Flow, after: str, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Add a step right after another, in its piece, if it is not there yet."""
+    if name in flow.place:
+        return
+    index = next(i for i, step in enumerate(flow.ordinary) if step.name == after)
+    maker = flow.ordinary[index]
+    args = tuple(maker.line if arg == "" else arg for arg in args)
+    flow.ordinary.insert(index + 1, Step(name, "function", function, args, {}, maker.path, maker.line))
+    flow.place[name] = flow.place[after]
 
 
 def _check_work(flow: Flow) -> None:

@@ -13,7 +13,7 @@ writes to) only the identity is kept.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from torch import nn
 from cutlayer.errors import PlanError
 from cutlayer.models.steps import every_module
 
-__all__ = ["Kept", "attributes"]
+__all__ = ["Kept", "attributes", "changed"]
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -57,16 +57,16 @@ class Kept:
     Args:
         model: The model.
         pieces: The modules of its pieces.
-        before: Its `attributes` before it was cut: those that its own forward changes are not kept.
+        moved: Names of attributes that its own forward changes: they are not kept.
     """
 
-    def __init__(self, model: nn.Module, pieces: Iterable[nn.Module], before: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, pieces: Iterable[nn.Module], moved: Container[str]) -> None:
         """Keep them."""
         whole = {module for piece in pieces for module in every_module(piece)}
         apart = [path for path, module in model.named_modules() if module not in whole]
         now = attributes(model, apart)
         self.model, self.apart = model, apart
-        self.values = {name: value for name, value in now.items() if before.get(name, _MISSING) == value}
+        self.values = {name: value for name, value in now.items() if name not in moved}
 
     def check(self) -> None:
         """Refuse a model that was changed where the pieces would not follow. Raises `PlanError` E335."""
@@ -103,6 +103,11 @@ def attributes(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str
         own |= {name: _plain(value) for name, value in vars(module).items() if name not in _OF_TORCH}
         found |= {f"{path}.{name}".lstrip("."): value for name, value in own.items()}
     return found
+
+
+def changed(model: nn.Module, before: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of attributes that are other ones than `before`, or new."""
+    return frozenset(name for name, value in attributes(model).items() if before.get(name, _MISSING) != value)
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,7 +12,7 @@ from torch import nn
 from cutlayer.errors import StageError
 from cutlayer.models.stacks import PROVEN, Layout, layout_of
 
-__all__ = ["InStack", "Point", "in_stack", "names_of", "nearest", "points_of", "resolve", "stacks_of"]
+__all__ = ["InStack", "Point", "in_stack", "inside", "names_of", "nearest", "points_of", "resolve", "stacks_of"]
 
 Point = str | int | nn.Module
 
@@ -92,6 +92,11 @@ def names_of(model: nn.Module, name: str) -> list[str]:
     return [name, *others]
 
 
+def inside(model: nn.Module, name: str, path: str) -> bool:
+    """Say whether a submodule is held inside the one at `path`, under any of its names."""
+    return not path or any(alias.startswith(f"{path}.") for alias in names_of(model, name))
+
+
 def nearest(names: Sequence[str], caller: str, stacks: Container[str]) -> str:
     """Return the one of a submodule's names that the submodule `caller` calls: a stack's, or the nearest inside it."""
     inside = [name for name in names if not caller or name.startswith(f"{caller}.")]
@@ -138,18 +143,18 @@ def stacks_of(model: nn.Module) -> dict[str, Layout]:
     return found
 
 
-def in_stack(model: nn.Module, name: str, *, checked: bool) -> InStack | None:
+def in_stack(model: nn.Module, name: str, stacks: Mapping[str, Layout], *, checked: bool) -> InStack | None:
     """Return where in a stack of blocks a cut point lies; None if it is in none.
 
     Args:
         model: The model.
         name: A qualified name of `resolve`.
+        stacks: The stacks that can be taken apart, by path.
         checked: Whether an example will prove the pieces equal; a stack that the tests do not know needs it.
 
     Raises:
         StageError: the point is inside a block (E311), or the stack is not known and there is no example (E326).
     """
-    stacks = stacks_of(model)
     for alias, (path, layout) in product(names_of(model, name) if stacks else (), stacks.items()):
         inner = alias.removeprefix(f"{path}.") if path else alias
         if path and inner == alias:

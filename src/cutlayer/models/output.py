@@ -20,7 +20,8 @@ def picker(model: nn.Module, key: Key) -> Callable[[Any], Any]:
     Args:
         model: The model, for errors.
         key: The field or index to take; None takes the output itself, or the field `logits` of a model of Hugging
-            Face, or the only item of a tuple or dict of one.
+            Face, or the only item of a tuple or dict of one. An index leaves a tensor as it is: GoogLeNet gives a tuple
+            in train mode and a tensor in evaluation.
 
     Raises:
         StageError: (when the function is called) there is no one tensor (E317).
@@ -28,6 +29,8 @@ def picker(model: nn.Module, key: Key) -> Callable[[Any], Any]:
 
     def pick(output: Any) -> Any:  # noqa: ANN401
         if isinstance(output, Tensor | fx.Proxy) and key is None:
+            return output
+        if isinstance(output, Tensor) and isinstance(key, int):
             return output
         if key is not None:
             return _field(model, output, key)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from cutlayer.errors import StageError
 from cutlayer.models import sequential
+from cutlayer.models.attributes import as_before
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.flow import Flow, flow_of, inside_of, positions
 from cutlayer.models.inplace import check_writes
-from cutlayer.models.names import InStack, in_stack, names_of
+from cutlayer.models.names import in_stack, inside, names_of, stacks_of
 from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
-from cutlayer.models.stacks import Parts, returned, take_apart
+from cutlayer.models.stacks import Layout, Parts, returned, take_apart
 from cutlayer.models.steps import PieceModule, Routine, Step, refs, routine
 from cutlayer.models.trace import trace
 from cutlayer.models.tree import adopt, attach, frozen_paths, same_mode, ties
@@ -106,7 +107,8 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
     drafts: dict[bool, list[_Draft]] = {}
     frozen, moving = frozen_paths(model), []
     points: list[str] = []
-    with undisturbed(model):
+    parts = [part.module for stack in stacks.values() for part in stack.parts]
+    with undisturbed(model), as_before(*parts):
         versions = [(buffer, buffer._version) for buffer in model.buffers()]
         for mode in (True, False):
             model.train(mode)
@@ -159,21 +161,25 @@ def _holders(names: Iterable[str]) -> frozenset[str]:
 
 def _stacks(model: nn.Module, names: Sequence[str], arguments: Arguments) -> tuple[dict[str, Parts], list[str]]:
     """Take the stacks apart that have cut points inside; a point at a stack's very end becomes one after the stack."""
-    inside: dict[str, list[InStack]] = {}
+    layouts, returns = dict[str, Layout](), dict[str, int]()
+    for path, layout in stacks_of(model).items():
+        if any(inside(model, name, path) for name in names):
+            number = returned(model.get_submodule(path), layout, lambda: _run(model, arguments))
+            if number is not None:
+                layouts[path], returns[path] = layout, number
+    spots: dict[str, set[int]] = {}
     points = []
     for name in names:
-        found = in_stack(model, name, checked=bool(arguments.batch))
+        found = in_stack(model, name, layouts, checked=bool(arguments.batch))
         if found is not None and found.before == found.layout.count and not found.layout.after and found.path:
             name, found = found.path, None
         if found is not None:
-            inside.setdefault(found.path, []).append(found)
+            spots.setdefault(found.path, set()).add(found.before)
         points.append(found.name if found is not None else name)
-    stacks = {}
-    for path, spots in inside.items():
-        stack, layout = model.get_submodule(path), spots[0].layout
-        returns = returned(stack.get_submodule(f"{layout.blocks}.0"), lambda: _run(model, arguments))
-        stacks[path] = take_apart(stack, path, layout, sorted({spot.before for spot in spots}), returns)
-    return stacks, points
+    return {
+        path: take_apart(model.get_submodule(path), path, layouts[path], sorted(ends), returns[path])
+        for path, ends in spots.items()
+    }, points
 
 
 def _run(model: nn.Module, arguments: Arguments) -> None:

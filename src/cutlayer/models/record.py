@@ -58,6 +58,7 @@ class Recorder:
         self.running, self.thread = False, get_ident()
         self.paused: Callable[[], AbstractContextManager[None]] = nullcontext
         self.callee: tuple[nn.Module, Callable[..., Any]] = model, model.forward
+        self.makers: dict[int, fx.Node] = {}  # id of a tensor -> the step that gave it
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
 
@@ -117,6 +118,8 @@ class Recorder:
     def keep(self, node: fx.Node, value: Any) -> None:  # noqa: ANN401
         """Keep a step's value."""
         self.found.values[node.name] = value
+        if isinstance(value, Tensor):
+            self.makers[id(value)] = node
         if isinstance(value, Tensor) and not value.is_inference():
             self.watched.append((node.name, value, value._version))
 

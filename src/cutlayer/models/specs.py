@@ -12,6 +12,7 @@ from torch import Tensor
 from cutlayer.core.spec import DTYPES, TensorSpec
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import CutlayerError, PlanError, StageError
+from cutlayer.models.attributes import as_before
 from cutlayer.models.check import run_pieces
 from cutlayer.models.cut import Cut, Piece
 from cutlayer.models.example import Arguments, undisturbed
@@ -193,7 +194,11 @@ def _training(cut: Cut, inputs: Mapping[str, Tensor], autocast: torch.dtype | No
     """Put the pieces into train mode; at the end all is as it was."""
     modules = [piece.module for piece in cut.pieces]
     device = next(iter(inputs.values())).device.type
-    with undisturbed(*modules), torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+    with (
+        undisturbed(*modules),
+        as_before(*modules),
+        torch.autocast(device, dtype=autocast, enabled=autocast is not None),
+    ):
         for module in modules:
             module.train(True)
         yield

@@ -27,7 +27,7 @@ from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of
-from cutlayer.models.kept import Kept, attributes
+from cutlayer.models.kept import Kept
 from cutlayer.models.names import Point, points_of
 from cutlayer.models.output import Key
 from cutlayer.models.shared import check_ties, check_trained
@@ -216,7 +216,6 @@ def split(
             remedy="add or leave out a cut point",
             code="E330",
         )
-    before = attributes(model)
     make, arguments = partial(cut, model, example=example, output=output), arguments_of(model, example)
     made = with_tail(model, points[0], make) if chosen else make(points)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
@@ -235,7 +234,7 @@ def split(
         release=tuple(release),
         longest=dict(longest or {}),
         autocast=autocast,
-        kept=Kept(model, [piece.module for piece in made.pieces], before),
+        kept=Kept(model, [piece.module for piece in made.pieces], made.moved),
     )
 
 

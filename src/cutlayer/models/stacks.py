@@ -7,7 +7,8 @@ computed in each part by the model's own code from the shape of the hidden state
 hidden state crosses. What the other parts own is replaced by stand-ins without parameters.
 
 A stack is known by its structure: a list of blocks under a name of `_BLOCKS`, and submodules that its forward names,
-which hold all other parameters. What forward names last after the blocks runs after them, all else before.
+which hold all other parameters. What forward names last after the blocks runs after them, all else before. One whose
+blocks do not hand on one hidden state is no such stack: it is traced, as any other module is.
 """
 
 from __future__ import annotations
@@ -141,21 +142,37 @@ def _named_in_forward(module: nn.Module) -> dict[str, int]:
     }
 
 
-def returned(block: nn.Module, run: Callable[[], object]) -> int:
+def returned(stack: nn.Module, layout: Layout, run: Callable[[], object]) -> int | None:
     """Return how many values a block returns as a tuple, the hidden state first; 0 if it returns that alone.
 
     Args:
-        block: The block.
-        run: Runs the model that the block is in. It may fail: whoever traces the model finds out why.
+        stack: The stack.
+        layout: Its form.
+        run: Runs the model that the stack is in. It may fail: whoever traces the model finds out why.
+
+    Returns:
+        None if nothing can stand for what is in another part: what runs before the blocks gives more than one tensor,
+        or the blocks do not hand on a hidden state of one shape (Swin's make it smaller).
     """
-    seen: list[int] = []
-    handle = block.register_forward_hook(lambda *call: seen.append(len(call[2]) if type(call[2]) is tuple else 0))
+    if isinstance(stack, nn.TransformerEncoder):
+        return 0
+    blocks = list(stack.get_submodule(layout.blocks).children())
+    given: list[object] = []
+    made: list[object] = []
+    handles = [one.register_forward_hook(lambda *call: made.append(call[2])) for one in blocks]
+    before = [stack.get_submodule(name) for name in layout.before]
+    handles += [one.register_forward_hook(lambda *call: given.append(call[2])) for one in before]
     try:
         with suppress(Exception):
             run()
     finally:
-        handle.remove()
-    return seen[0] if seen else 0
+        for handle in handles:
+            handle.remove()
+    hidden = [one[0] if type(one) is tuple and one else one for one in made]
+    shapes = {tuple(one.shape) if isinstance(one, Tensor) else None for one in hidden}
+    if len(shapes) > 1 or None in shapes or not all(isinstance(one, Tensor) for one in given):
+        return None
+    return len(made[0]) if made and type(made[0]) is tuple else 0
 
 
 def take_apart(stack: nn.Module, path: str, layout: Layout, ends: Sequence[int], returns: int = 0) -> Parts:

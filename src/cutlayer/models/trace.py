@@ -21,13 +21,14 @@ from torch.fx.proxy import Attribute, TraceError
 
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.asked import answering
+from cutlayer.models.attributes import Attributes
 from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
 from cutlayer.models.names import nearest
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
-from cutlayer.models.steps import hold
+from cutlayer.models.steps import every_module, hold
 from cutlayer.models.weights import Weights, held_again, set_on
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
@@ -80,6 +81,7 @@ def trace(
     if "" in stacks:
         enter = frozenset()
     tracer = _Tracer(model, arguments, enter, stacks, pick)
+    kept = Attributes(every_module(model))
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         entered = [model, *map(model.get_submodule, enter)]
@@ -105,6 +107,7 @@ def trace(
         ) from error
     for owner, name, value in buffers:
         _put_back(owner, name, value, tracer.record)
+    kept.without(fx.Proxy)
     return tracer.record.result(graph)
 
 
@@ -226,8 +229,8 @@ class _Tracer(fx.Tracer):
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors}
         given = self.arguments.called(proxies)
         if "" in self.stacks:
-            return lambda: self.pick(self._open(self._stack("", (), given))), []
-        return lambda: self.pick(self._open(self.model.forward(**given))), []
+            return lambda: self._end(self._stack("", (), given)), []
+        return lambda: self._end(self.model.forward(**given)), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
@@ -295,6 +298,8 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             if id(a) in self.weights.names:
                 return super().create_arg(a)
+            if id(a) in self.record.makers:
+                return self.record.makers[id(a)]  # a hook, or code of another file, may have kept a step's result
             if not self.record.away and (a.grad_fn is not None or self.weights.name_of(a)):
                 raise held_again(self.weights.name_of(a) or "weights: it has a gradient")
             return a
@@ -356,14 +361,16 @@ class _Tracer(fx.Tracer):
 
     # --- steps ---
 
-    def _open(self, output: Any) -> Any:  # noqa: ANN401
-        """Return an output that is one step's tuple or dict as a tuple or dict of values."""
+    def _end(self, output: Any) -> Any:  # noqa: ANN401
+        """Return the one tensor of what forward returns; that may be one step's tuple or dict, then of values."""
         value = self.found.values.get(output.node.name) if isinstance(output, fx.Proxy) else None
         if isinstance(value, Mapping):
-            return {key: output[key] for key in value}
-        if isinstance(value, tuple | list):
-            return tuple(output[index] for index in range(len(value)))
-        return output
+            output = {key: output[key] for key in value}
+        elif isinstance(value, tuple | list):
+            output = tuple(output[index] for index in range(len(value)))
+        elif isinstance(value, Tensor) and self.pick(value) is value:
+            return output
+        return self.pick(output)
 
     def _stack(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if path in self.seen:
