@@ -285,6 +285,47 @@ def test_tied_weights_stay_one_in_a_u_shape():
     assert "labels='client'" in str(caught.value)
 
 
+class Shared(Tied):
+    """One embedding for encoder, decoder and last layer, as in BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(self.first(self.table(source) + self.table(target).flip(1)))))
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "schedule"), [(1, "sequential"), (2, "sequential"), (2, "gpipe"), (2, "1f1b")], ids=str
+)
+def test_a_weight_used_twice_in_the_head_and_again_in_the_tail_gets_its_gradients_in_the_uncut_order(
+    microbatches: int, schedule: str
+):
+    torch.manual_seed(0)
+    net = Shared()
+    uncut = copy.deepcopy(net)
+    dice = torch.Generator().manual_seed(1)
+    rows = TensorDataset(*(torch.randint(0, 11, (16, 5), generator=dice) for _ in range(3)))
+    loader = DataLoader(rows, batch_size=8)
+
+    def loss(scores: Tensor, following: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores.transpose(1, 2), following)
+
+    def strong(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=3.0)  # so that last bits of gradients are in the weights
+
+    made = split(net, ("first", "body"), example=rows[:2][:2])
+    run = fit(made, loader, loss=loss, optimizer=strong, epochs=3, microbatches=microbatches, schedule=schedule)
+    optimizer = strong(list(uncut.parameters()))
+    for batch in [batch for _ in range(3) for batch in loader]:
+        for source, target, following in zip(*(part.chunk(microbatches) for part in batch), strict=True):
+            (loss(uncut(source, target), following) / microbatches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(run.state_dict(), uncut.state_dict())
+
+
 def test_the_parties_run_under_the_autocast_of_the_split():
     def trained(at_split: str, party: dict[str, str]) -> dict[str, Tensor]:
         parts = split(model(), "layer1", example=torch.zeros(2, 1, 8, 8), autocast=at_split)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
-from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_to, put_last, tell_writes
+from cutlayer.engine.autograd import Hooks, enter, hooks_to, put_last, tell_writes
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
+from cutlayer.engine.tied import Tied
 from cutlayer.errors import CutlayerError, StageError
 
 __all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
@@ -132,6 +133,7 @@ class ModuleStage:
         self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
+        self.tied = Tied()  # replaced by who has other stages with the same weights
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters, in the module's order."""
@@ -194,8 +196,8 @@ class ModuleStage:
             self.spent = self._flops["backward", kept.shapes]
             return kept.after.goes_on(context_key, roots[0], seeds[0], kept.wanted)
         put_last(kept.catching)
-        if roots:
-            self._guarded("backward", kept.shapes, kept.leaves, go_back, tuple(roots), tuple(seeds))
+        if roots or self.tied.later:
+            self._guarded("backward", kept.shapes, kept.leaves, self.tied.go_back, context_key, roots, seeds)
         for place, gradient in enumerate(kept.sink):
             if gradient is None and kept.wanted[place]:
                 kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use
@@ -217,6 +219,7 @@ class ModuleStage:
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
         self._kept.clear()
+        self.tied.forget()
 
     def _roots(self, kept: _Kept, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
         """Return the outputs to go back from, and the gradient at each. Raises `StageError` E305, E340."""
