@@ -558,6 +558,49 @@ def test_a_label_called_as_an_input_is_refused():
         fit(made, cl.TensorTable(x=x, label=x), loss=nn.CrossEntropyLoss())
 
 
+class Noisy(Dataset):
+    """Augments each sample from torch's own generator."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, label = images(12)[place]
+        return image + torch.rand(1), label
+
+
+@pytest.mark.parametrize("rows", [DataLoader(Noisy(), batch_size=4, shuffle=True), Noisy()], ids=["loader", "data set"])
+def test_a_seed_makes_a_run_the_same_to_the_bit(rows: Dataset | DataLoader):
+    """Shuffling, augmentation and dropout; whatever torch's own generator was told."""
+
+    def trained(*dice: int, **party: int) -> dict[str, Tensor]:
+        net = model()
+        net.layer1.add_module("bn1", nn.Sequential(net.layer1.bn1, nn.Dropout(0.3)))
+        net.layer2.add_module("bn1", nn.Sequential(net.layer2.bn1, nn.Dropout(0.3)))
+        torch.manual_seed(*dice)
+        made = split(net, "layer1", example=EXAMPLE)
+        return fit(made, rows, loss=nn.CrossEntropyLoss(), epochs=2, batch_size=4, **party).state_dict()
+
+    assert same(trained(1, seed=3), trained(2, seed=3))
+    assert not same(trained(1, seed=3), trained(1, seed=4))
+    assert not same(trained(1), trained(1))
+
+
+def test_a_loader_with_a_generator_trains_in_the_order_of_a_loop_over_it():
+    def loader() -> DataLoader:
+        return DataLoader(images(13), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    net = model()
+    uncut = copy.deepcopy(net)
+    run = fit(split(net, "layer1", example=EXAMPLE), loader(), loss=nn.CrossEntropyLoss(), optimizer=sgd, epochs=3)
+    optimizer, rows = sgd(list(uncut.parameters())), loader()
+    for image, label in [batch for _ in range(3) for batch in rows]:
+        nn.functional.cross_entropy(uncut(image), label).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(run.state_dict(), uncut.state_dict())
+
+
 def test_names_are_public():
     assert cl.split is split
     assert cl.fit is fit
