@@ -172,7 +172,7 @@ def fit(
     chosen = Training(**{**_of_loaders(held, training), **training})
     spec = _label_spec(sample, split)
     plan = split.plan(names[0] if len(names) == 1 else names, label=label, label_spec=spec, training=chosen)
-    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
+    given: dict[str, Any] = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
     given = {**given, "seed": training.get("seed"), **(party or {})}
     server = {**given, "metrics": {}} if split.labels == "client" else given
     client = given if split.labels == "client" else {**given, "metrics": {}}
