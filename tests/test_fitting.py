@@ -285,6 +285,47 @@ def test_tied_weights_stay_one_in_a_u_shape():
     assert "labels='client'" in str(caught.value)
 
 
+class Shared(Tied):
+    """One embedding for encoder, decoder and last layer, as in BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(self.first(self.table(source) + self.table(target).flip(1)))))
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "schedule"), [(1, "sequential"), (2, "sequential"), (2, "gpipe"), (2, "1f1b")], ids=str
+)
+def test_a_weight_used_twice_in_the_head_and_again_in_the_tail_gets_its_gradients_in_the_uncut_order(
+    microbatches: int, schedule: str
+):
+    torch.manual_seed(0)
+    net = Shared()
+    uncut = copy.deepcopy(net)
+    dice = torch.Generator().manual_seed(1)
+    rows = TensorDataset(*(torch.randint(0, 11, (16, 5), generator=dice) for _ in range(3)))
+    loader = DataLoader(rows, batch_size=8)
+
+    def loss(scores: Tensor, following: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores.transpose(1, 2), following)
+
+    def strong(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=3.0)  # so that last bits of gradients are in the weights
+
+    made = split(net, ("first", "body"), example=rows[:2][:2])
+    run = fit(made, loader, loss=loss, optimizer=strong, epochs=3, microbatches=microbatches, schedule=schedule)
+    optimizer = strong(list(uncut.parameters()))
+    for batch in [batch for _ in range(3) for batch in loader]:
+        for source, target, following in zip(*(part.chunk(microbatches) for part in batch), strict=True):
+            (loss(uncut(source, target), following) / microbatches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(run.state_dict(), uncut.state_dict())
+
+
 def test_the_parties_run_under_the_autocast_of_the_split():
     def trained(at_split: str, party: dict[str, str]) -> dict[str, Tensor]:
         parts = split(model(), "layer1", example=torch.zeros(2, 1, 8, 8), autocast=at_split)
@@ -508,6 +549,49 @@ def test_a_label_called_as_an_input_is_refused():
     assert fit(made, data, loss=nn.CrossEntropyLoss()).label == "y"
     with pytest.raises(DataError, match=r"E253.*\(x, label, target\).*got fields x, label\."):
         fit(made, cl.TensorTable(x=x, label=x), loss=nn.CrossEntropyLoss())
+
+
+class Noisy(Dataset):
+    """Augments each sample from torch's own generator."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, label = images(12)[place]
+        return image + torch.rand(1), label
+
+
+@pytest.mark.parametrize("rows", [DataLoader(Noisy(), batch_size=4, shuffle=True), Noisy()], ids=["loader", "data set"])
+def test_a_seed_makes_a_run_the_same_to_the_bit(rows: Dataset | DataLoader):
+    """Shuffling, augmentation and dropout; whatever torch's own generator was told."""
+
+    def trained(*dice: int, **party: int) -> dict[str, Tensor]:
+        net = model()
+        net.layer1.add_module("bn1", nn.Sequential(net.layer1.bn1, nn.Dropout(0.3)))
+        net.layer2.add_module("bn1", nn.Sequential(net.layer2.bn1, nn.Dropout(0.3)))
+        torch.manual_seed(*dice)
+        made = split(net, "layer1", example=EXAMPLE)
+        return fit(made, rows, loss=nn.CrossEntropyLoss(), epochs=2, batch_size=4, **party).state_dict()
+
+    assert same(trained(1, seed=3), trained(2, seed=3))
+    assert not same(trained(1, seed=3), trained(1, seed=4))
+    assert not same(trained(1), trained(1))
+
+
+def test_a_loader_with_a_generator_trains_in_the_order_of_a_loop_over_it():
+    def loader() -> DataLoader:
+        return DataLoader(images(13), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    net = model()
+    uncut = copy.deepcopy(net)
+    run = fit(split(net, "layer1", example=EXAMPLE), loader(), loss=nn.CrossEntropyLoss(), optimizer=sgd, epochs=3)
+    optimizer, rows = sgd(list(uncut.parameters())), loader()
+    for image, label in [batch for _ in range(3) for batch in rows]:
+        nn.functional.cross_entropy(uncut(image), label).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(run.state_dict(), uncut.state_dict())
 
 
 def test_names_are_public():

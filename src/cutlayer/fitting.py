@@ -146,11 +146,11 @@ def fit(
         optimizer: Makes each party's optimizer from its parameters.
         evaluation: The same as `data`, for evaluation. A loader's batch size may be another: all its samples are
             evaluated, in batches of the training's size, and metrics are those of the samples, whatever the batches.
-        party: More arguments of every `Party`: metrics, scheduler, device, seed... `autocast` is that of the split.
-        training: Fields of `Training`: epochs, microbatches, schedule, order, clip_norm... `batch_size` and
-            `drop_last` are those of the loaders in `data`, unless given; a loader then keeps its sampler, and its
-            samples come in batches of the size given. And `label`: its name in dictionaries; else it is the one field
-            that is no argument of the model, by any name, or the one called "label" if there are several.
+        party: More arguments of every `Party`: metrics, scheduler, device... `autocast` is that of the split.
+        training: Fields of `Training`: epochs, microbatches... `batch_size` and `drop_last` are those of the loaders,
+            unless given. `seed` makes a run the same to the bit: it orders samples, and is every party's own seed too,
+            which `torch.manual_seed` is not; who knows it can draw a defence's noise again. A loader with a `generator`
+            keeps its order. And `label`: its name in dictionaries, if not "label" or the one field that is no input.
 
     Raises:
         ConfigError: E235, the label is called as an argument of the model is; E236, a model that is not cut, an
@@ -173,7 +173,8 @@ def fit(
     chosen = Training(**{**_of_loaders(held, training), **training})
     spec = _label_spec(sample, split)
     plan = split.plan(names[0] if len(names) == 1 else names, label=label, label_spec=spec, training=chosen)
-    given = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast, **(party or {})}
+    given: dict[str, Any] = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
+    given = {**given, "seed": training.get("seed"), **(party or {})}
     server = {**given, "metrics": {}} if split.labels == "client" else given
     client = given if split.labels == "client" else {**given, "metrics": {}}
     parties = [Party("server", modules=_modules(split, "server", loss, copied=False), **server)]

@@ -175,6 +175,44 @@ def test_a_restart_gives_the_batches_of_an_uninterrupted_epoch(make):
             assert same(epoch_of(source, epoch, start), whole[epoch - 1][start:])  # a roll-back
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("kind", ["loader", "sampler", "both"])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_loader_with_a_generator_gives_the_order_of_a_loop_over_it(workers, kind, drop_last):
+    """In each epoch, whatever the party's seed; after a restart in the middle of the third too."""
+
+    def loader(noise: float = 0.0) -> DataLoader:
+        own = torch.Generator().manual_seed(3)
+        given = {"generator": own} if kind != "sampler" else {}
+        given |= {"sampler": RandomSampler(Dicts(), generator=own)} if kind != "loader" else {"shuffle": True}
+        given |= {**workers, "multiprocessing_context": "fork"} if workers else {}
+        return DataLoader(Dicts(noise), batch_size=4, drop_last=drop_last, **given)
+
+    plain = loader()
+    expected = [ids(list(plain)) for _ in range(3)]
+    source = batches(loader(), order(drop_last=drop_last, seed=5), alone=True)
+    assert [ids(epoch_of(source, epoch)) for epoch in (1, 2, 3)] == expected
+    assert expected[0] != expected[1]
+    if "persistent_workers" in workers:  # a loop over it draws their seed once, when they start
+        return
+    assert ids(epoch_of(source, 2)) == expected[1]
+    assert ids(epoch_of(source, 3)) == expected[2]
+    fresh = batches(loader(), order(drop_last=drop_last, seed=6), alone=True)
+    assert ids(epoch_of(fresh, 3, 1)) == expected[2][4:]
+
+
+def test_loaders_that_share_a_generator_do_not_disturb_each_other():
+    own = torch.Generator().manual_seed(3)
+    expected = [ids(list(DataLoader(Dicts(), batch_size=4, shuffle=True, generator=own))) for _ in range(2)]
+    own.manual_seed(3)
+    one, other = (
+        batches(DataLoader(Dicts(), batch_size=4, shuffle=True, generator=own), order(), alone=True) for _ in range(2)
+    )
+    found = [ids(epoch_of(source, epoch)) for epoch in (1, 2) for source in (one, other)]
+    assert found == [expected[0], expected[0], expected[1], expected[1]]
+
+
 @pytest.mark.parametrize("make", NOISY.values(), ids=NOISY)
 def test_noise_differs_from_epoch_to_epoch_and_disturbs_nothing(make):
     outer = torch.get_rng_state()

@@ -327,3 +327,24 @@ def test_a_gradient_keeps_its_strides(function: Callable[[Tensor], Tensor]):
     stage = stage_of(Module())
     assert [run(stage).stride() for _ in range(3)] == seen * 3
     assert seen != [(WIDTH, 1)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_sample_comes_to_the_module_with_its_strides(training: bool):
+    """That of a dimension of one step too: it tells a convolution whether channels are last."""
+    seen = []
+
+    class Module(nn.Module):
+        def forward(self, given: Tensor) -> Tensor:
+            seen.append(given.stride())
+            return given.mul_(2).mean((2, 3))
+
+    value = torch.ones(1, 4, 5, WIDTH).permute(0, 3, 1, 2)
+    stage = stage_of(Module())
+    stage.forward([value], Context(key=(0, 0), batch=1, training=training, wanted=(True,)))
+    assert seen == [value.stride()]
+    assert value._version == 1
+    if training:
+        (gradient,) = stage.backward([torch.ones(1, WIDTH)], (0, 0))
+        assert gradient is not None
+        assert torch.equal(gradient, torch.full_like(value, 2 / 20))

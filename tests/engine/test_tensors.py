@@ -77,8 +77,36 @@ def test_a_transposed_tensor_crosses_with_its_strides(dtype, shape, dice):
     copy = from_payload(bytes(to_payload(value, order)), dtype, tuple(value.shape), CPU, order)
     assert torch.equal(copy, value)
     assert not order or copy.permute(order).is_contiguous()
-    if value.numel() and 1 not in shape:
+    if value.numel():
         assert copy.stride() == value.stride()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(1, 3, 2, 2),
+        torch.ones(2, 1),
+        torch.ones(1, 0),
+        torch.ones(0, 1, 4),
+        torch.ones(4, 8)[1:2],
+        torch.ones(4, 8)[::3][:1],
+        torch.ones(8).expand(1, 8),
+        torch.ones(1, 8).mean(0, keepdim=True).expand(1, 8),
+    ],
+    ids=lambda value: f"{list(value.shape)} by {list(value.stride())}",
+)
+def test_a_dimension_of_one_step_adds_nothing_to_the_wire(value):
+    assert memory_order(value) == ()
+
+
+def test_one_image_with_channels_last_is_told_from_one_without():
+    """By strides that no number lies at: PyTorch chooses a convolution's kernel by them."""
+    value = torch.rand(1, 4, 4, 8).permute(0, 3, 1, 2)
+    gray = torch.rand(2, 4, 4, 1).permute(0, 3, 1, 2)
+    for one, order in ((value, (0, 2, 3, 1)), (gray, (0, 2, 3, 1)), (torch.rand(4, 1).t(), (1, 0))):
+        assert memory_order(one) == order
+        copy = from_payload(bytes(to_payload(one, order)), "float32", tuple(one.shape), CPU, order)
+        assert (copy.stride(), torch.equal(copy, one)) == (one.stride(), True)
 
 
 def test_transposed_bytes_are_shared():

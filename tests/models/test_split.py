@@ -87,6 +87,19 @@ def pixels() -> nn.Sequential:
     return net.to(memory_format=torch.channels_last)
 
 
+class Channels(nn.LayerNorm):
+    """Normalises over channels, and gives them last in memory; the next layer keeps its own weights as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def normed() -> nn.Sequential:
+    """As in ConvNeXt: whether channels are last is told by the strides alone."""
+    deep = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), Channels(8), deep, Mean(2, 3), nn.Linear(8, 3))
+
+
 class Named(nn.Module):
     """The same layers with a forward of its own, so that it is traced."""
 
@@ -110,13 +123,20 @@ def furthest(one: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["sequential", "traced"])
+@pytest.mark.parametrize("size", [16, 17], ids=["batches of 8", "a last batch of one"])
 @pytest.mark.parametrize(
     ("make", "at", "shape"),
-    [(turned, 0, (20, 37)), (turned, 1, (20, 37)), (pixels, 0, (1, 10, 10)), (pixels, 2, (1, 10, 10))],
-    ids=["transposed gradient", "transposed value", "channels last", "channels last behind ReLU"],
+    [
+        (turned, 0, (20, 37)),
+        (turned, 1, (20, 37)),
+        (pixels, 0, (1, 10, 10)),
+        (pixels, 2, (1, 10, 10)),
+        (normed, 1, (3, 16, 16)),
+    ],
+    ids=["transposed gradient", "transposed value", "channels last", "channels last behind ReLU", "channels normed"],
 )
-def test_strides_cross_a_cut_and_with_them_all_bits_stay(make, at, shape, traced):
-    x, y = torch.randn(16, *shape, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+def test_strides_cross_a_cut_and_with_them_all_bits_stay(make, at, shape, size, traced):
+    x, y = torch.randn(size, *shape, generator=torch.Generator().manual_seed(1)), torch.arange(size) % 3
     loader = DataLoader(TensorDataset(x, y), batch_size=8)
     cut, plain = drawn(make, traced), drawn(make, traced)
     place = f"layers.{at}" if traced else at + 1

@@ -446,6 +446,48 @@ def misstep(session: Any, modules: dict[str, Any], kind: str) -> None:
             session.optimizer.zero_grad()
 
 
+def again_and_again(session: Any, modules: dict[str, nn.Module], kind: str) -> None:
+    part = next(iter(next(session.rounds())))
+
+    def scored() -> Tensor:
+        return modules["loss"](modules["tail"](session.remote(modules["head"](part["x"]))), part["y"])
+
+    def closure() -> Tensor:
+        loss = scored()
+        loss.backward()
+        return loss
+
+    if kind == "closure":
+        session.optimizer.step(closure)
+    if kind == "named closure":
+        session.optimizer.step(closure=closure)
+    loss = scored()
+    if kind == "retain_graph":
+        loss.backward(retain_graph=True)
+        loss.backward()
+    (gradient,) = torch.autograd.grad(loss, [next(modules["head"].parameters())], create_graph=True)
+    (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.provokes("E440")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "closure",
+            r"closure cannot run.*party alpha, train round 1.*step\(closure\) before it.*without a closure",
+        ),
+        ("named closure", r"closure cannot run the model across a cut.*step\(closure\) before it.*LBFGS"),
+        ("retain_graph", r"a second time through one microbatch.*got backward.*add up the losses.*retain_graph"),
+        ("create_graph", r"a second time through one microbatch.*got backward.*gradient penalty"),
+    ],
+)
+def test_a_microbatch_crosses_once_each_way(kind: str, words: str):
+    session, modules, _ = opened()
+    with pytest.raises(ProgramError, match=rf"E440.*{words}"), session:
+        again_and_again(session, modules, kind)
+
+
 @pytest.mark.provokes("E440")
 @pytest.mark.parametrize(
     ("kind", "words"),
@@ -597,7 +639,7 @@ def left_between_batches(session: Any, _modules: dict[str, nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("leave", "words"),
     [
-        (left_in_a_round, "ended before the rounds of the plan"),
+        (left_in_a_round, r"ended before the rounds of the plan.*lower training.epochs, and to keep an early round's"),
         (left_between_batches, "a round was left before its end.*train round 1"),
     ],
 )

@@ -1,19 +1,17 @@
 """A party's data set or loader, as batches in the order that the plan fixes.
 
 The plan fixes the order where several parties must load the same people's samples together, and for every plain data
-set. A `DataLoader` whose party is the only one with data in its lane keeps its own sampler. Collate function, workers
-and pinned memory of a loader are kept in both cases.
+set. A `DataLoader` whose party is the only one with data in its lane keeps its own sampler, and the `generator` that it
+was given: its order is that of a loop over it. Collate function, workers and pinned memory are kept in both cases.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from typing import Any, Protocol, cast, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomS
 from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
 from cutlayer.data.collating import collated, next_batch
+from cutlayer.data.dice import Dice, LoaderDice
 from cutlayer.errors import DataError
 
 __all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "again", "batches", "sample_count"]
@@ -100,41 +99,6 @@ def batches(data: Dataset[Any] | DataLoader[Any], order: Order, *, alone: bool) 
     return OrderedBatches(data, order)
 
 
-class _Random:
-    """Runs data code with a random generator of its own, so that it disturbs no stage and no other party."""
-
-    def __init__(self) -> None:
-        self.state = _generators()
-
-    def seed(self, *parts: int) -> None:
-        """Begin again from the party's private seed: an epoch's randomness depends on seed and epoch only."""
-        mixed = hash(parts) & (2**63 - 1)  # a hash of ints is the same in every process
-        legacy = np.random.RandomState(mixed % 2**32).get_state()
-        self.state = torch.Generator().manual_seed(mixed).get_state(), random.Random(mixed).getstate(), legacy  # noqa: S311
-
-    def __enter__(self) -> None:
-        self._outer = _generators()
-        _set_generators(self.state)
-
-    def __exit__(self, *_error: object) -> None:
-        self.state = _generators()
-        _set_generators(self._outer)
-
-
-_States = tuple[Tensor, Any, Any]
-
-
-def _generators() -> _States:
-    """Return the states of the generators that data code uses: torch, random, numpy."""
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def _set_generators(states: _States) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])
-
-
 class OrderedBatches:
     """Batches in the plan's order: the same samples at the same step at every party of a lane."""
 
@@ -159,7 +123,7 @@ class OrderedBatches:
         self._whole = isinstance(self._dataset, BatchDataset)
         self._plain = self._loader is None and isinstance(self._dataset, TensorTable)
         self.count = order.count
-        self._random = _Random()
+        self._random = Dice()
         self._at: tuple[int, int, int] | None = None
         self._indices: list[int] = []
         self._iterator: Iterator[Any] | None = None
@@ -230,7 +194,7 @@ class LoaderBatches:
                 code="E256",
             )
         self.loader, self.order, self.count = loader, order, order.count
-        self._random = _Random()
+        self._random, self._own = Dice(), LoaderDice(loader)
         self._at: tuple[int, int] | None = None
         self._iterator: Iterator[Any] | None = None
 
@@ -239,7 +203,7 @@ class LoaderBatches:
         if self._at != (epoch, index) or self._iterator is None:
             self._restart(epoch, index)
         self._at = (epoch, index + 1)
-        with self._random:
+        with self._random, self._own:
             batch = next_batch(cast("Iterator[Any]", self._iterator), self.loader, lambda: self._drawn_at(epoch, index))
         if batch is None:
             raise DataError(
@@ -256,7 +220,7 @@ class LoaderBatches:
         A sampler that draws at random, or again what it has drawn, would count some people several times, and others
         not. A sampler of the user's own gives what it gives in an epoch, and so does a loader that batches by itself.
         """
-        own, loader, size, rows = _Random(), self.loader, self.order.training.batch_size, list[int]()
+        own, loader, size, rows = Dice(), self.loader, self.order.training.batch_size, list[int]()
         own.seed(self.order.seed, 0)
         with own:
             if loader.batch_sampler is not None and type(loader).__iter__ is DataLoader.__iter__:
@@ -272,24 +236,26 @@ class LoaderBatches:
 
     def _drawn_at(self, epoch: int, index: int) -> list[int]:
         """Return the samples of a batch that was drawn: draws them again, and reads none."""
-        self._seed(epoch)
         places = DataLoader(
             _Places(), batch_sampler=self.loader.batch_sampler, collate_fn=list, generator=self.loader.generator
         )
-        with self._random:
+        again_ = Dice()
+        again_.seed(self.order.seed, epoch)
+        self._own.begin(epoch, follows=False)
+        with again_, self._own:
             return next(islice(places, index, None), [])
 
-    def _seed(self, epoch: int) -> None:
-        self._random.seed(self.order.seed, epoch)
-        sampler: Any = self.loader.sampler
-        for generator in {id(g): g for g in (self.loader.generator, getattr(sampler, "generator", None)) if g}.values():
-            generator.manual_seed(hash((self.order.seed, epoch)) & (2**63 - 1))
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-
     def _restart(self, epoch: int, index: int) -> None:
-        self._seed(epoch)
+        count = len(lane_batches(self.count, self.order.training.batch_size, self.order.drop_last))
+        if follows := self._at == (epoch - 1, count):
+            with self._random, self._own:
+                next(cast("Iterator[Any]", self._iterator), None)  # as a loop does: a sampler may draw at its end
         with self._random:
+            self._own.begin(epoch, follows=follows)
+        self._random.seed(self.order.seed, epoch)
+        with self._random, self._own:
+            if hasattr(sampler := self.loader.sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
             self._iterator = iter(self.loader)
             for _ in range(index):
                 next(self._iterator, None)

@@ -41,6 +41,8 @@ def enter(leaf: Tensor, hooks: Hooks) -> Tensor:
     other last bits. The hooks are put where `register_hook` puts them, without its handle.
     """
     entered: Any = _alias(leaf, leaf.shape)
+    if entered.stride() != leaf.stride():
+        entered.data = leaf.detach()  # an alias may give a dimension of one step another stride
     entered._backward_hooks = hooks
     entered.grad_fn._register_hook_dict(entered)
     return cast("Tensor", entered)

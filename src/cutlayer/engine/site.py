@@ -27,6 +27,7 @@ from cutlayer.engine.optim import (
 )
 from cutlayer.engine.preprocess import Batches, Preprocess
 from cutlayer.engine.stage import ModuleStage, StageProtocol
+from cutlayer.engine.tied import ties
 from cutlayer.errors import ConfigError, ContractError
 
 __all__ = ["Batches", "Parts", "Place", "Site", "stage_seed"]
@@ -257,6 +258,11 @@ def _bundles(graph: Graph, parts: Parts, stages: Mapping[Place, StageProtocol]) 
     for (name, lane), stage in stages.items():
         groups.setdefault(lane if graph.by_name[name].replicated else None, {})[name] = stage
     _check_ties(parts.party, groups)
+    for group in groups.values():
+        trained = [part.name for part in graph.order if graph.trained[part.name] and part.name in group]
+        modules = {name: stage for name in trained if isinstance(stage := group[name], ModuleStage)}
+        for name, tied in ties({name: stage.parameters() for name, stage in modules.items()}).items():
+            modules[name].tied = tied
     return {lane: Bundle(group, parts.optimizer, parts.scheduler) for lane, group in groups.items()}
 
 

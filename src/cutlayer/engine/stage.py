@@ -17,6 +17,7 @@ from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_of, hooks_to, 
 from cutlayer.engine.flops import FlopCounter
 from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
+from cutlayer.engine.tied import Tied
 from cutlayer.errors import CutlayerError, StageError
 
 __all__ = ["Context", "Gradients", "ModuleStage", "StageProtocol"]
@@ -135,6 +136,7 @@ class ModuleStage:
         self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
+        self.tied = Tied()  # replaced by who has other stages with the same weights
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters, in the module's order."""
@@ -197,8 +199,9 @@ class ModuleStage:
             self.spent = self._flops["backward", kept.shapes]
             kept.after.goes_on(context_key, roots[0], partial(_through, self, kept))
             return [seeds[0] if one else None for one in kept.wanted]
-        if roots:
-            self._guarded("backward", kept.shapes, kept.leaves, kept.back or go_back, tuple(roots), tuple(seeds))
+        if roots or self.tied.later:
+            work = self.tied.go_back
+            self._guarded("backward", kept.shapes, kept.leaves, work, context_key, roots, seeds, kept.back or go_back)
         for place, gradient in enumerate(kept.sink):
             if gradient is None and kept.wanted[place]:
                 kept.sink[place] = torch.zeros_like(kept.leaves[place])  # an input that the module did not use
@@ -220,6 +223,7 @@ class ModuleStage:
     def forget(self) -> None:
         """Drop what forwards have kept, for a roll-back in mid-step."""
         self._kept.clear()
+        self.tied.forget()
 
     def _roots(self, kept: _Kept, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
         """Return the outputs to go back from, and the gradient at each. Raises `StageError` E305, E340."""

@@ -43,12 +43,13 @@ def memory_order(value: Tensor) -> tuple[int, ...]:
 
     A dimension is given as `~dim` if there is a gap in memory between its steps, as in a slice of a larger tensor.
     Operations add in the order of memory, and choose another way over gaps: a tensor that arrives with other strides
-    gives other last bits. An expanded tensor, whose numbers share memory, has none: ().
+    gives other last bits. A dimension of one step has a place of its own too, by its stride: a batch of one image tells
+    by it whether channels are last. An expanded tensor, whose numbers share memory, has no order: ().
     """
-    if value.is_contiguous():
-        return ()
     shape, strides, filled = value.shape, value.stride(), 1
-    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
+    if value.is_contiguous() and (1 not in shape or 0 in strides or not value.numel()):
+        return ()
+    order = sorted(range(value.ndim), key=lambda dim: (-strides[dim], shape[dim] == 1))
     for place in range(value.ndim - 1, -1, -1):
         dim = order[place]
         if shape[dim] == 1:
@@ -58,7 +59,7 @@ def memory_order(value: Tensor) -> tuple[int, ...]:
         if strides[dim] > filled:
             order[place] = ~dim
         filled = strides[dim] * shape[dim]
-    return tuple(order)
+    return tuple(order) if order != list(range(value.ndim)) else ()
 
 
 def to_payload(value: Tensor, order: tuple[int, ...] = ()) -> memoryview:

@@ -13,7 +13,7 @@ offset  size  field
 36      ...   control part, then payload
 ```
 The control part of a data frame is a msgpack array: session, mode, round, step, edge, lane, micro, direction, dtype,
-shape, and order where the tensor is not contiguous: its dimensions, from the one with the largest stride on, as
+shape, and order where the tensor does not lie in C order: its dimensions, from the one with the largest stride on, as
 -1 - dim where there is a gap in memory between the steps of dim.
 dtype is the position in `core.spec.DTYPES`; 255 means bytes, and shape is then [length].
 """

@@ -259,6 +259,7 @@ def _joined(worker: Worker, loss: str, lane: int) -> ModuleStage | None:
     source = trained[0].source.stage
     stage = stages[worker.site.place(source, lane)]
     alone = len(graph.consumers_of[source]) == len(graph.by_name[source].ports) == 1
+    alone = alone and not own.tied.earlier  # else the loss has a backward of its own, which adds in another order
     return stage if alone and isinstance(stage, ModuleStage) and stage.device == own.device else None
 
 

@@ -29,7 +29,7 @@ from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, PeerError, PlanError, ProgramError
 from cutlayer.run.company import Company, Here, There
 from cutlayer.run.hooks import Hooks
-from cutlayer.run.missteps import again, no_round, no_tensor, outside
+from cutlayer.run.missteps import again, closure, no_round, no_tensor, outside
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
 from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
@@ -167,7 +167,8 @@ class Session:
                 "the loop ended before the rounds of the plan",
                 where=f"party {self.party.name}",
                 expected="all of session.rounds(), each to its end",
-                remedy="go through all batches; change training.epochs for fewer",
+                remedy="go through all batches, as all parties do; for fewer rounds lower training.epochs, and to keep "
+                "an early round's weights copy them there",
                 code="E441",
             )
         if self._hooks is not None:
@@ -300,9 +301,13 @@ class Session:
         scales, _ = walk.course.outlook(walk.key("backward"))
         check_scale(self.scaler, gradient, scales.get(name, 0.0), self.place, self.factors)
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, _: object, given: tuple[object, ...], named: Mapping[str, object]) -> None:
         check_stepper(self.scaler, self.place)
-        self._walking().before_step()
+        try:
+            self._walking().before_step()
+        except ProgramError as error:
+            runs = any(callable(one) for one in (*given[1:], named.get("closure")))
+            raise (closure(self.place) if runs else error) from None
 
     def _walking(self) -> Walk:
         if self._walk is None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from cutlayer.errors import ProgramError
 
-__all__ = ["again", "evaluating", "misplaced", "no_round", "no_tensor", "outside"]
+__all__ = ["again", "closure", "evaluating", "misplaced", "no_round", "no_tensor", "outside", "second"]
 
 
 def outside(party: str) -> ProgramError:
@@ -68,6 +68,32 @@ def evaluating(place: str, call: str) -> ProgramError:
         got=call,
         remedy="put backward and step under `if round.training:`, and the forward under "
         "`with torch.set_grad_enabled(round.training):`",
+        code="E440",
+    )
+
+
+def second(place: str) -> ProgramError:
+    """Return the error of a second backward through one microbatch."""
+    return ProgramError(
+        "the loop goes back a second time through one microbatch",
+        where=place,
+        expected="one backward() for what a call of remote gave: a gradient crosses each cut once",
+        got="backward",
+        remedy="add up the losses and call backward() once; a backward with retain_graph followed by another, and "
+        "gradients of gradients (create_graph, as in a gradient penalty), cannot be had across a cut",
+        code="E440",
+    )
+
+
+def closure(place: str) -> ProgramError:
+    """Return the error of an optimizer's step that is to run the model itself."""
+    return ProgramError(
+        "an optimizer's closure cannot run the model across a cut",
+        where=place,
+        expected="optimizer.step() after the backward of the batch: each batch crosses once",
+        got="optimizer.step(closure) before it",
+        remedy="run the model and backward() first, then step() without a closure; an optimizer that needs one "
+        "(LBFGS) cannot train a cut model",
         code="E440",
     )
 

@@ -58,7 +58,8 @@ class Party:
         metrics: Loss -> function that makes its torchmetrics (one, several by name, or a `MetricCollection`), which
             are given (prediction, label): the first and the last input of the loss.
         fields: Names of the parts of tuple items.
-        seed: Private seed of dropout and of randomness in the data; None: a new one, never told to anybody.
+        seed: Private seed of dropout and of randomness in the data, but for loaders with a `generator` of their own;
+            None: a new one, never told to anybody.
         device: Where this party computes: one that torch finds here.
         threads: Threads that torch may use in a process of this party's own; more than one pays for large stages on a
             machine that runs nothing else, and changes the last bits.

@@ -17,7 +17,7 @@ from cutlayer.core.program import Backward, Credit, Exchange, Forward, Recv, Sen
 from cutlayer.errors import ProgramError
 from cutlayer.run.course import PARTS, Course, Item, Key
 from cutlayer.run.hands import Hands
-from cutlayer.run.missteps import evaluating, misplaced
+from cutlayer.run.missteps import evaluating, misplaced, second
 
 __all__ = ["Leg", "Walk"]
 
@@ -136,7 +136,10 @@ class Walk:
         if not self.training:
             raise evaluating(self.hands.place, "backward")
         due = self._due(leg) if self._key == leg.key else []
-        if not due and any(edge.trained for edge in (*leg.sent, *leg.got)):
+        trained = [edge.index for edge in (*leg.sent, *leg.got) if edge.trained]
+        if not due and trained:
+            if all((index, *leg.key, "down") in self._done for index in trained):
+                raise second(self.hands.place)
             raise self._unexpected("backward", self.course.next)
         at = {edge.index: gradient for edge, gradient in zip(leg.got, gradients, strict=True)}
         heard: dict[int, Tensor] = {}
