@@ -75,6 +75,14 @@ class LedgerPart(msgspec.Struct, frozen=True):
     exchanges: tuple[ExchangeRow, ...] = ()
 
 
+class UndonePart(msgspec.Struct, frozen=True):
+    """What a party sent in steps that a restart undid. Units: bytes, messages."""
+
+    payload: int
+    framing: int
+    messages: int
+
+
 class OwnPart(msgspec.Struct, frozen=True):
     """Metrics over the samples of one lane alone, and their number. `client` is "" in older summaries."""
 
@@ -138,6 +146,7 @@ class SummaryFile(msgspec.Struct, frozen=True):
     parameters: dict[str, CountsPart]
     weights_sha256: dict[str, str]
     versions: dict[str, str]
+    undone: dict[str, UndonePart] = {}
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ def _named(summary: SummaryFile, lanes: int) -> set[str]:
     ledgers = summary.ledgers
     return {
         *ledgers,
+        *summary.undone,
         *(row.peer for ledger in ledgers.values() for row in ledger.flows),
         *(name for row in summary.history for name in (row.loss, row.party) if name),
         *(f"lane {own.lane}" for row in summary.history for own in row.own if not 0 <= own.lane < lanes),

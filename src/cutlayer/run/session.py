@@ -24,6 +24,7 @@ from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
+from cutlayer.run.sent import Sent
 from cutlayer.run.simulate import gathered
 from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionReset
 
@@ -126,11 +127,14 @@ def run_session(plan: Plan, party: Party, task: Task, link: Network, tell: Notif
     Returns:
         What did the work, and how many samples each party had. Raises what `join` raises.
     """
+    sent = Sent(link, task.store.folder.parent if task.store else None)
     try:
-        return _until_done(_Run(plan, party, task, link, tell))
+        return _until_done(_Run(plan, party, task, link, tell, sent))
     except Exception as error:
         tell_others(link, error, f"party {party.name!r}")
         raise
+    finally:
+        sent.close()
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class _Run:
     task: Task
     link: Network
     tell: Notify
+    sent: Sent
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,7 @@ def _open(
         restore(worker.site, loaded.tensors, f"checkpoint {checkpoint}")
         worker.ledger.restore(loaded.document["ledger"])
         worker.history[:] = loaded.document["history"]
+    run.sent.settle(worker.ledger)
     mine = let_in(run.link, run.plan, run.party.name, programs, phases)
     return _Session(number, roster, phases, mine, phase, cursor)
 
@@ -246,7 +252,7 @@ def _work(run: _Run, worker: Worker, session: _Session) -> None:
         observer = _Observer(run, worker, mode, number, session.programs[mode].steps, saved)
         talk = interpret(session.programs[mode], cursor, worker)
         try:
-            drive(talk, run.link, worker.ledger, observer.handle, observer.tell)
+            drive(talk, run.sent, worker.ledger, observer.handle, observer.tell)
         finally:
             observer.tell()
         rows = [row for row in worker.history if (row["mode"], row["round"]) == (mode, number)]
