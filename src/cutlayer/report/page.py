@@ -28,7 +28,8 @@ __all__ = ["render_page", "render_svg", "summary_words"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _EVENTS = {
     "lost": "a party was lost", "returned": "a lost party came back",
-    "rollback": "the run went back to a checkpoint", "aborted": "a party stopped the run",
+    "rollback": "the run went back to a checkpoint", "damaged": "a checkpoint was damaged",
+    "anew": "the run began anew", "aborted": "a party stopped the run",
 }  # fmt: skip
 
 

@@ -25,7 +25,14 @@ from cutlayer.run.launch import kind_of
 __all__ = ["FlowRow", "HistoryRow", "LedgerPart", "OwnPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
 
 VERSION = 2  # of the summaries that this reads
-_TOLD = ("lost", "returned", "rollback", "aborted")  # events that a reader of the report wants to know of
+_TOLD = (
+    "lost",
+    "returned",
+    "rollback",
+    "damaged",
+    "anew",
+    "aborted",
+)  # events that a reader of the report wants to know of
 
 
 class FlowRow(msgspec.Struct, frozen=True):
