@@ -231,3 +231,11 @@ def test_stopped_run_leaves_no_process_and_goes_on_to_the_same_bits(call: Call, 
     result = call("resume", "many")
     assert (result.code, result.out[-1]) == (0, "results: many/report.html")
     assert_same_weights(demo / "one", demo / "many")
+    document = json.loads((demo / "many" / "summary.json").read_text())
+    for party, ledger in document["ledgers"].items():
+        left = sum(row["payload"] for row in ledger["flows"] if row["way"] == "sent")
+        undone = document["undone"].get(party, {}).get("payload", 0)
+        assert int((demo / "many" / party / "sent.txt").read_text().split()[0]) == left + undone
+        more = f"  {party}: sent {undone:,} B more in steps that a restart undid"
+        assert (more in result.out) == (party in document["undone"])
+    assert document["undone"]

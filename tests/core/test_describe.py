@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.topologies import u_shaped, vanilla
+from cutlayer.run.launch import leaving
 from tests.small import TOPOLOGIES, C, float32
 
 
@@ -228,3 +231,26 @@ b
   gets    one number a step, the squared norm of gradients, from a, of all together
   gets    the number of samples of each party that has data, once
   keeps   data.x, data.y"""
+
+
+@pytest.mark.parametrize("order", ["relay", "parallel"])
+def test_each_holder_of_a_replica_is_told_where_its_weights_go_in_the_end(order: str):
+    plan = Plan(
+        [
+            Stage("head", at=("a", "b", "c"), inputs=["data.x"], output="float32[batch, 4]"),
+            Stage("body", at="server", inputs=["head"], output="float32[batch, 4]"),
+            Stage("tail", at=("a", "b", "c"), inputs=["body"], output="float32[batch, 2]"),
+            Loss("loss", at=("a", "b", "c"), inputs=["tail", "data.y"]),
+        ],
+        training=Training(batch_size=8, order=order),
+        assemble_at=["b", "server"],
+    )
+    end = "to server, at the end (it may put the whole model together)"
+    for party in ("a", "b", "c"):
+        told = [line for line in leaving(plan, party, {}).text.splitlines() if line.endswith(end)]
+        way = "" if party == "a" else ", which a has as well, by way of a"
+        assert told == [f"  sends   its weights of {stage}{way} {end}" for stage in ("head", "tail")]
+    (told,) = [
+        line for line in leaving(plan, "server", {}).text.splitlines() if "at the end" in line and "sends" in line
+    ]
+    assert told == "  sends   its weights of body to b, at the end (it may put the whole model together)"

@@ -13,6 +13,7 @@ import pytest
 
 import cutlayer as cl
 from cutlayer.report.palette import DARK, LIGHT
+from cutlayer.report.words import size
 from cutlayer.report.write import write_report
 from cutlayer.run.outcome import Result
 from cutlayer.run.results import write_results
@@ -239,6 +240,30 @@ def test_more_than_planned_is_an_alarm(tmp_path: Path):
     assert "north sent server more" in found.words
     assert f"{row['payload']:,} bytes instead of {planned:,}." in found.words
     assert "more" not in reported(tmp_path).words.split("Who holds")[0]
+
+
+def test_what_was_sent_in_steps_that_were_undone_has_left_too(tmp_path: Path):
+    plain = reported(tmp_path)
+    before = [int(cell.replace(",", "")) for cell in (plain.tables["What left north"][-1][i] for i in (1, 3, 4))]
+    (tmp_path / "metrics.jsonl").write_text('{"event":"rollback"}\n')
+    found = reported(tmp_path, undone={"north": {"payload": 7_000_000, "framing": 900, "messages": 30}})
+    *_, row, last = found.tables["What left north"]
+    assert row == ["sent in steps that a restart undid", "", "", "7,000,000", "", "900", "30"]
+    after = [int(last[place].replace(",", "")) for place in (1, 3, 4)]
+    assert after == [before[0] + 7_000_000, before[1] + 900, before[2] + 30]
+    assert found.tables["What left server"] == plain.tables["What left server"]
+    assert "What left is counted each time: in steps that a restart undid, north 7.0 MB." in found.words
+    assert about(found.column("Cost by party", "sent")["north"], after[0])
+    crossed = before[0] + 7_000_000 + int(found.tables["What left server"][-1][1].replace(",", ""))
+    assert f"{size(crossed)} of tensors crossed" in found.words
+    (row,) = [row for row in table(tmp_path, "cuts.csv") if row["direction"] == "undone"]
+    assert (row["from"], row["to"], row["payload_bytes"], row["messages"]) == ("north", "", "7000000", "30")
+    costs = {row["party"]: row for row in table(tmp_path, "costs.csv")}
+    assert costs["north"]["sent_payload_bytes"] == str(after[0])
+
+
+def test_where_the_numbers_of_samples_are_counted_is_said(tmp_path: Path):
+    assert "numbers of samples, which all parties are told when they meet" in " ".join(reported(tmp_path).words.split())
 
 
 def test_what_happened_on_the_way_is_told(tmp_path: Path):

@@ -64,6 +64,7 @@ def main(job: dict[str, Any]) -> int:
     document = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "ledger": result.ledgers[name].document(),
+        "undone": vars(result.ledgers[name].undone),
         "history": result.history,
     }
     (folder / f"{name}.json").write_text(json.dumps(document))

@@ -33,6 +33,7 @@ def test_processes_give_the_bits_and_bytes_of_one_process(case, tmp_path):
         done = running.results()
     alone = in_process(case)
     _check_same(done, alone)
+    assert all(result["undone"]["messages"] == 0 for result in done.values())
     sent = {(p, f[1], *f[2:]) for p, r in done.items() for f in flows(r) if f[0] == "sent"}
     received = {(f[1], p, *f[2:]) for p, r in done.items() for f in flows(r) if f[0] == "received"}
     assert sent == received
@@ -56,7 +57,23 @@ def test_kill_in_mid_round_and_restart_gives_the_same_weights(victim, tmp_path):
         assert set(running.wait_all().values()) == {0}, running.logs()
         done = running.results()
         assert running.events("gamma", "rollback"), "nobody rolled back: the crash was not in mid-round"
+        told = {party: _told(running.events(party, "step")) for party in running.parties}
     _check_same(done, in_process("relay", training))
+    for party, result in done.items():
+        flows = [row for row in result["ledger"]["flows"] if row["way"] == "sent"]
+        undone = result["undone"]
+        assert sum(row["payload"] for row in flows) + undone["payload"] >= told[party]["bytes"]
+        assert sum(row["messages"] for row in flows) + undone["messages"] >= told[party]["messages"]
+    assert done[victim]["undone"]["messages"] > 0
+    assert done["gamma" if victim == "server" else "server"]["undone"]["messages"] > 0
+
+
+def _told(steps):
+    """Return what the steps that a party told of have sent, those included that were undone."""
+    return {
+        part: sum(size for step in steps for name, size in step[part].items() if name.startswith("sent"))
+        for part in ("bytes", "messages")
+    }
 
 
 def test_kill_while_the_others_have_finished(tmp_path):

@@ -57,6 +57,81 @@ def test_a_checkpoint_of_other_numbers_of_samples_is_refused(tmp_path: Path):
     assert all(isinstance(error, CheckpointError | PeerError) for error in second.values())
 
 
+def spoil(folder: Path, *, newest_only: bool) -> Path:
+    """Cut the tensors of a party's checkpoints short; return the file of the newest."""
+    files = sorted((folder / "checkpoints").glob("*.safetensors"), key=lambda path: int(path.stem))
+    for path in files[-1:] if newest_only else files:
+        path.write_bytes(path.read_bytes()[:500])
+    return files[-1]
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, common: bool):
+    case, run = plans.u_shaped(epochs=1, checkpoint_every=1), tmp_path / "run"
+    trial, told = Trial(case.plan, tmp_path), dict[str, list[tuple[str, Mapping[str, Any]]]]()
+
+    def part(name: str) -> Any:
+        tell = lambda event, details: told.setdefault(name, []).append((event, details))  # noqa: E731
+        return lambda: cl.join(
+            case.plan, case.build(name), network=trial.settings(name), folder=run / name, notify=tell
+        )
+
+    first = trial.play({name: part(name) for name in case.plan.parties})
+    assert not [event for events in told.values() for event, _ in events if event in ("damaged", "anew")]
+    file = spoil(run / "alpha", newest_only=True)
+    if not common:  # the others have the newest only
+        for path in run.glob(f"*/checkpoints/{int(file.stem) - 1}.*"):
+            if "alpha" not in path.parts:
+                path.unlink()
+    told.clear()
+    second = trial.play({name: part(name) for name in case.plan.parties})
+    (row,) = [details for event, details in told["alpha"] if event == "damaged"]
+    assert row == {"party": "alpha", "file": str(file), "got": "another SHA-256 than its manifest says"}
+    assert "damaged" not in [event for name in set(told) - {"alpha"} for event, _ in told[name]]
+    if common:
+        for name, result in first.items():
+            assert second[name].history == result.history
+            assert second[name].ledgers[name].flows == result.ledgers[name].flows
+        return
+    error = second["alpha"]
+    assert isinstance(error, CheckpointError)
+    assert (error.code, error.where) == ("E802", str(file))
+    assert "there is no other to go on from" in str(error)
+    assert all(isinstance(one, PeerError) for name, one in second.items() if name != "alpha"), second
+
+
+def test_damaged_checkpoints_do_not_begin_the_run_anew(tmp_path: Path):
+    case = plans.u_shaped(epochs=1)
+    trial, run = Trial(case.plan, tmp_path), tmp_path / "run"
+    work = {
+        name: lambda name=name: cl.join(case.plan, case.build(name), network=trial.settings(name), folder=run / name)
+        for name in case.plan.parties
+    }
+    trial.play(work)
+    file = spoil(run / "alpha", newest_only=False)
+    with pytest.raises(CheckpointError, match="put a copy of the folder `checkpoints` back") as caught:
+        work["alpha"]()  # before it meets anybody
+    assert (caught.value.code, caught.value.where) == ("E802", str(file))
+
+
+def test_parties_without_a_common_checkpoint_say_that_they_begin_anew(tmp_path: Path):
+    case = plans.u_shaped(epochs=1)
+    trial, run = Trial(case.plan, tmp_path), tmp_path / "run"
+    told = list[tuple[str, Any]]()
+
+    def part(name: str, folder: str) -> Any:
+        tell = lambda event, details: told.append((event, details.get("party")))  # noqa: E731
+        return lambda: cl.join(
+            case.plan, case.build(name), network=trial.settings(name), folder=run / folder, notify=tell
+        )
+
+    first = trial.play({name: part(name, name) for name in case.plan.parties})
+    assert "anew" not in [event for event, _ in told]
+    second = trial.play({name: part(name, "new" if name == "alpha" else name) for name in case.plan.parties})
+    assert {party for event, party in told if event == "anew"} == set(case.plan.parties) - {"alpha"}
+    assert {name: one.history for name, one in second.items()} == {name: one.history for name, one in first.items()}
+
+
 @pytest.mark.provokes("E390")
 def test_a_bug_at_one_party_reaches_the_others_without_its_words(tmp_path: Path):
     case = plans.u_shaped(epochs=1)
@@ -130,7 +205,7 @@ def test_a_listener_that_stops_in_the_middle_gets_each_step_once_and_none_of_ano
         if details["step"] == 1:
             raise KeyboardInterrupt
 
-    run = _Run(case.plan, case.build("alpha"), Task(agenda, {}), cast("Any", None), tell)
+    run = _Run(case.plan, case.build("alpha"), Task(agenda, {}), cast("Any", None), tell, cast("Any", None))
     observer = _Observer(run, worker, "train", 1, 4, lambda _job: None)
     for step in range(4):
         worker.ledger.compute("forward", "head", step)

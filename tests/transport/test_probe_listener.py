@@ -9,6 +9,8 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import grpc
 import pytest
@@ -161,6 +163,20 @@ def test_a_client_without_http_2(place: Place, own: dict[str, Credentials]):
     context.set_alpn_protocols(["http/1.1"])
     speak(place.port, context)
     assert place.told() == [("refused", "", "it has no HTTP/2")]
+
+
+def test_the_reason_that_a_refused_party_is_sent_for_is_here(tmp_path: Path):
+    """A run's server cannot tell it: gRPC says nothing. So E668 names this listener."""
+    authority = create_authority(tmp_path / "ca", name="study")
+    server = load_credentials(issue(authority, "server", tmp_path), "server")
+    later = issue(authority, "clinic", tmp_path, now=datetime.now(UTC) + timedelta(days=9))
+    place = Place(server)
+    with place.listener:
+        *_, last = contact(place.target, load_credentials(later, "clinic"), each=5)
+        assert last.error is not None
+        assert last.error.code == "E668"
+        assert "`cutlayer doctor CONTRACT --party FILE --serve` at the server" in last.error.remedy
+        assert place.told() == [("refused", "", "its certificate: certificate is not yet valid")]
 
 
 def test_two_names_could_be_two_parties(own: dict[str, Credentials]):

@@ -257,7 +257,7 @@ def _error(child: _Child) -> CutlayerError:
 
 def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds: float) -> tuple[str, dict[str, Any]]:
     """Return one summary from those of all parties, and write it."""
-    from cutlayer.engine.ledger import Ledger
+    from cutlayer.engine.ledger import Ledger, Row
     from cutlayer.run.checkpoint import write_atomic
     from cutlayer.run.outcome import Result
     from cutlayer.run.results import summary_document
@@ -270,6 +270,7 @@ def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds
         part: Mapping[str, Any] = msgspec.json.decode((home / "summary.json").read_bytes())
         ledgers[party] = Ledger(party)
         ledgers[party].restore(part["ledgers"][party])
+        ledgers[party].undone = Row(**part["undone"].get(party, {}))
         history += part["history"]
         hashes |= part["weights_sha256"]
         parts.append(part)

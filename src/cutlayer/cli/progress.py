@@ -27,6 +27,9 @@ _NEWS = {
     "returned": "{party} is back",
     "waiting": "waiting for {parties}",
     "rollback": "{reason}: going back to the last checkpoint that all parties have",
+    "second": "{code} {what}: waiting for its end. Or {remedy}",
+    "damaged": "E802 a checkpoint is damaged and not used: {file} ({got})",
+    "anew": "the parties have no checkpoint in common: the run begins anew, from the first round",
     "aborted": "stopped by {party}: {code} {what}",
     "blocked": "cannot reach {party}: {code} {what} ({got}). Trying again. {remedy}",
 }

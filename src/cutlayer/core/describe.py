@@ -205,9 +205,10 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
     ]
     whole = [name for name in plan.assemble_at if name != party]
     for stage in plan.stages if whole else ():
-        if not isinstance(stage, Loss) and stage.places[0] == party and set(whole) - set(stage.places):
-            to = ", ".join(name for name in whole if name not in stage.places)
-            texts.append(f"its weights of {stage.name} to {to}, at the end (it may put the whole model together)")
+        to, giver = ", ".join(name for name in whole if name not in stage.places), stage.places[0]
+        if not isinstance(stage, Loss) and party in stage.places and to:
+            way = "" if giver == party else f", which {giver} has as well, by way of {giver}"
+            texts.append(f"its weights of {stage.name}{way} to {to}, at the end (it may put the whole model together)")
     if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
         texts.append(f"one number a step, the squared norm of its gradients, by way of {plan.hub} (declared release)")
     if len(plan.parties) > 1 and any(party in plan.graph.data_fields(lane) for lane in range(plan.lanes)):

@@ -32,13 +32,15 @@ class Ledger:
     """Counts of one party.
 
     What is noted is added up later, when a step is closed or somebody looks: a party that computes is not kept by it.
-    The "edge" of an exchange is its number; `exchanges` says what it is: its name and stage.
+    The "edge" of an exchange is its number; `exchanges` says what it is: its name and stage. `undone` is what was sent
+    in steps that a restart undid: it is in no flow and in no `document`, which are those of an undisturbed run.
     """
 
     def __init__(self, party: str) -> None:
         """Begin at zero."""
         self.party = party
         self.exchanges: dict[int, tuple[str, str]] = {}
+        self.undone = Row()
         self._flows: dict[_Flow, Row] = {}
         self._sums: dict[str, _Sums] = {"seconds": {}, "flops": {}}
         self._notes: list[_Note] = []  # of the current step

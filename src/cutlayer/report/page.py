@@ -15,9 +15,9 @@ from cutlayer.core.describe import keeps
 from cutlayer.core.parts import Loss
 from cutlayer.report.numbers import metric_tables, missing, time_table
 from cutlayer.report.palette import DARK, LIGHT, STYLES
-from cutlayer.report.record import Record
+from cutlayer.report.record import Record, UndonePart
 from cutlayer.report.scene import Point, Scene
-from cutlayer.report.tally import Cost, Moved, costs, moved, totals
+from cutlayer.report.tally import UNDONE, Cost, Moved, costs, crossed, moved, totals
 from cutlayer.report.words import compact, duration, number, size
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ __all__ = ["render_page", "render_svg", "summary_words"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _EVENTS = {
     "lost": "a party was lost", "returned": "a lost party came back",
-    "rollback": "the run went back to a checkpoint", "aborted": "a party stopped the run",
+    "rollback": "the run went back to a checkpoint", "damaged": "a checkpoint was damaged",
+    "anew": "the run began anew", "aborted": "a party stopped the run",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def render_page(record: Record, plan: Scene, curves: Sequence[Scene], time: Scen
         summary=summary_words(record),
         notices=_notices(record),
         alarms=_alarms(rows),
-        facts=_facts(record, rows),
+        facts=_facts(record),
         plan_scene=plan,
         curves=list(zip(curves, metric_tables(record), strict=True)),
         lists=_lists(record),
@@ -83,13 +84,12 @@ def summary_words(record: Record) -> str:
         for mode, losses in sorted(summary.metrics.items())
         if _metric_words(losses)
     ]
-    sent = sum(row.payload for row in moved(record))
     return (
         f"A network of {_count(len(stages), 'stage')} ({', '.join(stages)}) was trained for "
         f"{_count(training.epochs, 'epoch')} in batches of {training.batch_size} by "
         f"{_count(len(plan.parties), 'party', 'parties')}: {_listed(who)}. "
         + (f"It reached {'; '.join(results)}. " if results else "")
-        + f"That took {duration(summary.seconds)}, and {size(sent)} of tensors crossed between parties"
+        + f"That took {duration(summary.seconds)}, and {size(crossed(record))} of tensors crossed between parties"
         + ("." if record.complete else ", as far as this party saw.")
     )
 
@@ -154,8 +154,14 @@ def _notices(record: Record) -> list[str]:
         )
     if record.events:
         told = [f"{_EVENTS[name]} {_count(count, 'time')}" for name, count in record.events.items()]
-        found.append(f"On the way {_listed(told)}. What was done again is counted once.")
+        found.append(f"On the way {_listed(told)}. What was done again is counted once.{_undone_words(record)}")
     return found
+
+
+def _undone_words(record: Record) -> str:
+    """Say who sent what in steps that were undone: it left, and its rows do not have it."""
+    told = [f"{party} {size(row.payload)}" for party, row in record.summary.undone.items()]
+    return f" What left is counted each time: {UNDONE.replace('sent in', 'in')}, {_listed(told)}." if told else ""
 
 
 def _alarms(rows: Sequence[Moved]) -> list[str]:
@@ -167,7 +173,7 @@ def _alarms(rows: Sequence[Moved]) -> list[str]:
     ]
 
 
-def _facts(record: Record, rows: Sequence[Moved]) -> list[tuple[str, str]]:
+def _facts(record: Record) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for mode in ("evaluate", "train"):
         for loss, values in record.summary.metrics.get(mode, {}).items():
@@ -176,7 +182,7 @@ def _facts(record: Record, rows: Sequence[Moved]) -> list[tuple[str, str]]:
     found = found[:3]
     samples = sum(record.summary.samples.get("train", {}).get(party, 0) for party in _first_owners(record))
     found += [(f"{samples:,}", "training samples")] if samples else []
-    found.append((size(sum(row.payload for row in rows)), "of tensors crossed"))
+    found.append((size(crossed(record)), "of tensors crossed"))
     found.append((duration(record.summary.seconds), "from start to end"))
     return found
 
@@ -243,13 +249,15 @@ def _cost_row(row: Cost) -> dict[str, str]:
 
 def _leaving(record: Record, party: str, rows: Sequence[Moved]) -> dict[str, Any]:
     mine = [row for row in rows if row.sender == party]
+    undone = [record.summary.undone[party]] if party in record.summary.undone else []
+    sent: list[Moved | UndonePart] = [*mine, *undone]
     known = party in record.summary.ledgers
     return {
         "party": party if known else f"{party}, as far as it was received here",
-        "rows": [_leaving_row(row) for row in mine],
-        "payload": f"{sum(row.payload for row in mine):,}",
-        "framing": f"{sum(row.framing for row in mine):,}",
-        "messages": f"{sum(row.messages for row in mine):,}",
+        "rows": [*(_leaving_row(row) for row in mine), *(_undone_row(row) for row in undone)],
+        "payload": f"{sum(row.payload for row in sent):,}",
+        "framing": f"{sum(row.framing for row in sent):,}",
+        "messages": f"{sum(row.messages for row in sent):,}",
         "nothing": "Nothing left this party." if known else "Nothing was received from this party here.",
         "kept": ", ".join(keeps(record.plan, party)) or "nothing that the above does not name",
     }
@@ -266,6 +274,11 @@ def _leaving_row(row: Moved) -> dict[str, Any]:
         "framing": f"{row.framing:,}",
         "messages": f"{row.messages:,}",
     }
+
+
+def _undone_row(row: UndonePart) -> dict[str, Any]:
+    sizes = {part: f"{getattr(row, part):,}" for part in ("payload", "framing", "messages")}
+    return {"what": UNDONE, "to": "", "spec": "", "raw": False, "planned": "", **sizes}
 
 
 def _again(record: Record) -> list[tuple[str, str]]:

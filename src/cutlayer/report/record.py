@@ -25,7 +25,14 @@ from cutlayer.run.launch import kind_of
 __all__ = ["FlowRow", "HistoryRow", "LedgerPart", "OwnPart", "ProcessPart", "Record", "SummaryFile", "read_record"]
 
 VERSION = 2  # of the summaries that this reads
-_TOLD = ("lost", "returned", "rollback", "aborted")  # events that a reader of the report wants to know of
+_TOLD = (
+    "lost",
+    "returned",
+    "rollback",
+    "damaged",
+    "anew",
+    "aborted",
+)  # events that a reader of the report wants to know of
 
 
 class FlowRow(msgspec.Struct, frozen=True):
@@ -73,6 +80,14 @@ class LedgerPart(msgspec.Struct, frozen=True):
     seconds: tuple[SecondsRow, ...]
     flops: tuple[FlopsRow, ...]
     exchanges: tuple[ExchangeRow, ...] = ()
+
+
+class UndonePart(msgspec.Struct, frozen=True):
+    """What a party sent in steps that a restart undid. Units: bytes, messages."""
+
+    payload: int
+    framing: int
+    messages: int
 
 
 class OwnPart(msgspec.Struct, frozen=True):
@@ -138,6 +153,7 @@ class SummaryFile(msgspec.Struct, frozen=True):
     parameters: dict[str, CountsPart]
     weights_sha256: dict[str, str]
     versions: dict[str, str]
+    undone: dict[str, UndonePart] = {}
 
 
 @dataclass(frozen=True)
@@ -226,6 +242,7 @@ def _named(summary: SummaryFile, lanes: int) -> set[str]:
     ledgers = summary.ledgers
     return {
         *ledgers,
+        *summary.undone,
         *(row.peer for ledger in ledgers.values() for row in ledger.flows),
         *(name for row in summary.history for name in (row.loss, row.party) if name),
         *(f"lane {own.lane}" for row in summary.history for own in row.own if not 0 <= own.lane < lanes),

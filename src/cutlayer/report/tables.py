@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from cutlayer.report.record import Record
-from cutlayer.report.tally import KINDS, costs, flat, moved
+from cutlayer.report.tally import KINDS, UNDONE, costs, flat, moved
 
 __all__ = ["costs_csv", "curves_csv", "cuts_csv"]
 
@@ -57,7 +57,7 @@ def costs_csv(record: Record) -> str:
 
 
 def cuts_csv(record: Record) -> str:
-    """Return a row for all that one party sent another of one kind in one mode."""
+    """Return a row for all that one party sent another of one kind in one mode, and one for steps that were undone."""
     head = ["from", "to", "what", "direction", "edge", "mode", "spec", "payload_bytes", "framing_bytes", "messages"]
     rows: list[list[_Cell]] = [
         [
@@ -66,6 +66,10 @@ def cuts_csv(record: Record) -> str:
         ]
         for row in moved(record)
     ]  # fmt: skip
+    rows += [
+        [party, None, UNDONE, "undone", None, None, None, row.payload, row.framing, row.messages, None, "sender"]
+        for party, row in record.summary.undone.items()
+    ]
     return _text([*head, "planned_bytes", "seen_by"], rows)
 
 

@@ -10,10 +10,10 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
 from cutlayer.core.graph import Edge
 from cutlayer.errors import CutlayerError
-from cutlayer.report.record import FlowRow, HistoryRow, Record
+from cutlayer.report.record import FlowRow, HistoryRow, Record, UndonePart
 
 __all__ = [
-    "KINDS", "Cost", "Moved", "Series", "costs", "exchanged", "flat", "moved", "series", "totals",
+    "KINDS", "UNDONE", "Cost", "Moved", "Series", "costs", "crossed", "exchanged", "flat", "moved", "series", "totals",
 ]  # fmt: skip
 
 # What the report calls the kinds of seconds in a ledger; all else is "other".
@@ -21,6 +21,7 @@ KINDS: Mapping[str, str] = {
     "forward": "forward", "backward": "backward", "step": "step", "load": "load", "send": "encode",
     "recv": "receive", "wait": "wait",
 }  # fmt: skip
+UNDONE = "sent in steps that a restart undid"
 _EXCHANGES: Mapping[str, tuple[str, str]] = {  # name -> its words, with and without stages
     "hand_on": ("state of {}, handed on", "state of {}"),
     "broadcast": ("state of {}, to begin equal", "state of {}"),
@@ -66,7 +67,11 @@ class Moved:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run cost one party. `seconds` is by the names of `KINDS` and "other"; `process` its parties."""
+    """What the run cost one party.
+
+    `sent` includes what was sent in steps that a restart undid; `received` and all else do not. `seconds` is by the
+    names of `KINDS` and "other"; `process` its parties.
+    """
 
     party: str
     parameters: int | None
@@ -143,6 +148,12 @@ def totals(rows: Iterable[Moved]) -> list[Moved]:
     return list(found.values())
 
 
+def crossed(record: Record) -> int:
+    """Return the bytes of tensors that parties sent each other, also in steps that a restart undid."""
+    undone = sum(row.payload for row in record.summary.undone.values())
+    return undone + sum(row.payload for row in moved(record))
+
+
 def costs(record: Record) -> list[Cost]:
     """Return the cost of each party whose ledger is here, in plan order."""
     return [_cost(record, party) for party in record.plan.parties if party in record.summary.ledgers]
@@ -216,6 +227,7 @@ def _lanes(record: Record, row: HistoryRow) -> int:
 def _cost(record: Record, party: str) -> Cost:
     summary, ledger = record.summary, record.summary.ledgers[party]
     process, held = record.process(party), summary.parameters.get(party)
+    undone = [summary.undone[party]] if party in summary.undone else []
     flops = {kind: sum(r.flops for r in ledger.flops if r.kind == kind) for kind in ("forward", "backward")}
     seconds = dict.fromkeys((*KINDS.values(), "other"), 0.0)
     for row in ledger.seconds:
@@ -228,7 +240,7 @@ def _cost(record: Record, party: str) -> Cost:
         party=party,
         parameters=held.total if held else None,
         flops=flops,
-        sent=_sums(r for r in ledger.flows if r.way == "sent"),
+        sent=_sums([*(r for r in ledger.flows if r.way == "sent"), *undone]),
         received=_sums(r for r in ledger.flows if r.way == "received"),
         seconds=seconds,
         wall=wall,
@@ -237,7 +249,7 @@ def _cost(record: Record, party: str) -> Cost:
     )
 
 
-def _sums(rows: Iterable[FlowRow]) -> dict[str, int]:
+def _sums(rows: Iterable[FlowRow | UndonePart]) -> dict[str, int]:
     found = {"payload": 0, "framing": 0, "messages": 0}
     for row in rows:
         found["payload"] += row.payload

@@ -22,7 +22,7 @@ from torch import Tensor
 from cutlayer.errors import CheckpointError
 from cutlayer.run.lock import own_folder
 
-__all__ = ["Position", "Store", "write_atomic"]
+__all__ = ["Position", "Store", "none_whole", "write_atomic"]
 
 VERSION = 1
 _MANIFEST_MAX = 64 * 2**20
@@ -96,7 +96,29 @@ class Store:
 
     def identifiers(self) -> list[int]:
         """Return the checkpoints that are whole, oldest first. Reads them all; damaged ones are left out."""
-        return [identifier for identifier in self._names() if self._whole(identifier)]
+        return self.look()[0]
+
+    def look(self) -> tuple[list[int], list[CheckpointError]]:
+        """Return the checkpoints that are whole, oldest first, and what is wrong with each other one. Reads them all.
+
+        Raises `CheckpointError` E804 if one is of another run.
+        """
+        whole, damaged = list[int](), list[CheckpointError]()
+        for identifier in self._names():
+            try:
+                self._read(identifier)
+                whole.append(identifier)
+            except CheckpointError as error:
+                if error.code == "E804":
+                    raise
+                damaged.append(error)
+        return whole, damaged
+
+    def check(self) -> None:
+        """Raise `CheckpointError` E802 if there are checkpoints, and all of them are damaged."""
+        whole, damaged = self.look()
+        if damaged and not whole:
+            raise none_whole(damaged[-1])
 
     def load(self, identifier: int) -> Loaded:
         """Read a checkpoint. Raises `CheckpointError` naming the file if it is missing, damaged or of another run."""
@@ -144,15 +166,6 @@ class Store:
             raise self._damaged(identifier, "another SHA-256 than its manifest says")
         return manifest, data
 
-    def _whole(self, identifier: int) -> bool:
-        try:
-            self._read(identifier)
-        except CheckpointError as error:
-            if error.code == "E804":
-                raise
-            return False
-        return True
-
     def _damaged(self, identifier: int, got: str) -> CheckpointError:
         return CheckpointError(
             "the checkpoint is missing or damaged",
@@ -164,6 +177,18 @@ class Store:
 
     def _path(self, identifier: int, suffix: str) -> Path:
         return self.folder / f"{identifier}.{suffix}"
+
+
+def none_whole(damaged: CheckpointError) -> CheckpointError:
+    """Return the error for a run that a damaged checkpoint leaves without one to go on from."""
+    return CheckpointError(
+        "the checkpoint is damaged, and there is no other to go on from",
+        where=damaged.where,
+        got=damaged.got,
+        remedy="put a copy of the folder `checkpoints` back, then resume; without one, delete it, then resume: all "
+        "parties train from the beginning",
+        code="E802",
+    )
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -84,6 +84,8 @@ class Result:
                 f"  {party}: sent {ledger.total('sent'):,} B, received {ledger.total('received'):,} B, "
                 f"{sum(ledger.flops.values()) / 1e9:.3f} GFLOP"
             )
+            if ledger.undone.messages:
+                lines.append(f"  {party}: sent {ledger.undone.payload:,} B more in steps that a restart undid")
         return "\n".join(lines)
 
 

@@ -176,7 +176,7 @@ def summary_document(
     """Return the summary as plain values: the plan, metrics, ledgers, cost, digests, versions.
 
     `digest` is that of the accepted contract, if there was one. `parts` are the summaries of the processes that ran
-    the parties; without any, this process ran them.
+    the parties; without any, this process ran them. "undone" is what a party sent in steps that a restart undid.
     """
     parts = parts or [_part(result)]
     return {
@@ -190,6 +190,7 @@ def summary_document(
         "history": result.history,
         "cuts": cut_totals(result.plan, result.ledgers),
         "ledgers": {party: ledger.document() for party, ledger in result.ledgers.items()},
+        "undone": {party: vars(ledger.undone) for party, ledger in result.ledgers.items() if ledger.undone.messages},
         "processes": [process for part in parts for process in part["processes"]],
         "parameters": {party: counts for part in parts for party, counts in part["parameters"].items()},
         "weights_sha256": dict(hashes),

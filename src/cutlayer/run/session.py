@@ -17,15 +17,16 @@ from cutlayer.engine.party import Cursor, Do, EndStep, fulfil, interpret
 from cutlayer.engine.snapshot import restore, snapshot
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CheckpointError, PeerError
-from cutlayer.run.checkpoint import Position, Store, write_atomic
+from cutlayer.run.checkpoint import Position, Store, none_whole, write_atomic
 from cutlayer.run.drive import drive
 from cutlayer.run.launch import RECORD, has_checkpoint
 from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
+from cutlayer.run.sent import Sent
 from cutlayer.run.simulate import gathered
-from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionReset
+from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionReset, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,7 @@ def join(
     Raises:
         HandshakeError, CertificateError: this party or a peer is not who or what it should be; final.
         PeerError, DeadlineError, LinkError: a peer failed, never came or stayed away; its code and remedy are in it.
+        CheckpointError: E802, all checkpoints here are damaged; E804, they are of another run.
         CutlayerError: this party failed; the others are told the code and the remedy.
     """
     folder = Path(folder)
@@ -64,6 +66,7 @@ def join(
         party = replace(party, seed=_private_seed(folder, party))
         store = Store(folder / "checkpoints", party=party.name, digest=network.digest)
         task = Task(agenda, counts(party), store)
+        store.check()
     try:
         return take_part(plan, party, task, network=network, notify=notify)
     except PeerError as error:
@@ -126,11 +129,14 @@ def run_session(plan: Plan, party: Party, task: Task, link: Network, tell: Notif
     Returns:
         What did the work, and how many samples each party had. Raises what `join` raises.
     """
+    sent = Sent(link, task.store.folder.parent if task.store else None)
     try:
-        return _until_done(_Run(plan, party, task, link, tell))
+        return _until_done(_Run(plan, party, task, link, tell, sent))
     except Exception as error:
         tell_others(link, error, f"party {party.name!r}")
         raise
+    finally:
+        sent.close()
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class _Run:
     task: Task
     link: Network
     tell: Notify
+    sent: Sent
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,7 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
     most = run.task.most or _RESETS_MAX
     for _ in range(most):
         try:
-            store = run.task.store
-            ready = Ready(run.task.counts, tuple(store.identifiers()) if store else ())
-            start = run.link.rendezvous(ready)
+            start = _met(run)
             roster = Roster(start.counts)
             if worker is None or roster != known or run.task.anew:
                 known = roster
@@ -193,6 +198,23 @@ def _until_done(run: _Run) -> tuple[Worker, Roster]:
         remedy="look at the first error of the party that restarts",
         code="E709",
     )
+
+
+def _met(run: _Run) -> Start:
+    """Meet the others, with the checkpoints that are whole here; say so where one is not, or where none is common.
+
+    Raises:
+        CheckpointError: E802, there is none to go on from, as one here is damaged.
+    """
+    whole, damaged = run.task.store.look() if run.task.store else ([], [])
+    for error in damaged:
+        run.tell("damaged", {"party": run.party.name, "file": error.where, "got": error.got})
+    start = run.link.rendezvous(Ready(run.task.counts, tuple(whole)))
+    if start.checkpoint < 0 and damaged:
+        raise none_whole(damaged[-1])
+    if start.checkpoint < 0 and whole:
+        run.tell("anew", {"party": run.party.name})
+    return start
 
 
 def _open(
@@ -227,6 +249,7 @@ def _open(
         restore(worker.site, loaded.tensors, f"checkpoint {checkpoint}")
         worker.ledger.restore(loaded.document["ledger"])
         worker.history[:] = loaded.document["history"]
+    run.sent.settle(worker.ledger)
     mine = let_in(run.link, run.plan, run.party.name, programs, phases)
     return _Session(number, roster, phases, mine, phase, cursor)
 
@@ -246,7 +269,7 @@ def _work(run: _Run, worker: Worker, session: _Session) -> None:
         observer = _Observer(run, worker, mode, number, session.programs[mode].steps, saved)
         talk = interpret(session.programs[mode], cursor, worker)
         try:
-            drive(talk, run.link, worker.ledger, observer.handle, observer.tell)
+            drive(talk, run.sent, worker.ledger, observer.handle, observer.tell)
         finally:
             observer.tell()
         rows = [row for row in worker.history if (row["mode"], row["round"]) == (mode, number)]

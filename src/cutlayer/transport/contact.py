@@ -256,7 +256,8 @@ def _refused(credentials: Credentials, where: str, got: str) -> CertificateError
         where=where,
         expected="HTTP/2 SETTINGS after the handshake",
         got=f"{got}; ours names {names}, issuer {issuer}, valid {_span(own)}",
-        remedy="Compare the authority (ca.pem) of both parties and both clocks; the server's log has its reason.",
+        remedy="Compare the authority (ca.pem) of both parties and both clocks. Only `cutlayer doctor CONTRACT --party "
+        "FILE --serve` at the server, run in its place, tells its reason.",
         code="E668",
     )
 

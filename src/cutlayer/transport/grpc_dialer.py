@@ -1,6 +1,7 @@
 """The side of a link that dials: one thread a peer, which dials again until the network is closed.
 
-What passes by itself (no route, connection reset, server not up yet) is tried again, with random pauses; what does not
+What passes by itself (no route, connection reset, server not up yet, another process of this party) is tried again,
+with random pauses; what does not
 (certificates, version, plan, run, a proxy that refuses) fails the run. gRPC tells neither apart, so a failed dial is
 looked into.
 """
@@ -21,7 +22,7 @@ from cutlayer.transport.contact import Target, diagnose
 from cutlayer.transport.control import Abort
 from cutlayer.transport.grpc_common import METHOD, SERVICE, channel_to
 from cutlayer.transport.grpc_server import Desk
-from cutlayer.transport.handshake import error_of, hello_of, read_hello, single, typed
+from cutlayer.transport.handshake import SECOND, error_of, hello_of, read_hello, single, typed
 from cutlayer.transport.peer import Stream
 from cutlayer.transport.reach import REFUSALS
 from cutlayer.transport.settings import proxy_to
@@ -79,6 +80,9 @@ class Dialer:
     def _run(self) -> None:
         failures = 0
         while not self._stop.is_set():
+            failure = self._desk.steward.failure
+            if failure is not None and failure.code == SECOND:
+                return  # whoever would be reached now is to hear nothing of this process
             try:
                 reached, error = self._attempt()
             except Exception as met:  # whatever it is, nobody else would learn of it
@@ -109,6 +113,9 @@ class Dialer:
             if first is None:
                 return False, None
             refusal = self._greet(stream, first)
+            if refusal is not None and refusal.code == SECOND:  # it passes once the other process has ended
+                desk.watch.failing(self.name, f"{refusal.code} {refusal.what}", refusal)
+                return False, None
             if refusal is not None:
                 return False, refusal
             desk.follow(stream, call)
@@ -124,7 +131,7 @@ class Dialer:
             self._call = None
 
     def _greet(self, stream: Stream, first: bytes) -> CutlayerError | None:
-        """Read the answer to our hello; return why the two can never talk, if so."""
+        """Read the answer to our hello; return why the two cannot talk, if so: never, but for E649."""
         try:
             answer = read_hello(first)
             if isinstance(answer, Abort):

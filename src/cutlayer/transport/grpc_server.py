@@ -20,7 +20,7 @@ import grpc
 from cutlayer.errors import CutlayerError, HandshakeError
 from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_common import METHOD, SERVICE, server_credentials, server_options
-from cutlayer.transport.handshake import abort_of, check_hello, hello_of, read_hello, single, typed
+from cutlayer.transport.handshake import SECOND, abort_of, check_hello, hello_of, read_hello, single, typed
 from cutlayer.transport.listening import cannot_listen, why_not_listen
 from cutlayer.transport.peer import Stream, dismiss, write
 from cutlayer.transport.probe import PROBE
@@ -80,7 +80,9 @@ class Desk:
                 remedy="compare the addresses in the contract with where the parties run",
                 code="E645",
             )
-        wanted = steward.peers[hello.party].attach(stream, hello, steward.incarnation)
+        wanted = steward.peers[hello.party].attach(
+            stream, hello, steward.incarnation, patient=settings.coordinates and not expected
+        )
         self.watch.link_changed(hello.party)
         return hello_of(settings, steward.incarnation, hello.incarnation, wanted)
 
@@ -149,6 +151,8 @@ class RunDoor:
         """
         steward = self._desk.steward
         name = names[0] if names is not None and len(names) == 1 else ""
+        if error.code == SECOND:  # the party is here, and the run goes on
+            return
         claimed = name
         with contextlib.suppress(CutlayerError):
             claimed = read_hello(first).party

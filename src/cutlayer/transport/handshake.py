@@ -15,6 +15,7 @@
 | E643 | HandshakeError | another run |
 | E644 | HandshakeError | another process runs as this party |
 | E645 | HandshakeError | the stream does not begin as it must, or with a party that is not of this plan |
+| E649 | HandshakeError | another process runs as this party, and is alive |
 | E665 | CertificateError | the certificate is not that of the party that speaks |
 | E703 | PeerError | another party failed; its own code and remedy are in it |
 | E704 | PeerError | another party stopped |
@@ -44,8 +45,10 @@ from cutlayer.transport.frames import messages, run_number
 from cutlayer.transport.remedies import when_left
 from cutlayer.transport.settings import NetworkSettings
 
-__all__ = ["abort_of", "check_hello", "error_of", "hello_of", "read_hello", "single", "tidy", "typed"]
+__all__ = ["SECOND", "abort_of", "check_hello", "error_of", "hello_of", "read_hello", "single", "tidy", "typed"]
 
+SECOND: Final = "E649"
+"""The code of a refusal that may pass: another process of the party is alive now."""
 _AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
     "E64": HandshakeError,
     "E66": CertificateError,
@@ -55,7 +58,7 @@ _AS_IS: Final[Mapping[str, type[CutlayerError]]] = {
 _EXPECTED_TOO: Final = frozenset(f"E{number}" for number in (646, 701, 702))
 """Codes of errors made here whose `got` is why this party reaches nobody, which may name an address or a proxy."""
 _WHY_TOO: Final = _EXPECTED_TOO | frozenset(
-    f"E{number}" for number in (*range(612, 615), *range(641, 649), *range(661, 670), 703, 709)
+    f"E{number}" for number in (*range(612, 615), *range(641, 650), *range(661, 670), 703, 709)
 )
 """Codes of errors made here, of numbers, names, versions, digests and dates: what was expected and got crosses too."""
 _WHY: Final = re.compile(

@@ -8,6 +8,7 @@ from typing import Final
 from cutlayer.errors import CutlayerError, DeadlineError
 from cutlayer.transport.grpc_dialer import Dialer
 from cutlayer.transport.grpc_server import Desk, RunDoor, Server
+from cutlayer.transport.handshake import SECOND
 from cutlayer.transport.listening import in_use
 from cutlayer.transport.peer import Peer
 from cutlayer.transport.settings import route
@@ -16,8 +17,9 @@ __all__ = ["Links", "unfinished"]
 
 _LEAST = 0.1  # seconds that a thread has to end, when time is up
 _LOOK = 0.2  # seconds between two looks at who may still come
-_UNTOLD: Final = frozenset({"E431", "E702"})
-"""Failures for which nobody is waited for: this party was stopped, or it is the others who did not come."""
+_UNTOLD: Final = frozenset({"E431", "E702", SECOND})
+"""Failures for which nobody is waited for: this party was stopped, the others did not come, or another process of this
+party goes on."""
 
 
 class Links:

@@ -9,6 +9,7 @@ held.
 | E622 | DeadlineError | no room in the outbox in time |
 | E644 | HandshakeError | another process runs as this party, and was met later |
 | E647 | HandshakeError | a new process asks for what was sent to an earlier one |
+| E649 | HandshakeError | another process runs as this party, and is alive: the later one has to wait |
 """
 
 from __future__ import annotations
@@ -193,8 +194,10 @@ class Peer:
 
     # --- streams ---
 
-    def attach(self, stream: Stream, hello: control.LinkHello, own: int) -> int:
+    def attach(self, stream: Stream, hello: control.LinkHello, own: int, *, patient: bool = False) -> int:
         """Let this stream carry the link from now on; the old one ends. `own` is this process's incarnation.
+
+        With `patient`, another process of the peer's is let in only once the one that has the link is gone or silent.
 
         Returns:
             The sequence number that this side wants next.
@@ -202,7 +205,7 @@ class Peer:
         Raises:
             WireError: E511, the peer wants a frame that cannot be had.
             HandshakeError: E644, this process of it was replaced, or only tells of an error while another takes part;
-                E647, it is new, and wants what an earlier one did.
+                E647, it is new, and wants what an earlier one did; E649, it has to wait.
         """
         with self.lock:
             old, previous = self.stream, self.link.remote
@@ -210,6 +213,8 @@ class Peer:
             if hello.incarnation in self._replaced or (only_tells and previous not in (0, hello.incarnation)):
                 raise _late(self)
             if hello.incarnation != previous:
+                if patient and previous and _alive(self):
+                    raise _second(self)
                 if hello.known == own and hello.wanted > 1:
                     raise _presumptuous(self, hello.wanted)
                 self._replaced.append(previous)
@@ -312,6 +317,14 @@ def _together(peer: Peer) -> list[tuple[int, Parcel]]:
     return items
 
 
+def _alive(peer: Peer) -> bool:
+    """Return whether the process that has the link is there: its stream is up, and was heard within `silence`."""
+    stream = peer.stream
+    if stream is None or stream.closed or peer.left:
+        return False
+    return peer.busy or time.monotonic() - stream.heard <= peer.rhythm.silence
+
+
 def _replaced(peer: Peer) -> control.Abort:
     return control.Abort(
         peer.party, "E644", f"another process runs as {peer.name}", "stop one of the two; a party is one process"
@@ -321,6 +334,17 @@ def _replaced(peer: Peer) -> control.Abort:
 def _late(peer: Peer) -> HandshakeError:
     told = _replaced(peer)
     return HandshakeError(told.what, where=f"party {peer.party}", remedy=told.remedy, code=told.code)
+
+
+def _second(peer: Peer) -> HandshakeError:
+    return HandshakeError(
+        f"another process runs as {peer.name}, and is alive",
+        where=f"party {peer.party}, link with {peer.name}",
+        expected="one process of each party",
+        got="a second one",
+        remedy="stop this one, and let the other go on; or stop the other, then `cutlayer resume` its run's folder",
+        code="E649",
+    )
 
 
 def _presumptuous(peer: Peer, wanted: int) -> HandshakeError:

@@ -23,7 +23,7 @@ from cutlayer.core.program import Tag
 from cutlayer.engine.wire import Frame, Label
 from cutlayer.errors import CutlayerError, ProgramError, WireError
 from cutlayer.transport import control
-from cutlayer.transport.handshake import abort_of, error_of
+from cutlayer.transport.handshake import SECOND, abort_of, error_of
 from cutlayer.transport.mailbox import Mailbox
 from cutlayer.transport.peer import Peer, Stream, parcel_of
 from cutlayer.transport.session import EVERYBODY, Conductor, Member, Order, SessionReset
@@ -88,7 +88,7 @@ class Steward:
             self.failure = error
             abort = tell or abort_of(error, self.settings.party)
             for name in self.peers if self.settings.coordinates else (self.settings.coordinator,):
-                if name != besides:
+                if name != besides and abort.code != SECOND:  # that is no end for others: this party goes on elsewhere
                     self.peers[name].put(parcel_of(abort))
             self._stop(error)
         self.event("aborted", {"party": abort.party, "code": abort.code, "what": abort.what})

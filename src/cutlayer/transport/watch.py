@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.transport.control import Notice
+from cutlayer.transport.handshake import SECOND
 from cutlayer.transport.peer import Peer, parcel_of
 from cutlayer.transport.reach import OF_PROXIES
 from cutlayer.transport.remedies import when_absent, when_left, when_lost
@@ -38,7 +39,7 @@ class _View:
     incarnation: int = 0
     patience: Timer | None = None
     cause: str = ""
-    blocked: CutlayerError | None = None  # by this party's own proxy
+    blocked: CutlayerError | None = None  # by this party's own proxy, or by another process of it
     told: str = ""  # the code of what people were told of that
     refused: CutlayerError | None = None  # why this party did not let in whoever came last in the peer's name
 
@@ -107,20 +108,21 @@ class Watch:
     def failing(self, name: str, cause: str, found: CutlayerError | None = None) -> None:
         """Note why a link does not come up, for the error to come.
 
-        If this party's own proxy is why, its people are told when that is found again: only they can help.
+        If this party's own proxy is why, or another process of it, its people are told when that is found again: only
+        they can help.
         """
         with self._steward.changed:
             view = self._views[name]
             before, view.cause = view.blocked, cause
-            view.blocked = found if found is not None and found.code in OF_PROXIES else None
+            view.blocked = found if found is not None and found.code in (*OF_PROXIES, SECOND) else None
             if view.blocked is None or before is None or before.code != view.blocked.code or view.told == before.code:
                 return
             view.told = before.code
             what = {"party": name, "code": before.code, "what": before.what, "got": before.got}
-            self._steward.event("blocked", {**what, "remedy": before.remedy})
+            self._steward.event("second" if before.code == SECOND else "blocked", {**what, "remedy": before.remedy})
 
     def absent(self) -> CutlayerError:
-        """Return the error for a rendezvous to which somebody did not come: E702, or that of our own proxy."""
+        """Return the error for a rendezvous to which somebody did not come: E702, E649, or that of our own proxy."""
         steward, settings = self._steward, self._settings
         with steward.changed:
             coordinator = self._views.get(settings.coordinator)
