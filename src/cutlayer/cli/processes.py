@@ -27,6 +27,7 @@ from cutlayer.cli.console import INTERRUPTED, Output
 from cutlayer.cli.progress import LOST_IN_PREDICTION, LOST_IN_TRAINING, RunProgress
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
+from cutlayer.run.disk import named
 from cutlayer.run.launch import RECORD
 from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.partyfile import PartyFile, write_party_file
@@ -112,8 +113,9 @@ def _place_for_keys(folder: Path) -> Iterator[Path]:
         if old.name.startswith(_PREFIX):
             shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as place:
-        note.write_text(place, encoding="utf-8")
         try:
+            with named(note):
+                note.write_text(place, encoding="utf-8")
             yield Path(place)
         finally:
             shutil.rmtree(place, ignore_errors=True)  # before the note of it
@@ -126,7 +128,8 @@ def _local_contract(contract: Contract, folder: Path) -> Contract:
     if not path.exists():
         ports = _free_ports(len(contract.addresses))
         addresses = {party: f"127.0.0.1:{port}" for party, port in zip(contract.addresses, ports, strict=True)}
-        path.write_text(dump_contract(replace(contract, addresses=addresses)), encoding="utf-8")
+        with named(path):
+            path.write_text(dump_contract(replace(contract, addresses=addresses)), encoding="utf-8")
     return load_contract(path)
 
 
@@ -275,13 +278,14 @@ def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds
         parts.append(part)
         for name in (f"{party}.safetensors", f"{party}.preprocessing.json"):
             if (home / name).exists():
-                shutil.copyfile(home / name, folder / name)
+                with named(folder / name):
+                    shutil.copyfile(home / name, folder / name)
     history.sort(key=lambda row: (row["round"], row["mode"] == "evaluate"))
     samples = parts[0]["samples"]  # all parties are told the same
     result = Result(plan=contract.plan, history=history, ledgers=ledgers, seconds=seconds, samples=samples)
     document = summary_document(result, hashes, contract.digest(), parts=parts)
     write_atomic(folder / "summary.json", msgspec.json.format(msgspec.json.encode(document), indent=2))
-    with (folder / "metrics.jsonl").open("wb") as merged:
+    with named(folder / "metrics.jsonl"), (folder / "metrics.jsonl").open("wb") as merged:
         for home in homes.values():
             merged.write((home / "metrics.jsonl").read_bytes())
     return result.summary(), document
