@@ -160,7 +160,9 @@ def test_a_party_of_which_drop_last_leaves_nothing_is_warned_of(
         )
         for name, table in data.items()
     ]
-    cl.simulate(plan, parties)
+    result = cl.simulate(plan, parties)
+    assert repr(result).startswith(f"<Result of {plan.name}: a, b; ")
+    assert len(repr(result)) < 100
     told = [str(one.message) for one in recwarn if "drop_last" in str(one.message)]
     assert bool(told) == said
     assert all(text.startswith("party b: none of its 3 samples is trained on") for text in told)
