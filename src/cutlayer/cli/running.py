@@ -60,7 +60,11 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
             return
         output.note(f"run folder: {shown_path(home)}")
         if processes:
-            summary, document = run_processes(contract, files, home, output)
+            try:
+                summary, document = run_processes(contract, files, home, output)
+            except KeyboardInterrupt:
+                output.note(f"to go on: cutlayer resume {shown_path(home)}")
+                raise
         else:
             summary, document = _simulate(contract, text, files, home, output)
         _finish(summary, document, home, output)
