@@ -45,11 +45,15 @@ _PREFIX = "cutlayer-"
 
 @dataclass
 class _Child:
-    """One party's process, what it prints, and how far its events were read."""
+    """One party's process, what it prints, and how far its events were read.
+
+    `copied` is the party file that the process was given, and the user's of which it is a copy.
+    """
 
     party: str
     folder: Path
     process: subprocess.Popen[bytes]
+    copied: tuple[str, str]
     read: int = 0
     rest: bytes = field(default=b"", repr=False)
 
@@ -180,7 +184,8 @@ def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -
     if process.stdin is not None:
         ends.enter_context(process.stdin)
     seen = home / "metrics.jsonl"
-    return _Child(file.name, home, process, read=seen.stat().st_size if seen.exists() else 0)
+    copied = words[3], str(file.path)  # after the folder of keys, the command and the contract
+    return _Child(file.name, home, process, copied, read=seen.stat().st_size if seen.exists() else 0)
 
 
 def _stop(children: Sequence[_Child]) -> None:
@@ -244,6 +249,7 @@ def _error(child: _Child) -> CutlayerError:
         told = document["error"]
         kind = told.pop("kind")
         found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
+        told["where"] = told["where"].replace(*child.copied)
         error: CutlayerError = found(told.pop("what"), **told)
     except (OSError, msgspec.MsgspecError, LookupError, TypeError):
         home = child.folder.parent
