@@ -34,6 +34,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_client_of_a_served_stage_may_lie_beside_the_party_files(demo: Path, call: Call):
+    """As in docs/how-to/serve-predictions.md; without an identity it is another file of the party (E242)."""
+    ward = demo / "ward.toml"
+    for identity, code in (('identity = "ward-7"\n', 0), ("", 2)):
+        ward.write_text((demo / "hospital.toml").read_text() + identity)
+        result = call("run", "--folder", f"out-{code}")
+        assert result.code == code, result.err
+    assert result.err[0].startswith("E242")
+
+
 @pytest.mark.parametrize("template", templates())
 def test_data_that_are_not_here_are_fetched_into_the_project(
     template: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,22 @@ def test_all_parties_here(asking: Path, call: Call):
     assert (folder / "predictions.csv").read_text().startswith("sample,body.0,body.1\n0,")
 
 
+@pytest.mark.provokes("E249")
+def test_a_folder_with_a_prediction_is_not_written_over(asking: Path, call: Call):
+    assert call("predict", *ALL, "--weights", "out", "--folder", "asked").code == 0
+    before = (asking / "asked" / "predictions.csv").read_bytes()
+    for how in ((), ("--processes",)):
+        result = call("predict", *ALL, "--folder", "asked", *how)
+        assert (result.code, result.err[1]) == (2, "E249 asked holds a prediction already, which is not overwritten")
+    assert (asking / "asked" / "predictions.csv").read_bytes() == before
+
+
+def test_a_prediction_without_weights_says_so(asking: Path, call: Call):
+    said = "no --weights: modules are as their builder makes them, untrained unless it loads weights itself"
+    assert said in call("predict", *ALL).err
+    assert said not in call("predict", *ALL, "--weights", "out").err
+
+
 def test_in_processes_gives_the_same_bits(asking: Path, call: Call):
     result = call("predict", *ALL, "--weights", "out", "--processes", "--folder", "asked", "--json")
     assert result.code == 0, result.err

@@ -35,7 +35,7 @@ def child(folder: Path, party: str, *, code: int, error: dict[str, str] | None) 
     home.mkdir()
     (home / "output.json").write_text(json.dumps({"error": error}) if error else "")
     ended = SimpleNamespace(returncode=code, poll=lambda: code)
-    return processes._Child(party, home, ended)  # type: ignore[arg-type]
+    return processes._Child(party, home, ended, ("a copy", "his own"))  # type: ignore[arg-type]
 
 
 def told(kind: str, what: str, code: str) -> dict[str, str]:
@@ -239,3 +239,12 @@ def test_stopped_run_leaves_no_process_and_goes_on_to_the_same_bits(call: Call, 
         more = f"  {party}: sent {undone:,} B more in steps that a restart undid"
         assert (more in result.out) == (party in document["undone"])
     assert document["undone"]
+
+
+@pytest.mark.provokes("E204")
+def test_an_error_of_a_party_file_names_the_users_own(demo: Path, call: Call):
+    path = demo / "hospital.toml"
+    path.write_text(path.read_text().replace("parties.py:hospital", "parties.py:nobody"))
+    result = call("run", "--processes", "--folder", "out")
+    error = next(place for place, line in enumerate(result.err) if line.startswith("E204"))
+    assert result.err[error + 1].startswith(f"  where: process of hospital: {path}")

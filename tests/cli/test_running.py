@@ -379,3 +379,12 @@ def _both(demo: Path, *words: str) -> dict[str, tuple[int, str]]:
         for one in started.values():
             one.kill()
             one.wait()
+
+
+def test_a_run_in_processes_that_is_stopped_says_how_to_go_on(demo: Path, call: Call, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_what: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cutlayer.cli.running.run_processes", stop)
+    result = call("run", "--processes", "--folder", "out")
+    assert (result.code, result.err[-2:]) == (130, ["to go on: cutlayer resume out/", "stopped"])

@@ -19,8 +19,12 @@ def test_plan_is_printed_with_the_digest_last(call: Call, demo: Path):
     contract = load_contract(demo / "contract.toml")
     result = call("plan", "contract.toml")
     assert result.code == 0
-    assert result.out[:-2] == str(contract.plan).splitlines()
-    assert result.out[-2] == "meet at server; addresses: server at 127.0.0.1:7443"
+    assert result.out[:-4] == str(contract.plan).splitlines()
+    assert result.out[-4].startswith(
+        "training: epochs 2, batch_size 16, microbatches 1, schedule sequential, order relay"
+    )
+    assert result.out[-3] == "meet at server; addresses: server at 127.0.0.1:7443"
+    assert result.out[-2] == "deadlines: join 60 s, patience 60 s, receive 60 s, send 60 s, close 10 s"
     assert result.out[-1] == f"contract digest: {contract.digest()}"
 
 
@@ -57,6 +61,24 @@ def test_plan_as_json(call: Call, demo: Path):
     assert document["text"] == str(contract.plan)
     assert "body:F0" in document["grid"]
     assert list(document["programs"]) == ["start", "train", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("patience = 60", "patience = 61", "deadlines"),
+        ("127.0.0.1:7443", "localhost:7443", "addresses"),
+        ("batch_size = 16", "batch_size = 16\nseed = 1", "plan"),
+        ('at = "server"', 'at = "server"\nstate_limit = 5000000', "plan"),
+    ],
+)
+def test_json_shows_what_makes_two_digests_differ(call: Call, demo: Path, old: str, new: str, key: str):
+    text = (demo / "contract.toml").read_text()
+    (demo / "other.toml").write_text(text.replace(old, new))
+    first, second = (call("plan", name, "--json").json() for name in ("contract.toml", "other.toml"))
+    assert {name for name in first if first[name] != second[name]} - {"text"} == {"digest", key}
+    printed = [call("plan", name).out[:-1] for name in ("contract.toml", "other.toml")]
+    assert printed[0] != printed[1]
 
 
 def test_quiet_plan_is_the_digest(call: Call, demo: Path):

@@ -146,3 +146,11 @@ def test_command_that_is_stopped_prints_its_document(demo: Path):
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "stopped\n")
     assert json.loads(out)["error"]["code"] == "E001"
+
+
+@pytest.mark.provokes("E210")
+def test_shared_options_without_a_command(call: Call):
+    result = call("--json")
+    assert (result.code, result.json()["error"]["code"], result.err[0]) == (2, "E210", "E210 no command is given")
+    assert call("--json", "--help").out == call("--help").out == call("-q", "-v", "--help").out
+    assert call("-q").code == 2

@@ -439,9 +439,8 @@ def sized(*shape: int) -> torch.Tensor:
         ([sized(2)] * 7 + [sized(2, 1)] * 4, "sizes [2] of sample 4 and [2, 1] of sample 7, counted from 0"),
         ([np.zeros(2)] * 7 + [np.zeros(3)] * 4, "sizes [2] of sample 4 and [3] of sample 7, counted from 0"),
         ([{"a": {"b": [1, 2]}}] * 7 + [{"a": {"b": [1]}}] * 4, "sizes [2] of sample 4 and [1] of sample 7 in a['b'],"),
-        ([{"x": sized(2)}] * 6 + [{"x": None}] * 5, "got expected Tensor as element 2"),
     ],
-    ids=["images", "tuples", "tensors", "arrays", "nested", "no sizes"],
+    ids=["images", "tuples", "tensors", "arrays", "nested"],
 )
 def test_samples_of_two_sizes_are_named(samples: list[object], got: str):
     fields = ("x", "y") if isinstance(samples[0], tuple) else ("x",)
@@ -525,12 +524,3 @@ def test_samples_that_are_of_one_size_when_they_are_read_again_leave_torchs_own_
     with pytest.raises(RuntimeError, match=r"equal size, but got \[2\] at entry 0 and \[3\] at entry 1") as caught:
         batches(DataLoader(Changing(), batch_size=4), order(), alone=True).load(lane=0, epoch=0, index=0, size=4)
     assert "what differs is in the shapes of data[index]" in unread(caught.value, "").remedy
-
-
-def test_what_the_data_set_itself_raises_is_left_as_it_is():
-    class Broken(Dicts):
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            raise RuntimeError(f"no file {index}")
-
-    with pytest.raises(RuntimeError, match="no file 0"):
-        batches(DataLoader(Broken(), batch_size=4), order(), alone=True).load(lane=0, epoch=0, index=0, size=4)

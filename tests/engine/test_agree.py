@@ -197,7 +197,7 @@ def test_classes_are_numbered_and_an_unknown_one_is_an_error():
         apply(shared, agreed, torch.tensor([9, 3, 5]), "party a, batch 2")
     assert caught.value.code == "E261"
     assert "party a, batch 2" in str(caught.value)
-    assert "expected one of 3 classes, got 2 others in a batch" in str(caught.value)
+    assert "expected one of the 3 classes of the training data, got 3, and so 2 in a batch" in str(caught.value)
 
 
 def test_the_largest_numbers_have_a_finite_deviation():

@@ -47,7 +47,7 @@ def test_another_contract(practice: Practice):
     with practice.listening(digest="0" * 64):
         rows = look(practice)
     assert troubles(rows.values()) == {"server: contract": ("problem", "E642")}
-    assert "`cutlayer plan CONTRACT` prints at both sites" in rows["server: contract"].do
+    assert "`cutlayer plan CONTRACT --json` prints at both sites" in rows["server: contract"].do
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_a_data_set_that_fails_at_a_sample(practice: Practice):
     practice.edit("parties.py", CODE + lazy)
     bad = check(practice)[1]
     assert bad[:2] == ("problem", "E268")
-    assert bad[2].startswith("the data set failed at a batch (got FileNotFoundError: [Errno 2] No such file: 'scan-")
+    assert bad[2].startswith("the data set failed at a sample (got FileNotFoundError: [Errno 2] No such file: 'scan-")
     assert "data[index]" in bad[3]
 
 

@@ -19,6 +19,7 @@ from torchmetrics.wrappers import LambdaInputTransformer, MinMaxMetric
 from cutlayer.core.parts import Loss, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.data.sources import TensorTable
+from cutlayer.engine.advice import after_failure
 from cutlayer.engine.scoring import loss_error
 from cutlayer.errors import ConfigError, CutlayerError, DataError, NonFiniteError, StageError
 from cutlayer.run.party import Party
@@ -310,6 +311,15 @@ def test_a_loss_over_no_label_is_refused():
 def test_a_loss_of_each_sample_says_what_to_do():
     error = refused(torch.rand(4), torch.rand(4), nn.MSELoss(reduction="none"), code="E301")
     assert "reduction='mean'" in error.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv2d(1, 2, 2)], ids=["linear", "conv"])
+def test_pictures_of_whole_numbers_are_told_how_to_be_floats(layer: nn.Module, dtype: torch.dtype):
+    picture = torch.zeros(2, 1, 4, 4).to(dtype)
+    with pytest.raises(RuntimeError) as caught:
+        layer(picture)
+    assert ".float() in the data set" in after_failure(layer, [picture], caught.value)
 
 
 def test_samples_of_unequal_length_need_a_collate_function():

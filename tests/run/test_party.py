@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import cutlayer as cl
 from cutlayer.core.topologies import u_shaped, vertical
 from cutlayer.data.sources import LoaderBatches, OrderedBatches, TensorTable
 from cutlayer.errors import ConfigError
@@ -138,3 +139,30 @@ def test_cards_are_counted(monkeypatch: pytest.MonkeyPatch):
     assert [Party("a", device=name).device for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"one of cpu, cuda:0, cuda:1.*got 'cuda:2'"):
         Party("a", device="cuda:2")
+
+
+@pytest.mark.parametrize(("size", "drop_last", "said"), [(3, True, True), (4, True, False), (3, False, False)])
+def test_a_party_of_which_drop_last_leaves_nothing_is_warned_of(
+    size: int, drop_last: bool, said: bool, recwarn: pytest.WarningsRecorder
+):
+    stages = [
+        cl.Stage("head", at=["a", "b"], inputs=["data.x"], output="float32[batch, 2]"),
+        cl.Loss("loss", at=["a", "b"], inputs=["head", "data.y"]),
+    ]
+    plan = cl.Plan(stages, training=cl.Training(batch_size=4, drop_last=drop_last))
+    data = {name: cl.TensorTable(x=torch.ones(n, 2), y=torch.zeros(n).long()) for name, n in (("a", 8), ("b", size))}
+    parties = [
+        cl.Party(
+            name,
+            data=table,
+            modules={"head": torch.nn.Linear(2, 2), "loss": torch.nn.CrossEntropyLoss()},
+            optimizer=torch.optim.Adam,
+        )
+        for name, table in data.items()
+    ]
+    result = cl.simulate(plan, parties)
+    assert repr(result).startswith(f"<Result of {plan.name}: a, b; ")
+    assert len(repr(result)) < 100
+    told = [str(one.message) for one in recwarn if "drop_last" in str(one.message)]
+    assert bool(told) == said
+    assert all(text.startswith("party b: none of its 3 samples is trained on") for text in told)

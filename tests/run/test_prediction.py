@@ -18,7 +18,7 @@ import cutlayer as cl
 from cutlayer.core.batching import lane_batches, microbatch_sizes
 from cutlayer.engine.agree import Agreed
 from cutlayer.errors import CheckpointError, ConfigError, DataError
-from cutlayer.run.prediction import classes_of, predict_with_others, write_predictions
+from cutlayer.run.prediction import classes_of, predict_with_others, rows_of, write_predictions
 from cutlayer.run.results import write_results
 from tests.run import plans
 from tests.run.trial import Trial
@@ -264,6 +264,32 @@ def test_small_outputs_are_written_as_csv_too(tmp_path: Path):
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert torch.equal(torch.tensor([[float(cell) for cell in row[1:3]] for row in rows]), odd)
     assert [row[3] for row in rows] == ["3", "1", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "first"),
+    [
+        ([("b", 1), ("c", 3)], ["party", "sample"], [["b", "0"], ["c", "0"], ["c", "1"], ["c", "2"]]),
+        ([("b", 4)], ["sample"], [["0"], ["1"], ["2"], ["3"]]),
+        ([("b", 4), ("c", 3)], ["sample"], [["0"], ["1"], ["2"], ["3"]]),  # a party's own part of them
+    ],
+)
+def test_rows_of_several_parties_say_whose_they_are(
+    rows: list[tuple[str, int]], head: list[str], first: list[list[str]], tmp_path: Path
+):
+    write_predictions(tmp_path, {"tail": torch.arange(4)}, rows=rows)
+    with (tmp_path / "predictions.csv").open() as file:
+        found = list(csv.reader(file))
+    assert found[0] == [*head, "tail"]
+    assert found[1:] == [[*one, str(place)] for place, one in enumerate(first)]
+    assert json.loads((tmp_path / "prediction.json").read_text())["samples"] == dict(rows)
+
+
+def test_rows_are_those_of_the_data_holders_lane_by_lane():
+    plan = cl.u_shaped(
+        ["c", "a", "b"], "server", cut="float32[batch, 2]", back="float32[batch, 2]", output="float32[batch, 2]"
+    )
+    assert rows_of(plan, {"a": 3, "b": 0, "c": 2}) == [("c", 2), ("a", 3)]
 
 
 def test_classes_are_named_where_they_are_known(tmp_path: Path):

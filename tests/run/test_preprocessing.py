@@ -14,6 +14,7 @@ from cutlayer.core.parts import Loss, Shared, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.topologies import vertical
 from cutlayer.data.sources import TensorTable
+from cutlayer.engine.agree import summarise
 from cutlayer.errors import DataError, PlanError, StageError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
 from cutlayer.run.party import Party
@@ -247,6 +248,33 @@ def test_columns_that_only_few_have_are_refused_before_round_0():
     assert caught.value.code == "E261"
     assert "at least 5 samples of column 0, got fewer here, and at all others" in str(caught.value)
     assert caught.value.where.endswith("training data")
+
+
+@pytest.mark.provokes("E261")
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_class_of_the_evaluation_data_alone_is_refused_before_round_1(loader: bool):
+    told, odd = [], rows_of(1)
+    odd.y[7] = 99
+    evaluation = torch.utils.data.DataLoader(odd, batch_size=5) if loader else odd
+    given = [replace(p, evaluation=evaluation if p.name == "b" else p.data) for p in parties()]
+    with pytest.raises(DataError) as caught:
+        simulate(plan(), given, notify=lambda *event: told.append(event))
+    assert (caught.value.code, [details for _, details in told if details.get("mode") == "train"]) == ("E261", [])
+    assert caught.value.where == "party b, preprocessing of 'y' in the evaluation data, batch 1"
+    assert caught.value.got == "99, and so 1 in a batch"
+    odd.y[7] = 5
+    assert simulate(plan(), given).metrics()
+
+
+@pytest.mark.provokes("E261")
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [(["a", None], "None at place 1"), (["a", "b", 3.0], "float at place 2"), ([1, 2], "int at place 0")],
+)
+def test_what_is_no_text_in_a_batch_is_named(given: list[object], got: str):
+    with pytest.raises(DataError) as caught:
+        summarise(Shared("y", at="a", kind="classes"), [given], "here")
+    assert (caught.value.code, caught.value.got) == ("E261", f"{got} of this batch, counted from 0")
 
 
 def test_the_run_folder_keeps_what_was_agreed(tmp_path):

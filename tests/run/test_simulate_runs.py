@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MinMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.parts import Loss, Stage
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Tag
@@ -248,6 +249,9 @@ def test_parties_of_one_lane_need_the_same_samples():
     assert error.remedy == "align the data by identifier first"
     error = raises(DataError, "E251", lambda: simulate(plan, changed(case, "b", data=None)))
     assert error.remedy == "nothing is given at b: give Party(data=...) there too"
+    roster = Roster({"train": {"a": 40, "b": 0, "server": 40}})
+    error = raises(DataError, "E251", lambda: compile_plan(plan, roster))
+    assert error.remedy.startswith("0 samples are given at b: look at what they are read from")
 
 
 @pytest.mark.parametrize(

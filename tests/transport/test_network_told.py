@@ -47,7 +47,7 @@ def test_who_comes_after_two_that_have_other_plans_hears_of_the_plans(cast: Cast
     assert {name: (type(error), error.code) for name, error in results.items()} == dict.fromkeys(
         results, (HandshakeError, "E642")
     )
-    assert all("got plan" in str(error) for error in results.values())
+    assert all("got contract" in str(error) for error in results.values())
     assert time.monotonic() - begin < PATIENT.close
 
 

@@ -228,7 +228,7 @@ def _reported(output: Output) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        told = _refused(error) if isinstance(error, OSError) and error.filename else _unexpected(error)
+        told = _refused(error) if isinstance(error, OSError) and _of_a_file(error) else _unexpected(error)
         told.__cause__ = error
         with suppress(typer.Exit):
             output.fail(told)
@@ -241,10 +241,15 @@ def _unexpected(error: Exception) -> CutlayerError:
     )
 
 
+def _of_a_file(error: OSError) -> bool:
+    """Whether it is about a file or a disk; one of the network, say, is not."""
+    return bool(error.filename) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def _refused(error: OSError) -> ConfigError:
     return ConfigError(
         "a file or folder cannot be used",
-        where=str(error.filename),
+        where=str(error.filename or "a file that the system does not name"),
         got=error.strerror or type(error).__name__,
         remedy="give a path that this user may read and write, and where nothing else is; or make room on the disk",
         code="E238",

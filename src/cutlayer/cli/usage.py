@@ -49,15 +49,18 @@ class Commands(TyperGroup):
         **extra: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401 - as in typer
         """Run a command and end the process with its exit code."""
-        words = _in_order(sys.argv[1:] if args is None else list(args))
+        given = sys.argv[1:] if args is None else list(args)
+        words = _in_order(given)
         try:
             code = (
                 _version()
                 if set(words) == {"--version", "--json"}
+                else _no_command()
+                if not words and "--json" in given
                 else super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
             )
         except _Usage as error:
-            code = _report(error, words)
+            code = _report(error, given)
         except typer.Abort:
             code = Output(json="--json" in words, quiet=False, verbose=False).stopped()
         if standalone_mode:
@@ -74,9 +77,11 @@ def _plain(options: list[Any]) -> list[Any]:
 
 
 def _in_order(words: Sequence[str]) -> list[str]:
-    """Put options that all commands share behind the command, if they stand before it."""
+    """Put options that all commands share behind the command, if they stand before it; without one, leave them out."""
     first = list(takewhile(_SHARED.__contains__, words))
     rest = list(words[len(first) :])
+    if set(rest) <= {"--help"}:
+        return rest
     end = rest.index("--") if "--" in rest else len(rest)
     return [*rest[:end], *first, *rest[end:]]
 
@@ -85,6 +90,19 @@ def _version() -> int:
     """Print the version as JSON: --json is otherwise an option of the commands only."""
     Output(json=True, quiet=False, verbose=False).document({"version": metadata.version("cutlayer")})
     return 0
+
+
+def _no_command() -> int:
+    """Say as JSON that there is no command; people see the help instead."""
+    wrong = ConfigError(
+        "no command is given",
+        where="cutlayer",
+        expected="cutlayer COMMAND",
+        remedy="read `cutlayer --help`",
+        code="E210",
+    )
+    Output(json=True, quiet=False, verbose=False).fail(wrong)
+    return exit_code(wrong)
 
 
 def _report(error: Exception, words: Sequence[str]) -> int:

@@ -70,18 +70,20 @@ class Roster:
                     where=f"mode {mode}, lane {lane}",
                     expected="the same samples, in the same order, at each",
                     got=", ".join(f"{party}: {count}" for party, count in found.items()),
-                    remedy=_all_or_none(mode, found) or "align the data by identifier first",
+                    remedy=_all_or_none(mode, found, held) or "align the data by identifier first",
                     code="E251",
                 )
             counts.append(next(iter(found.values())))
         return tuple(counts)
 
 
-def _all_or_none(mode: str, found: Mapping[str, int]) -> str:
-    """Return which parties of a lane miss an argument that others of it have, and what to do."""
+def _all_or_none(mode: str, found: Mapping[str, int], held: Mapping[str, int]) -> str:
+    """Return which parties of a lane miss an argument that others of it have, or give an empty one, and what to do."""
     names = [party for party, count in found.items() if not count]
     if not names:
         return ""
+    if empty := [party for party in names if party in held]:
+        return f"0 samples are given at {', '.join(empty)}: look at what they are read from, and what is filtered out"
     alone = "" if mode == "train" else ", or give it at no party: a training does not need it"
     return f"nothing is given at {', '.join(names)}: give Party({_ARGUMENTS[mode]}=...) there too{alone}"
 

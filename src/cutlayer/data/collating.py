@@ -15,30 +15,41 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from cutlayer.errors import DataError
+from cutlayer.data.samples import read_again
+from cutlayer.errors import CutlayerError, DataError
 
 __all__ = ["collated", "next_batch"]
 
-_OF_COLLATE = ("equal size", "default_collate")  # in what torch's own collate function says
+_PLAIN = (Tensor, Mapping, list, tuple, bool, int, float, complex, str, bytes)
+_SIZES = (
+    "bring them to one size in the data set; or give a DataLoader with a collate_fn that pads them to one length and "
+    "gives a mask beside, as in docs/reference/data.md; where the length changes by batch, name it: "
+    "cl.split(..., longest={...})"
+)
+_OTHER = "let the data set give tensors, arrays of numbers, numbers or texts"
 
 
 def collated(samples: list[Any], rows: Sequence[int] | None = None) -> Any:  # noqa: ANN401 - whatever the data set gives
     """Return samples as a batch. `rows`: their places in the data set; None: from 0 on.
 
     Raises:
-        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, and no values.
+        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, else the type
+            that is no tensor, with its place, and no values.
     """
+    rows = rows or range(len(samples))
     try:
-        return default_collate(samples)
-    except (RuntimeError, TypeError) as error:
-        found = _unequal(samples, rows or range(len(samples)))
-        raise _misfit(found or str(error).partition("\n")[0][:200]) from error
+        batch = default_collate(samples)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _misfit(samples, rows, str(error).partition("\n")[0][:200]) from error
+    if _mixed(batch):  # torch puts anything beside texts into their list
+        raise _misfit(samples, rows, "texts and others")
+    return batch
 
 
 def next_batch(iterator: Iterator[Any], loader: DataLoader[Any], rows: Callable[[], Sequence[int]]) -> Any:  # noqa: ANN401
     """Return the next batch of a loader; None at its end.
 
-    Where torch's own collate function fails, the samples are read again, one by one, as it names places in the batch.
+    Where it fails, the samples are read again, one by one, as torch names places in the batch, or none.
 
     Args:
         iterator: The loader's.
@@ -46,38 +57,99 @@ def next_batch(iterator: Iterator[Any], loader: DataLoader[Any], rows: Callable[
         rows: Gives the places of the batch's samples in the data set; called after an error.
 
     Raises:
-        DataError: E253, they have different sizes.
+        DataError: E253, they cannot be put together; E268, one of them cannot be read.
         Exception: what the loader raises, if not that.
     """
     try:
-        return next(iterator, None)
-    except (RuntimeError, TypeError) as error:
-        if loader.collate_fn is default_collate and any(words in str(error) for words in _OF_COLLATE):
-            _name(loader.dataset, rows, error)
+        batch = next(iterator, None)
+    except CutlayerError:
         raise
+    except Exception as error:
+        _name(loader, rows, error)
+        raise
+    if loader.collate_fn is default_collate and _mixed(batch):
+        _name(loader, rows, TypeError("texts and others"))
+    return batch
 
 
-def _name(dataset: Any, rows: Callable[[], Sequence[int]], error: Exception) -> None:  # noqa: ANN401
-    """Raise E253 if it can say which samples do not fit. What fails meanwhile is of less interest than `error`."""
-    found = ""
+def _name(loader: DataLoader[Any], rows: Callable[[], Sequence[int]], error: Exception) -> None:
+    """Raise E268 or E253 if it can say which samples do not fit. What fails meanwhile is of less interest."""
+    places: Sequence[int] = ()
     with suppress(Exception):
         places = rows()
-        found = _unequal([dataset[row] for row in places], places)
-    if found:
-        raise _misfit(found) from error
+    samples = read_again(loader, places, error)
+    if not samples or loader.collate_fn is not default_collate:
+        return
+    if _unequal(samples, places) or _strange(samples, places)[0]:
+        raise _misfit(samples, places, "") from error
 
 
-def _misfit(got: str) -> DataError:
+def _misfit(samples: list[Any], rows: Sequence[int], said: str) -> DataError:
+    """Return the error of samples that are no batch; `said` is torch's word, for what is not found out here."""
+    got, remedy = _strange(samples, rows)
+    if not got:
+        got, remedy = _unequal(samples, rows) or said, _SIZES
     return DataError(
         "the samples of a batch cannot be put together",
         where="a batch of the data set",
         expected="samples whose fields are tensors of one shape, or numbers",
         got=got,
-        remedy="bring them to one size in the data set; or give a DataLoader with a collate_fn that pads them to one "
-        "length and gives a mask beside, as in docs/reference/data.md; where the length changes by batch, name it: "
-        "cl.split(..., longest={...})",
+        remedy=remedy,
         code="E253",
     )
+
+
+def _mixed(batch: Any) -> bool:  # noqa: ANN401 - what torch has put together
+    """Whether a field is a list that begins with a text and has others than texts."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    lists = [part for part in (*parts, batch) if isinstance(part, list) and part and isinstance(part[0], str)]
+    return any(not isinstance(entry, str | bytes) for part in lists for entry in part)
+
+
+def _strange(samples: list[Any], rows: Sequence[int]) -> tuple[str, str]:
+    """Return in words the first part of a sample that no batch can hold, and what to do; twice "" if there is none."""
+    texts: dict[str, bool] = {}
+    for row, sample in zip(rows, samples, strict=True):
+        for place, value in _parts(sample):
+            where = f"{f' in the field {place} of' if place else ' as'} sample {row}, counted from 0"
+            array = isinstance(value, np.ndarray | np.generic) and not isinstance(value, str | bytes)
+            if (array and not _taken(value)) or not (array or isinstance(value, _PLAIN)):
+                return f"{_kind(value)}{where}", _made(value)
+            if texts.setdefault(place, isinstance(value, str)) != isinstance(value, str):
+                return f"texts and others: a {type(value).__name__}{where}", "give texts alone there, or numbers alone"
+    return "", ""
+
+
+def _taken(value: Any) -> bool:  # noqa: ANN401 - an array or a number of numpy
+    """Whether torch makes a tensor of it."""
+    forward = all(stride >= 0 for stride in value.strides)
+    return value.dtype.kind in "biufc" and value.dtype.isnative and forward
+
+
+def _kind(value: Any) -> str:  # noqa: ANN401
+    if value is None:
+        return "None"
+    dtype = getattr(value, "dtype", None)
+    return f"{type(value).__module__}.{type(value).__qualname__}{'' if dtype is None else f' of {dtype}'}"
+
+
+def _made(value: Any) -> str:  # noqa: ANN401
+    """Return what to make of a value that no tensor can hold."""
+    dtype = getattr(value, "dtype", None)
+    kind = dtype.kind if isinstance(dtype, np.dtype) else ""
+    if value is None:
+        return "fill in a value, such as NaN with a mask beside or a class of its own; or leave such samples out"
+    if type(value).__module__.startswith("PIL."):
+        return "make a tensor of the picture: torchvision's ToTensor, or torch.as_tensor(numpy.array(picture))"
+    if kind in ("M", "m"):
+        return "give times as numbers, such as days since a date"
+    if kind in "biufc" and kind:
+        return "copy it: numpy.array(array, dtype=array.dtype.newbyteorder('='), order='C')"
+    if kind == "O":
+        return "give the array a dtype of numbers: array.astype(numpy.float32)"
+    if kind in ("U", "S"):
+        return "give texts as str, one a sample, and declare them in the plan's preprocessing"
+    return _OTHER
 
 
 def _unequal(samples: list[Any], rows: Sequence[int]) -> str:
@@ -91,14 +163,21 @@ def _unequal(samples: list[Any], rows: Sequence[int]) -> str:
     return ""
 
 
-def _sizes(part: Any, place: str = "") -> Iterator[tuple[str, list[int]]]:  # noqa: ANN401 - of a sample
+def _sizes(sample: Any) -> Iterator[tuple[str, list[int]]]:  # noqa: ANN401
     """Yield where in a sample something has a size, such as "image" or "[0]", and that size."""
-    if isinstance(part, Tensor | np.ndarray):
-        yield place, list(part.shape)
-    elif isinstance(part, Mapping):
+    for place, value in _parts(sample):
+        if isinstance(value, Tensor | np.ndarray):
+            yield place, list(value.shape)
+        elif isinstance(value, list | tuple):
+            yield place, [len(value)]
+
+
+def _parts(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - of a sample
+    """Yield the parts of a sample, such as "image" or "[0]": all but mappings, whose entries they are."""
+    if isinstance(part, Mapping):
         for name, value in part.items():
-            yield from _sizes(value, f"{place}[{name!r}]" if place else str(name))
-    elif isinstance(part, list | tuple):
-        yield place, [len(part)]
-        for number, value in enumerate(part):
-            yield from _sizes(value, f"{place}[{number}]")
+            yield from _parts(value, f"{place}[{name!r}]" if place else str(name))
+        return
+    yield place, part
+    for number, value in enumerate(part) if isinstance(part, list | tuple) else ():
+        yield from _parts(value, f"{place}[{number}]")

@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomS
 from cutlayer.core.batching import batch_slice, lane_batches, permutation
 from cutlayer.core.parts import Training
 from cutlayer.data.collating import collated, next_batch
+from cutlayer.data.columns import column
 from cutlayer.data.dice import Dice, LoaderDice
+from cutlayer.data.samples import samples_of, whole
 from cutlayer.errors import DataError
 
 __all__ = ["LoaderBatches", "Order", "OrderedBatches", "TensorTable", "again", "batches", "sample_count"]
@@ -33,11 +35,15 @@ class BatchDataset(Protocol):
         """Return the samples of these indices: field -> tensor of shape (len(indices), ...)."""
 
 
-class TensorTable(Dataset[dict[str, Tensor]]):
-    """Fields held in memory: field -> tensor whose first dimension counts samples. Batches cost one index each."""
+class TensorTable(Dataset[dict[str, Any]]):
+    """Fields held in memory: field -> tensor whose first dimension counts samples. Batches cost one index each.
 
-    def __init__(self, **fields: Tensor) -> None:
-        """Raises `DataError` if the fields have different numbers of samples."""
+    A field may be given as an array or a list too. One of texts, one a sample, is for the plan's `preprocessing`.
+    """
+
+    def __init__(self, **fields: Any) -> None:  # noqa: ANN401 - see `column`
+        """Raises `DataError` if the fields have different numbers of samples (E254), or one is no column (E253)."""
+        fields = {name: column(name, value) for name, value in fields.items()}
         sizes = {name: len(value) for name, value in fields.items()}
         if len(set(sizes.values())) != 1:
             raise DataError(
@@ -54,14 +60,17 @@ class TensorTable(Dataset[dict[str, Tensor]]):
         """Return the number of samples."""
         return self._size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one sample."""
         return {name: value[index] for name, value in self.fields.items()}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return many samples at once."""
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return many samples at once; of texts, a list."""
         rows = torch.as_tensor(indices)
-        return {name: value[rows] for name, value in self.fields.items()}
+        return {
+            name: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
+            for name, value in self.fields.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +161,8 @@ class OrderedBatches:
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
         if self._whole:
-            return cast("Mapping[str, Tensor]", self._dataset.batch(rows))
-        return _named(collated([self._dataset[row] for row in rows], rows), self.order.fields)
+            return whole(self._dataset, rows)
+        return _named(collated(samples_of(self._dataset, rows), rows), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
         order, training = self.order, self.order.training

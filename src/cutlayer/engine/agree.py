@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,10 +161,14 @@ def apply(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
     entries, shape = _entries(shared, value, where)
     if shared.kind == "categories":
         return torch.tensor([places.get(entry, -1) + 1 for entry in entries]).reshape(shape)
-    unknown = sum(entry not in places for entry in entries)
+    unknown = [entry for entry in entries if entry not in places]
     if unknown:
         raise _unfit(
-            shared, where, f"one of {len(places)} classes", f"{unknown} others in a batch", "remove these samples"
+            shared,
+            where,
+            f"one of the {len(places)} classes of the training data",
+            f"{unknown[0]!r}, and so {len(unknown)} in a batch",
+            "remove these samples, or have samples of this class in the training data",
         )
     return torch.tensor([places[entry] for entry in entries], dtype=torch.int64).reshape(shape)
 
@@ -255,8 +260,15 @@ def _entries(shared: Shared, value: object, where: str) -> tuple[list[Entry], tu
     """Return the values as a flat list, and their shape."""
     if isinstance(value, Tensor) and not value.is_floating_point():
         return [int(entry) for entry in value.flatten().tolist()], tuple(value.shape)
-    if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
-        return list(value), (len(value),)
+    if isinstance(value, np.ndarray):
+        value = value.tolist() if value.dtype.kind in "UO" and value.ndim == 1 else value
+    if isinstance(value, list | tuple):
+        other = next((place for place, entry in enumerate(value) if not isinstance(entry, str)), None)
+        if other is None:
+            return list(value), (len(value),)
+        kind = "None" if value[other] is None else type(value[other]).__name__
+        got, remedy = f"{kind} at place {other} of this batch, counted from 0", "give a text there, or leave it out"
+        raise _unfit(shared, where, "a tensor of whole numbers, or texts", got, remedy)
     got = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
     raise _unfit(shared, where, "whole numbers or texts", got, "convert it in the data set")
 

@@ -43,18 +43,18 @@ class Preprocess:
     Args:
         plan: The plan.
         party: This party.
-        train: Its training data; None if it has none.
+        batches: Mode -> its data, such as "train"; those that it has.
         agreed: Field -> what an earlier run agreed on, for a prediction.
     """
 
     def __init__(
-        self, plan: Plan, party: str, train: Batches | None, agreed: Mapping[str, Agreed] | None = None
+        self, plan: Plan, party: str, batches: Mapping[Any, Batches], agreed: Mapping[str, Agreed] | None = None
     ) -> None:
         """Find this party's fields. Nothing is read yet."""
         graph = plan.graph
         self._every = {f"data.{one.field}": one for one in plan.preprocessing}
         self._mine = {one.field: one for one in plan.preprocessing if party in graph.holders(one.at)}
-        self._party, self._train = party, train
+        self._party, self._batches = party, batches
         self._sole = {field for field, one in self._mine.items() if graph.holders(one.at) == (party,)}
         self._held: dict[str, tuple[Entry, ...]] = {}
         self.agreed = {name: value for name, value in (agreed or {}).items() if name in self._mine}
@@ -71,17 +71,21 @@ class Preprocess:
         return merge(self._every[name], told)
 
     def take(self, name: str, total: Buffer, source: str) -> None:
-        """Keep what was agreed on.
+        """Keep what was agreed on. Labels of the evaluation data are looked at now: training would be lost later.
 
         Raises:
             ContractError: E541, it cannot be read.
-            DataError: E261, too few samples at any party have a column or a class that this party has.
+            DataError: E261, too few samples at any party have a column or a class that this party has, or a class
+                is in its evaluation data only.
         """
         shared = self._every[name]
         if shared.field in self._mine:
             agreed = read(shared, total, source)
             check_told(shared, agreed, self._held.get(shared.field, ()), f"party {self._party}, training data")
             self.agreed[shared.field] = agreed
+            if shared.kind == "classes":
+                for value, where in self._values(shared.field, "evaluate"):
+                    apply(shared, agreed, value, where)
 
     def alone(self) -> None:
         """Agree with oneself, to try a party without the others."""
@@ -123,14 +127,17 @@ class Preprocess:
 
     def _summarise(self, shared: Shared, *, sole: bool) -> bytes:
         where = f"party {self._party}, training data"
-        told, self._held[shared.field] = summarise(shared, self._values(shared.field), where, sole=sole)
+        values = (value for value, _ in self._values(shared.field, "train"))
+        told, self._held[shared.field] = summarise(shared, values, where, sole=sole)
         return told
 
-    def _values(self, field: str) -> Iterator[Any]:
-        """Yield the field's raw values, batch by batch, over all training samples: `drop_last` leaves out none here."""
-        batches = iter(()) if self._train is None else self._train.every()
+    def _values(self, field: str, mode: str) -> Iterator[tuple[Any, str]]:
+        """Yield the field's raw values, and where they are, batch by batch: all samples, also without `drop_last`."""
+        source = self._batches.get(mode)
+        batches = iter(()) if source is None else source.every()
+        of = "" if mode == "train" else " in the evaluation data"
         for index in count():
-            where = f"party {self._party}, preprocessing of {field!r}, batch {index}"
+            where = f"party {self._party}, preprocessing of {field!r}{of}, batch {index}"
             try:
                 batch = next(batches, None)
             except DataError as error:
@@ -144,13 +151,13 @@ class Preprocess:
                 return
             if field not in batch:
                 raise DataError(
-                    f"the training data has no field {field!r}",
-                    where=f"party {self._party}",
+                    f"the data has no field {field!r}",
+                    where=where,
                     expected=f"fields {', '.join(batch)}",
                     remedy="let the data set give this field; name tuple items with Party(fields=[...])",
                     code="E253",
                 )
-            yield batch[field]
+            yield batch[field], where
 
 
 def unread(error: Exception, where: str) -> DataError:

@@ -76,7 +76,7 @@ class Site:
         self.stages = _stages(self.graph, parts)
         self._rank = {stage.name: place for place, stage in enumerate(self.graph.stages)}
         self.bundles = _bundles(self.graph, parts, self.stages)
-        self.preprocess = Preprocess(plan, parts.party, parts.batches.get("train"), parts.agreed)
+        self.preprocess = Preprocess(plan, parts.party, parts.batches, parts.agreed)
         self.gathered: dict[str, dict[str, Tensor]] = {}
         self.exchanges = parts.plugs.exchanges
         _check_exchanges(plan, parts)

@@ -11,6 +11,7 @@ from cutlayer.report.planview import draw_plan
 from cutlayer.report.raster import available, save_png
 from cutlayer.report.record import read_record
 from cutlayer.report.tables import costs_csv, curves_csv, cuts_csv
+from cutlayer.run.disk import named
 
 __all__ = ["Report", "write_report"]
 
@@ -54,11 +55,14 @@ def write_report(folder: str | Path, *, png: bool = True) -> Report:
         drawings["curves"] = grid(panels, "Metrics by round")
     texts |= {f"{name}.svg": render_svg(scene) for name, scene in drawings.items()}
     for name, text in texts.items():
-        (beside / name).write_text(text, encoding="utf-8")
+        with named(beside / name):
+            (beside / name).write_text(text, encoding="utf-8")
     drawn = png and available()
     for name, scene in drawings.items() if drawn else ():
-        save_png(scene, beside / f"{name}.png")
+        with named(beside / f"{name}.png"):
+            save_png(scene, beside / f"{name}.png")
     page = record.folder / "report.html"
-    page.write_text(render_page(record, plan, panels, time), encoding="utf-8")
+    with named(page):
+        page.write_text(render_page(record, plan, panels, time), encoding="utf-8")
     names = [*texts, *(f"{name}.png" for name in drawings if drawn)]
     return Report(page, tuple(beside / name for name in sorted(names)), drawn)

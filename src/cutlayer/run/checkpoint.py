@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cutlayer.errors import CheckpointError
+from cutlayer.run.disk import named
 from cutlayer.run.lock import own_folder
 
 __all__ = ["Position", "Store", "none_whole", "write_atomic"]
@@ -192,17 +193,21 @@ def none_whole(damaged: CheckpointError) -> CheckpointError:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash at any moment it holds all of the old or all of the new bytes."""
+    """Write a file so that after a crash at any moment it holds all of the old or all of the new bytes.
+
+    Raises OSError, which names the file, if the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    with named(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -203,15 +203,19 @@ class Contract:
                 "another order",
             )
 
-    def digest(self) -> str:
-        """Return the SHA-256, in hex, over the plan's digest and the rest of the contract."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """Return all that the digest is made of as plain values; deadlines in seconds."""
+        return {
             "version": CONTRACT_VERSION,
-            "plan": self.plan.digest(),
+            "plan": self.plan.document(),
             "coordinator": self.coordinator,
             "addresses": dict(self.addresses),
             "deadlines": {name: float(value) for name, value in msgspec.structs.asdict(self.deadlines).items()},
         }
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, over the plan's digest and the rest of the contract."""
+        document = {**self.document(), "plan": self.plan.digest()}
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -194,7 +194,7 @@ def _own_clock(name: str) -> Row:
 
 def _their_contract(name: str, plan: str) -> Row:
     if plan == "other":
-        do = "compare the digests that `cutlayer plan CONTRACT` prints at both sites; one has an older file"
+        do = "compare what `cutlayer plan CONTRACT --json` prints at both sites; one has an older file"
         return Row(f"{name}: contract", "problem", f"{name} has another contract than this one", do, "E642")
     return Row(f"{name}: contract", "ok", f"{name} has the same contract")
 

@@ -22,6 +22,7 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.cost import epoch_bytes
 from cutlayer.core.plan import Plan
 from cutlayer.errors import ConfigError
+from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.config import Contract, parse_contract
 from cutlayer.run.lock import own_folder
 from cutlayer.run.partyfile import PartyFile
@@ -228,8 +229,8 @@ def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:
     path = folder / RECORD
     if path.exists():
         _check_again(folder, _read_record(path), record)
-    (folder / _CONTRACT).write_text(contract_text, encoding="utf-8")
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+    write_atomic(folder / _CONTRACT, contract_text.encode())
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 
 def _check_again(folder: Path, before: LaunchRecord, record: LaunchRecord) -> None:

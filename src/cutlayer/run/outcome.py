@@ -20,7 +20,7 @@ __all__ = ["Result", "history_rows"]
 _MEASURED: Final[tuple[Mode, ...]] = ("train", "evaluate")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What a run gives.
 
@@ -42,6 +42,10 @@ class Result:
     predictions: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     samples: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return one short line: what is in it may be large, and a value of the data."""
+        return f"<Result of {self.plan.name}: {', '.join(self.ledgers)}; {self.seconds:.1f} s; see summary()>"
 
     @property
     def agreed(self) -> dict[str, dict[str, Agreed]]:

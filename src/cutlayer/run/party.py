@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral
@@ -284,6 +285,12 @@ def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed
         drop_last=plan.training.drop_last and train,
         fields=tuple(party.fields) if party.fields is not None else None,
     )
+    if order.drop_last and 0 < order.count < plan.training.batch_size:
+        warnings.warn(
+            f"party {party.name}: none of its {order.count} samples is trained on: they are fewer than a batch of "
+            f"{plan.training.batch_size}, and the plan says drop_last",
+            stacklevel=2,
+        )
     try:
         return batches(data, order, alone=all(len(graph.data_fields(lane)) == 1 for lane in lanes))
     except DataError as error:

@@ -55,6 +55,7 @@ __all__ = [
     "predict_here",
     "predict_with_others",
     "predicting",
+    "rows_of",
     "write_predictions",
 ]
 
@@ -240,14 +241,24 @@ def classes_of(plan: Plan, agreed: Mapping[str, Mapping[str, Agreed]]) -> dict[s
     return found
 
 
+def rows_of(plan: Plan, samples: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return whose samples the rows of an output are, in order: (the first data holder of a lane, its samples)."""
+    firsts = [next(iter(plan.graph.data_fields(lane)), "") for lane in range(plan.lanes)]
+    return [(party, samples[party]) for party in firsts if samples.get(party)]
+
+
 def write_predictions(
-    folder: Path, predictions: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]] | None = None
+    folder: Path,
+    predictions: Mapping[str, Tensor],
+    classes: Mapping[str, Sequence[Entry]] | None = None,
+    rows: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
     """Write outputs to `predictions.safetensors`, and small ones to `predictions.csv` too.
 
     An output of at most 64 values a sample is small; a row of the CSV is a sample, in the order of the data, and a
     column is called "stage", or "stage.0", "stage.1"... Nothing is written if there are none.
 
+    `rows` are as of `rows_of`: with several, a column "party" says whose sample it is, counted from 0 at each.
     `classes` is output -> its classes, in the order of its values. For an output of shape (samples, classes), a further
     column "stage.class" holds the one with the largest value.
 
@@ -263,7 +274,7 @@ def write_predictions(
     lists = {
         name: list(classes[name]) for name, value in held.items() if value.shape[1:] == (len(classes.get(name, ())),)
     }
-    table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX}, lists)
+    table = _table({name: value for name, value in held.items() if value[:1].numel() <= _COLUMNS_MAX}, lists, rows)
     if table:
         write_atomic(folder / "predictions.csv", table.encode())
     document = {
@@ -274,16 +285,22 @@ def write_predictions(
         }
         for name, value in held.items()
     }
-    write_atomic(folder / "prediction.json", msgspec.json.format(msgspec.json.encode({"outputs": document}), indent=2))
+    told = {"outputs": document, **({"samples": dict(rows)} if rows else {})}
+    write_atomic(folder / "prediction.json", msgspec.json.format(msgspec.json.encode(told), indent=2))
     return document
 
 
-def _table(outputs: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]]) -> str:
+def _table(
+    outputs: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]], rows: Sequence[tuple[str, int]]
+) -> str:
     """Return outputs as CSV; numbers are written so that reading them gives the same bits."""
-    rows = {len(value) for value in outputs.values()}
-    if len(rows) != 1:
+    lengths = {len(value) for value in outputs.values()}
+    if len(lengths) != 1:
         return ""  # nothing is small, or the outputs are of different samples
-    header, columns = ["sample"], list[list[str]]()
+    places = [(party, str(place)) for party, size in rows for place in range(size)]
+    header, columns = ["sample"], [[str(place) for place in range(*lengths)]]
+    if len(rows) > 1 and {len(places)} == lengths:
+        header, columns = ["party", "sample"], [list(column) for column in zip(*places, strict=True)]
     for name, value in outputs.items():
         flat = value.flatten(1) if value.ndim > 1 else value[:, None]
         exact = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
@@ -295,7 +312,7 @@ def _table(outputs: Mapping[str, Tensor], classes: Mapping[str, Sequence[Entry]]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([str(number), *row] for number, row in enumerate(zip(*columns, strict=True)))
+    writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
 
 

@@ -1,4 +1,9 @@
-"""What a run leaves behind: a folder with summary, metrics, contract and weights."""
+"""What a run leaves behind: a folder with summary, metrics, contract and weights.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E238 | ConfigError | the disk takes no results |
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +31,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Site
+from cutlayer.errors import ConfigError
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.export import write_joined
 from cutlayer.run.lock import locked, own_folder
@@ -154,15 +162,61 @@ def peak_memory() -> int:
 def write_results(
     folder: Path, result: Result, *, contract_text: str | None = None, digest: str = ""
 ) -> dict[str, Any]:
-    """Write `<party>.safetensors` per party here, `contract.toml` and `summary.json`; return the summary."""
+    """Write `<party>.safetensors` per party here, `contract.toml` and `summary.json`; return the summary.
+
+    The weights come first. Where the folder takes no more, all goes into a new folder for temporary files, which this
+    user alone may enter.
+
+    Raises:
+        ConfigError: E238, the folder takes no more; says where the results or the weights are.
+    """
+    try:
+        return _write(folder, result, contract_text, digest)
+    except OSError as error:
+        raise _refused(error, folder, _elsewhere(result, contract_text, digest), result) from error
+
+
+def _elsewhere(result: Result, contract_text: str | None, digest: str) -> Path | None:
+    """Write the results into a new folder for temporary files; None if that takes them neither."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="cutlayer-results-"))
+    except OSError:
+        return None
+    try:
+        _write(place, result, contract_text, digest)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    return place
+
+
+def _refused(error: OSError, folder: Path, place: Path | None, result: Result) -> ConfigError:
+    kept = ", ".join(f"{party}.safetensors" for party in result.workers if (folder / f"{party}.safetensors").exists())
+    what = f"the results could not be written into the run's folder; all of them are in {place}"
+    if place is None:
+        what = f"the results could not be written; the weights that are: {kept or 'none'}"
+    return ConfigError(
+        what,
+        where=str(error.filename),
+        got=error.strerror or type(error).__name__,
+        remedy=f"make room, copy them into {folder}, then: cutlayer report {folder}"
+        if place
+        else f"make room on the disk and start the run again{f'; keep what is in {folder}' if kept else ''}",
+        code="E238",
+    )
+
+
+def _write(folder: Path, result: Result, contract_text: str | None, digest: str) -> dict[str, Any]:
+    """Write the results, the weights first. Raises OSError, which names the file."""
     hashes: dict[str, str] = {}
     for party, worker in result.workers.items():
         data = safetensors.torch.save(weights(worker.site))
         write_atomic(folder / f"{party}.safetensors", data)
+        hashes[party] = hashlib.sha256(data).hexdigest()
+    for party, worker in result.workers.items():
         if worker.site.preprocess.agreed:
             write_atomic(folder / f"{party}.preprocessing.json", worker.site.preprocess.document())
         write_joined(folder, result.plan, worker.site)
-        hashes[party] = hashlib.sha256(data).hexdigest()
     if contract_text is not None:
         write_atomic(folder / "contract.toml", contract_text.encode())
     document = summary_document(result, hashes, digest)

@@ -11,7 +11,7 @@
 | E614 | LinkError | a request that a service does not take |
 | E615 | LinkError | a service that closes |
 | E641 | HandshakeError | another protocol version |
-| E642 | HandshakeError | another plan |
+| E642 | HandshakeError | another contract |
 | E643 | HandshakeError | another run |
 | E644 | HandshakeError | another process runs as this party |
 | E645 | HandshakeError | the stream does not begin as it must, or with a party that is not of this plan |
@@ -164,11 +164,11 @@ def check_hello(hello: LinkHello, settings: NetworkSettings, names: tuple[str, .
         )
     if hello.digest != settings.digest:
         raise HandshakeError(
-            "two parties have different plans",
+            "two parties have different contracts",
             where=where,
-            expected=f"plan {settings.digest[:16]} ({settings.party})",
-            got=f"plan {tidy(hello.digest)[:16]} ({hello.party})",
-            remedy="give all parties the same contract, byte for byte, and compare `cutlayer plan` at both",
+            expected=f"contract {settings.digest[:16]} ({settings.party})",
+            got=f"contract {tidy(hello.digest)[:16]} ({hello.party})",
+            remedy="take one file for all parties; what differs is in `cutlayer plan CONTRACT --json` of both",
             code="E642",
         )
 
