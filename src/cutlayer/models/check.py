@@ -62,6 +62,15 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
                 f"whose forward takes each tensor as an argument of its own and calls this model with a {kind} of them",
                 code="E325",
             ) from error
+        if not torch.is_grad_enabled() and _runs_with_gradients(model, arguments, inputs):
+            raise StageError(
+                "the model's forward takes gradients itself, and cannot run without",
+                where=f"forward of {type(model).__name__}",
+                expected="a forward that runs under torch.no_grad() too: evaluation and prediction do",
+                got=f"{type(error).__name__}: {error}",
+                remedy="take them within `with torch.enable_grad():`, in a submodule that is not cut apart",
+                code="E325",
+            ) from error
         raise StageError(
             "the example does not fit the model's forward",
             where=f"forward of {type(model).__name__}",
@@ -178,6 +187,15 @@ def _takes_mapping(model: nn.Module, arguments: Arguments) -> bool:
         return False
     try:
         model(**{**arguments.constants, arguments.dictionary: copy.copy(arguments.mapping)})
+    except Exception:
+        return False
+    return True
+
+
+def _runs_with_gradients(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> bool:
+    try:
+        with torch.enable_grad():
+            model(**arguments.called(_copies(inputs)))
     except Exception:
         return False
     return True

@@ -20,7 +20,7 @@ from cutlayer.models.names import in_stack, inside, names_of, stacks_of
 from cutlayer.models.record import Trace
 from cutlayer.models.sizes import BATCHES, complete
 from cutlayer.models.stacks import Layout, Parts, returned, take_apart
-from cutlayer.models.steps import PieceModule, Routine, Step, refs, routine
+from cutlayer.models.steps import PieceModule, Routine, Step, hold, refs, routine
 from cutlayer.models.trace import trace
 from cutlayer.models.tree import adopt, attach, frozen_paths, same_mode, ties
 
@@ -236,7 +236,10 @@ def _by_batch(step: Step) -> StageError:
         "the model does something else for another batch size",
         where=str(step),
         expected="the same operations for any number of samples",
-        remedy="use the batch only in shapes (x.view(x.size(0), -1)), or put this into a submodule of its own",
+        remedy="take the batch as x.size(0), a step of its own: len(x), int() and a loop over x give numbers that hold "
+        "for one batch size"
+        if step.target is hold
+        else "use the batch only in shapes (x.view(x.size(0), -1)), or put this into a submodule of its own",
         code="E314",
     )
 

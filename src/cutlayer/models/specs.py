@@ -209,11 +209,23 @@ def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> 
     dtype, (large, small) = dtype_name(first.dtype), BATCHES
     begins = first.dim() and second.dim() and (first.shape[0], second.shape[0]) == (large, small)
     alike = first.shape[1:] == second.shape[1:] and first.dim() == shorter.dim()
-    if not begins or not alike or shorter.shape[0] != large or dtype not in DTYPES:
+    if dtype not in DTYPES:
+        raise StageError(
+            "a tensor that would cross the cut has a dtype that cannot cross",
+            where=port,
+            expected=f"one of {', '.join(DTYPES)}",
+            got=dtype,
+            remedy="let torch.view_as_real(x) cross, as the result of a submodule, and take torch.view_as_complex of "
+            "it after the cut; or cut elsewhere"
+            if first.is_complex()
+            else "convert it in forward before the cut, or cut elsewhere",
+            code="E319",
+        )
+    if not begins or not alike or shorter.shape[0] != large:
         raise StageError(
             "a tensor that would cross the cut does not begin with the batch",
             where=port,
-            expected=f"shape [batch, ...], one of {', '.join(DTYPES)}",
+            expected="shape [batch, ...]",
             got=f"{dtype}{list(first.shape)} for {large} samples, {list(second.shape)} for {small}",
             remedy="cut elsewhere, or hand in the stages by hand",
             code="E319",
