@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from cutlayer.errors import HandshakeError
+from cutlayer.errors import HandshakeError, PeerError
 from cutlayer.transport.grpc_common import METHOD, SERVICE, channel_to
 from cutlayer.transport.handshake import read_hello
 from cutlayer.transport.network import Network, SessionReset
@@ -62,6 +62,40 @@ def test_a_second_process_waits_while_the_first_is_alive_and_is_refused_in_the_e
     assert told["code"] == "E649"
     for party in ("server", "lab"):
         assert not [name for name, _ in cast.events[party] if name in ("reset", "lost", "aborted")]
+
+
+def test_a_second_process_whose_first_has_finished_is_told_where_to_look(cast: Cast):
+    met, waits = threading.Event(), threading.Event()
+    second: list[BaseException] = []
+
+    def first(network: Network) -> None:
+        meet(network)
+        met.set()
+        assert waits.wait(10)
+        network.finish()
+
+    def later() -> None:
+        assert met.wait(10)
+        threading.Thread(target=told).start()
+        try:
+            with cast.network("clinic", deadlines=replace(QUICK, join=6)) as network:
+                to_the_end(network)
+        except PeerError as error:
+            second.append(error)
+
+    def told() -> None:
+        deadline = time.monotonic() + 10
+        while not cast.heard("clinic", "second") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        waits.set()
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    cast.play({"server": to_the_end, "clinic": first, "lab": to_the_end})
+    thread.join()
+    (error,) = second
+    assert error.code == "E702"
+    assert "another process ran as clinic: look into its run's folder first" in error.remedy
 
 
 @pytest.mark.provokes("E644")

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from cutlayer.engine.wire import HEADER
-from cutlayer.errors import DeadlineError, PeerError
+from cutlayer.errors import DeadlineError, HandshakeError, PeerError
 from cutlayer.transport import control
 from cutlayer.transport.control import LinkHello
 from cutlayer.transport.frames import MESSAGE_MAX, PIECE
@@ -196,3 +196,32 @@ def test_an_ended_stream_ends_its_writer_at_once(peer: Peer):
     begin = time.monotonic()
     assert all(isinstance(read(message), control.Heartbeat) for message in write(peer, stream))
     assert time.monotonic() - begin < 1
+
+
+@pytest.mark.provokes("E649")
+def test_who_is_busy_counts_as_alive_for_as_long_as_silence_may_last_once_another_process_asks(cast: Cast):
+    """A busy reader hears nothing: of a process that went away without a word nobody would ever know."""
+    peer = Peer("clinic", cast.settings("server", rhythm=Rhythm(silence=0.3)))
+    stream = attached(peer)
+    peer.busy, stream.heard = True, time.monotonic() - 60
+    later = Stream(cancel=nothing)
+    with pytest.raises(HandshakeError, match="E649"):
+        peer.attach(later, hello(8), OWN, patient=True)
+    time.sleep(0.35)
+    peer.attach(later, hello(8), OWN, patient=True)
+    assert peer.stream is later
+    peer.busy, later.heard = True, time.monotonic() - 60
+    with pytest.raises(HandshakeError, match="E649"):  # the time of the one before does not count
+        peer.attach(Stream(cancel=nothing), hello(9), OWN, patient=True)
+
+
+@pytest.mark.provokes("E644")
+def test_a_restart_that_only_tells_why_it_failed_is_heard_once_the_process_before_is_gone(cast: Cast):
+    peer = Peer("clinic", cast.settings("server"))
+    stream = attached(peer)
+    with pytest.raises(HandshakeError, match="E644"):
+        peer.attach(Stream(cancel=nothing), hello(8, wanted=0), OWN)
+    peer.detach(stream)
+    later = Stream(cancel=nothing)
+    peer.attach(later, hello(8, wanted=0), OWN)
+    assert peer.stream is later

@@ -161,7 +161,11 @@ def _notices(record: Record) -> list[str]:
 def _undone_words(record: Record) -> str:
     """Say who sent what in steps that were undone: it left, and its rows do not have it."""
     told = [f"{party} {size(row.payload)}" for party, row in record.summary.undone.items()]
-    return f" What left is counted each time: {UNDONE.replace('sent in', 'in')}, {_listed(told)}." if told else ""
+    return (
+        f" What was handed to the links is counted each time: {UNDONE.replace('sent in', 'in')}, {_listed(told)}."
+        if told
+        else ""
+    )
 
 
 def _alarms(rows: Sequence[Moved]) -> list[str]:

@@ -90,6 +90,7 @@ class Peer:
         self.stream: Stream | None = None
         self.left = False
         self.busy = False
+        self.asked = 0.0  # when another process of the peer's first asked for the link, while this party was busy
         self._replaced: deque[int] = deque(maxlen=_REMEMBERED)  # incarnations that must not come back
 
     # --- sending ---
@@ -210,10 +211,11 @@ class Peer:
         with self.lock:
             old, previous = self.stream, self.link.remote
             only_tells = hello.wanted == 0
-            if hello.incarnation in self._replaced or (only_tells and previous not in (0, hello.incarnation)):
+            other = previous not in (0, hello.incarnation)
+            if hello.incarnation in self._replaced or (only_tells and other and _alive(self)):
                 raise _late(self)
             if hello.incarnation != previous:
-                if patient and previous and _alive(self):
+                if patient and other and _alive(self):
                     raise _second(self)
                 if hello.known == own and hello.wanted > 1:
                     raise _presumptuous(self, hello.wanted)
@@ -221,7 +223,7 @@ class Peer:
             _, dropped = self.link.adopt(hello.incarnation)
             self.link.resume(hello.wanted if hello.known == own and not only_tells else 1)
             self.stream, stream.peer, self.left = stream, self, False
-            stream.heard = time.monotonic()
+            stream.heard, self.asked = time.monotonic(), 0.0
             if old is not None and previous != hello.incarnation:
                 old.farewell = single(_replaced(self), self.run)
             if old is not None:
@@ -318,11 +320,18 @@ def _together(peer: Peer) -> list[tuple[int, Parcel]]:
 
 
 def _alive(peer: Peer) -> bool:
-    """Return whether the process that has the link is there: its stream is up, and was heard within `silence`."""
-    stream = peer.stream
+    """Return whether the process that has the link is there: its stream is up, and was heard within `silence`.
+
+    While this party is busy it hears nothing, so `silence` begins when another process asks first.
+    """
+    stream, now = peer.stream, time.monotonic()
     if stream is None or stream.closed or peer.left:
         return False
-    return peer.busy or time.monotonic() - stream.heard <= peer.rhythm.silence
+    if now - stream.heard <= peer.rhythm.silence or not peer.busy:
+        peer.asked = 0.0
+        return now - stream.heard <= peer.rhythm.silence
+    peer.asked = peer.asked or now
+    return now - peer.asked <= peer.rhythm.silence
 
 
 def _replaced(peer: Peer) -> control.Abort:

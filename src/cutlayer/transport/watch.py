@@ -140,6 +140,11 @@ class Watch:
                 if view.blocked is not None:
                     return view.blocked
                 cause = view.cause
+                if view.told == SECOND:
+                    remedy = (
+                        f"another process ran as {settings.party}: look into its run's folder first, the run has "
+                        "probably come to its end; to run again, start all parties"
+                    )
             lost = [party for party in missing if party in self._gone]
             there = all(party in self._views and self._views[party].connected for party in missing)
             again = steward.member.session > 0
