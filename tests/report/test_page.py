@@ -252,7 +252,7 @@ def test_what_was_sent_in_steps_that_were_undone_has_left_too(tmp_path: Path):
     after = [int(last[place].replace(",", "")) for place in (1, 3, 4)]
     assert after == [before[0] + 7_000_000, before[1] + 900, before[2] + 30]
     assert found.tables["What left server"] == plain.tables["What left server"]
-    assert "What was handed to the links is counted each time: in steps that a restart undid, north 7.0 MB." in found.words
+    assert "handed to the links is counted each time: in steps that a restart undid, north 7.0 MB." in found.words
     assert about(found.column("Cost by party", "sent")["north"], after[0])
     crossed = before[0] + 7_000_000 + int(found.tables["What left server"][-1][1].replace(",", ""))
     assert f"{size(crossed)} of tensors crossed" in found.words
