@@ -39,6 +39,7 @@ def test_a_client_of_a_served_stage_may_lie_beside_the_party_files(demo: Path, c
     ward = demo / "ward.toml"
     for identity, code in (('identity = "ward-7"\n', 0), ("", 2)):
         ward.write_text((demo / "hospital.toml").read_text() + identity)
+        assert (call("check").code == 0) == (code == 0)
         result = call("run", "--folder", f"out-{code}")
         assert result.code == code, result.err
     assert result.err[0].startswith("E242")

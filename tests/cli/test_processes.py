@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,33 @@ def test_error_is_that_of_the_party_that_failed_by_itself(tmp_path: Path):
     assert type(error) is StageError
     assert (error.what, error.where, error.code) == ("it failed", "process of b: step 3", "E301")
     assert (error.expected, error.got, error.remedy) == ("x", "y", "z")
+
+
+def test_results_without_room_are_written_by_resume(call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch):
+    """Copied into a party's folder they would be missing from the joint summary."""
+    begin = processes._start
+    full: list[str] = ["sabotage"]
+
+    def start(file: Any, home: Path, *rest: Any) -> Any:
+        home.mkdir(parents=True, exist_ok=True)
+        taken = home / "hospital.safetensors"
+        if file.name == "hospital":
+            taken.mkdir() if full else taken.rmdir()
+        return begin(file, home, *rest)
+
+    monkeypatch.setattr(processes, "_start", start)
+    result = call("run", *ALL, "--processes", "--folder", "out")
+    assert result.code == 2, result.err
+    assert result.err[-4].startswith("E238 the results could not be written into the run's folder; all of them are in ")
+    assert result.err[-1] == (
+        "  do:    make room, then `cutlayer resume out` writes all results; what lies elsewhere can then be deleted "
+        "(more: cutlayer explain E238)"
+    )
+    shutil.rmtree(result.err[-4].split()[-1])
+    full.clear()
+    again = call("resume", "out")
+    assert again.code == 0, again.err
+    assert set(json.loads((demo / "out" / "summary.json").read_text())["weights_sha256"]) == {"hospital", "server"}
 
 
 def test_if_all_complain_of_others_the_first_is_told(tmp_path: Path):

@@ -55,6 +55,14 @@ def test_events_that_readers_want_to_know_of_are_counted(tmp_path: Path):
     assert read_record(tmp_path).events == {"lost": 2, "returned": 1, "rollback": 1}
 
 
+def test_what_all_parties_tell_of_a_session_is_counted_once(tmp_path: Path):
+    synthetic.write(tmp_path, synthetic.summary(PLANS["vanilla-1"]))
+    names = ["anew", "rollback", "rollback", "damaged"]
+    lines = [msgspec.json.encode({"event": name, "party": party}) + b"\n" for party in "abc" for name in names]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert read_record(tmp_path).events == {"rollback": 2, "damaged": 3, "anew": 1}
+
+
 @pytest.mark.provokes("E281")
 def test_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(ConfigError, match="the folder holds no results of a run") as caught:

@@ -78,6 +78,21 @@ def test_going_back_drops_what_came_after(tmp_path):
     assert store.identifiers() == [0, 1]
 
 
+def test_what_is_put_aside_stays_until_a_new_checkpoint_is_written(tmp_path):
+    store = _store(tmp_path)
+    _save(store, 5)
+    _save(store, 6)
+    store.set_aside()
+    assert not list(store.folder.glob("*.*"))
+    assert store.identifiers() == [5, 6]  # nothing was written in between
+    store.set_aside()
+    _save(store, 0)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["0.json", "0.safetensors"]
+    _save(store, 1)
+    store.set_aside()  # 0 is not kept: another party may have that of the new course by now
+    assert store.identifiers() == [1]
+
+
 @pytest.mark.provokes("E804")
 def test_of_another_run_is_refused(tmp_path):
     _save(_store(tmp_path), 1)

@@ -15,6 +15,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.topologies import vertical
 from cutlayer.data.sources import TensorTable
 from cutlayer.engine.agree import summarise
+from cutlayer.engine.preprocess import Preprocess
 from cutlayer.errors import DataError, PlanError, StageError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
 from cutlayer.run.party import Party
@@ -248,6 +249,26 @@ def test_columns_that_only_few_have_are_refused_before_round_0():
     assert caught.value.code == "E261"
     assert "at least 5 samples of column 0, got fewer here, and at all others" in str(caught.value)
     assert caught.value.where.endswith("training data")
+
+
+def test_evaluation_data_are_read_once_for_all_classes():
+    reads = []
+
+    class Read:
+        def every(self):
+            reads.append(self)
+            yield {"y": ["a", "b"], "z": ["c", "d"]}
+
+    shared = [Shared(field, at="head", kind="classes", least=1) for field in "yz"]
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 2]"),
+        *(Loss(f"of-{field}", at="a", inputs=["head", f"data.{field}"]) for field in "yz"),
+    ]
+    train, evaluation = Read(), Read()
+    own = Preprocess(Plan(stages, preprocessing=shared), "a", {"train": train, "evaluate": evaluation})
+    for name in ("data.y", "data.z"):
+        own.take(name, own.merge(name, [("a", own.summary(name))]), "a")
+    assert reads.count(evaluation) == 1
 
 
 @pytest.mark.provokes("E261")

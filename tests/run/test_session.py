@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.party import EndStep
 from cutlayer.errors import CheckpointError, DataError, PeerError
 from cutlayer.run import meeting, session
-from cutlayer.run.launch import RECORD
+from cutlayer.run.checkpoint import Store
+from cutlayer.run.launch import RECORD, has_checkpoint
 from cutlayer.run.party import counts
 from cutlayer.run.session import Task, _Observer, _Run, take_part
 from cutlayer.transport.network import SessionReset
@@ -57,6 +59,11 @@ def test_a_checkpoint_of_other_numbers_of_samples_is_refused(tmp_path: Path):
     assert all(isinstance(error, CheckpointError | PeerError) for error in second.values())
 
 
+def newest(folder: Path) -> Path:
+    """Return the file of a party's newest checkpoint."""
+    return max((folder / "checkpoints").glob("*.safetensors"), key=lambda path: int(path.stem))
+
+
 def spoil(folder: Path, *, newest_only: bool) -> Path:
     """Cut the tensors of a party's checkpoints short; return the file of the newest."""
     files = sorted((folder / "checkpoints").glob("*.safetensors"), key=lambda path: int(path.stem))
@@ -78,11 +85,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, c
 
     first = trial.play({name: part(name) for name in case.plan.parties})
     assert not [event for events in told.values() for event, _ in events if event in ("damaged", "anew")]
+    whole = newest(run / "alpha").read_bytes()
     file = spoil(run / "alpha", newest_only=True)
     if not common:  # the others have the newest only
         for path in run.glob(f"*/checkpoints/{int(file.stem) - 1}.*"):
             if "alpha" not in path.parts:
                 path.unlink()
+        shutil.copytree(run / "alpha" / "checkpoints", tmp_path / "copy")
+        (tmp_path / "copy" / file.name).write_bytes(whole)
     told.clear()
     second = trial.play({name: part(name) for name in case.plan.parties})
     (row,) = [details for event, details in told["alpha"] if event == "damaged"]
@@ -98,6 +108,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, c
     assert (error.code, error.where) == ("E802", str(file))
     assert "there is no other to go on from" in str(error)
     assert all(isinstance(one, PeerError) for name, one in second.items() if name != "alpha"), second
+    for name in set(case.plan.parties) - {"alpha"}:  # what the remedy needs: the others keep theirs
+        assert has_checkpoint(run / name)
+        store = Store(run / name / "checkpoints", party=name, digest=trial.settings(name).digest)
+        assert store.identifiers() == [int(file.stem)]
+    shutil.rmtree(run / "alpha" / "checkpoints")
+    shutil.copytree(tmp_path / "copy", run / "alpha" / "checkpoints")
+    told.clear()
+    third = trial.play({name: part(name) for name in case.plan.parties})
+    assert {name: one.history for name, one in third.items()} == {name: one.history for name, one in first.items()}
+    assert not [event for events in told.values() for event, _ in events if event in ("anew", "step")]
 
 
 def test_damaged_checkpoints_do_not_begin_the_run_anew(tmp_path: Path):

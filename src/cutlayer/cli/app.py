@@ -14,6 +14,7 @@ from cutlayer.cli.console import (
     ContractArgument,
     ContractHere,
     FolderOption,
+    NewFolderOption,
     PartyFileArgument,
     PartyFilesHere,
     WaitOption,
@@ -177,7 +178,7 @@ def predict(
     party_files: PartyFilesHere = None,
     weights: WeightsOption = None,
     where: Where = _HERE,
-    folder: FolderOption = None,
+    folder: NewFolderOption = None,
     told: Told = _TOLD,
 ) -> None:
     """Predict with trained weights, for the data that parties give as `prediction`. Needs no labels.

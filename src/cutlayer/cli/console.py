@@ -45,6 +45,7 @@ __all__ = [
     "ContractHere",
     "FolderOption",
     "JsonOption",
+    "NewFolderOption",
     "Output",
     "PartyFileArgument",
     "PartyFilesArgument",
@@ -109,6 +110,10 @@ WaitOption = Annotated[
 FolderOption = Annotated[
     Path | None,
     typer.Option("--folder", help="Run folder; one of the same contract is gone on with.", show_default=False),
+]
+NewFolderOption = Annotated[
+    Path | None,
+    typer.Option("--folder", help="Folder for the predictions; one that holds some is refused.", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the last line, and errors.")]

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cutlayer.errors import ConfigError, CutlayerError
@@ -58,7 +58,7 @@ def party_files_here(given: Sequence[Path] | None, contract: Path) -> list[Path]
             remedy="name the party files: cutlayer run CONTRACT PARTYFILE...",
             code="E241",
         )
-    found = {party: [path for path in paths if not _client(path)] or paths for party, paths in found.items()}
+    found = _without_clients(found)
     several = [party for party in parties if len(found[party]) > 1]
     if several:
         raise ConfigError(
@@ -74,14 +74,20 @@ def party_files_here(given: Sequence[Path] | None, contract: Path) -> list[Path]
 def files_to_check(contract: Path) -> list[Path]:
     """Return all party files of the plan's parties that lie beside the contract, and what cannot be read as TOML there.
 
-    If the contract cannot be read, all party files.
+    Those of clients are left out as by `party_files_here`. If the contract cannot be read, all party files.
     """
     found, unread = _beside(contract)
     try:
         parties = load_contract(contract).plan.parties
     except CutlayerError:
         parties = tuple(found)
+    found = _without_clients(found)
     return [*(path for party in parties for path in found.get(party, [])), *unread]
+
+
+def _without_clients(found: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
+    """Leave out the files of clients of a served stage, unless a party has no other."""
+    return {party: [path for path in paths if not _client(path)] or paths for party, paths in found.items()}
 
 
 def _client(path: Path) -> bool:

@@ -78,6 +78,10 @@ def run_processes(
 
     A folder that holds a run begun before is gone on with. Raises what `in_processes` raises.
     """
+    summaries = [folder / file.name / "summary.json" for file in files]
+    if not all(path.exists() for path in summaries):  # who has ended comes again, as those who have not need it
+        for path in summaries:
+            path.unlink(missing_ok=True)
     local, homes, seconds = in_processes(contract, files, folder, output, ["join"])
     return _gather(local, homes, folder, seconds)
 
@@ -218,6 +222,8 @@ def _watch(children: Sequence[_Child], progress: RunProgress, output: Output) ->
 
 def _failure(children: Sequence[_Child], output: Output) -> CutlayerError:
     """Return the error that began it: not a party's complaint of another, if there is any other error."""
+    from cutlayer.run.results import NO_ROOM
+
     failed = [(child.party, _error(child)) for child in children if child.process.poll()]
     for party, error in failed:
         output.note(f"{party}: {error.code} {error.what}")
@@ -225,12 +231,15 @@ def _failure(children: Sequence[_Child], output: Output) -> CutlayerError:
             output.note((_folder(children, party) / "log.txt").read_text(encoding="utf-8", errors="replace"))
     own = [pair for pair in failed if not isinstance(pair[1], PeerError | errors.LinkError | errors.DeadlineError)]
     party, error = (own or failed)[0]
+    remedy, home = error.remedy, _folder(children, party).parent
+    if error.what.startswith(NO_ROOM) and (home / RECORD).exists():  # the party knows of its own folder only
+        remedy = f"make room, then `cutlayer resume {home}` writes all results; what lies elsewhere can then be deleted"
     return type(error)(
         error.what,
         where=f"process of {party}{f': {error.where}' if error.where else ''}",
         expected=error.expected,
         got=error.got,
-        remedy=error.remedy,
+        remedy=remedy,
         code=error.code,
     )
 

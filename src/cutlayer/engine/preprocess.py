@@ -57,6 +57,7 @@ class Preprocess:
         self._party, self._batches = party, batches
         self._sole = {field for field, one in self._mine.items() if graph.holders(one.at) == (party,)}
         self._held: dict[str, tuple[Entry, ...]] = {}
+        self._taken: set[str] = set()
         self.agreed = {name: value for name, value in (agreed or {}).items() if name in self._mine}
 
     def summary(self, name: str) -> bytes:
@@ -83,9 +84,12 @@ class Preprocess:
             agreed = read(shared, total, source)
             check_told(shared, agreed, self._held.get(shared.field, ()), f"party {self._party}, training data")
             self.agreed[shared.field] = agreed
-            if shared.kind == "classes":
-                for value, where in self._values(shared.field, "evaluate"):
-                    apply(shared, agreed, value, where)
+            self._taken.add(shared.field)
+            classes = [field for field, one in self._mine.items() if one.kind == "classes"]
+            if classes and self._taken.issuperset(classes):  # read once for all of them
+                self._taken.clear()
+                for field, value, where in self._values(classes, "evaluate"):
+                    apply(self._mine[field], self.agreed[field], value, where)
 
     def alone(self) -> None:
         """Agree with oneself, to try a party without the others."""
@@ -127,17 +131,17 @@ class Preprocess:
 
     def _summarise(self, shared: Shared, *, sole: bool) -> bytes:
         where = f"party {self._party}, training data"
-        values = (value for value, _ in self._values(shared.field, "train"))
+        values = (value for _, value, _ in self._values([shared.field], "train"))
         told, self._held[shared.field] = summarise(shared, values, where, sole=sole)
         return told
 
-    def _values(self, field: str, mode: str) -> Iterator[tuple[Any, str]]:
-        """Yield the field's raw values, and where they are, batch by batch: all samples, also without `drop_last`."""
+    def _values(self, fields: Sequence[str], mode: str) -> Iterator[tuple[str, Any, str]]:
+        """Yield each field, its raw values and their place, batch by batch: all samples, also without `drop_last`."""
         source = self._batches.get(mode)
         batches = iter(()) if source is None else source.every()
         of = "" if mode == "train" else " in the evaluation data"
         for index in count():
-            where = f"party {self._party}, preprocessing of {field!r}{of}, batch {index}"
+            where = self._where(", ".join(map(repr, fields)), of, index)
             try:
                 batch = next(batches, None)
             except DataError as error:
@@ -149,15 +153,20 @@ class Preprocess:
                 raise unread(error, where) from error
             if batch is None:
                 return
-            if field not in batch:
-                raise DataError(
-                    f"the data has no field {field!r}",
-                    where=where,
-                    expected=f"fields {', '.join(batch)}",
-                    remedy="let the data set give this field; name tuple items with Party(fields=[...])",
-                    code="E253",
-                )
-            yield batch[field], where
+            for field in fields:
+                where = self._where(repr(field), of, index)
+                if field not in batch:
+                    raise DataError(
+                        f"the data has no field {field!r}",
+                        where=where,
+                        expected=f"fields {', '.join(batch)}",
+                        remedy="let the data set give this field; name tuple items with Party(fields=[...])",
+                        code="E253",
+                    )
+                yield field, batch[field], where
+
+    def _where(self, fields: str, of: str, index: int) -> str:
+        return f"party {self._party}, preprocessing of {fields}{of}, batch {index}"
 
 
 def unread(error: Exception, where: str) -> DataError:

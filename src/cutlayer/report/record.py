@@ -33,6 +33,7 @@ _TOLD = (
     "anew",
     "aborted",
 )  # events that a reader of the report wants to know of
+_OF_ALL = ("rollback", "anew")  # of them, those that each party tells of the same session
 
 
 class FlowRow(msgspec.Struct, frozen=True):
@@ -251,13 +252,22 @@ def _named(summary: SummaryFile, lanes: int) -> set[str]:
 
 
 def _events(path: Path) -> dict[str, int]:
-    """Count the events worth telling; steps and rounds, which are most lines, are passed over unread."""
+    """Count the events worth telling; steps and rounds, which are most lines, are passed over unread.
+
+    What all parties tell of one session is counted once, where the file holds the events of several.
+    """
     found: Counter[str] = Counter()
+    each: Counter[tuple[str, str]] = Counter()  # by event and party
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 name = line[:40].partition(b'"event":"')[2].partition(b'"')[0].decode(errors="replace")
-                found[name] += name in _TOLD
+                if name in _OF_ALL:
+                    party = line.partition(b'"party":"')[2].partition(b'"')[0].decode(errors="replace")
+                    each[name, party] += 1
+                    found[name] = max(found[name], each[name, party])
+                else:
+                    found[name] += name in _TOLD
     return {name: found[name] for name in _TOLD if found[name]}
 
 

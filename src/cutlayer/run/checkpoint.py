@@ -2,13 +2,14 @@
 
 A folder `checkpoints/` holds, for each of the last two checkpoints, `<id>.safetensors` and `<id>.json`. The manifest is
 written last, atomically, its own SHA-256 in its first line; a checkpoint without a manifest, or with another hash,
-does not exist.
+does not exist. `before/` holds those of a course that was given up, until the new one has a checkpoint of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ class Store:
     def save(
         self, identifier: int, position: Position, tensors: Mapping[str, Tensor], document: dict[str, Any]
     ) -> None:
-        """Write a checkpoint, then drop those beyond `keep`. Raises `CheckpointError` if the disk refuses."""
+        """Write a checkpoint, then drop those beyond `keep` and those put aside.
+
+        Raises `CheckpointError` E801 if the disk refuses.
+        """
         try:
             data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
             write_atomic(self._path(identifier, "safetensors"), data)
@@ -94,6 +98,7 @@ class Store:
         for old in self._names()[: -self.keep]:
             self._path(old, "json").unlink(missing_ok=True)
             self._path(old, "safetensors").unlink(missing_ok=True)
+        shutil.rmtree(self._before, ignore_errors=True)
 
     def identifiers(self) -> list[int]:
         """Return the checkpoints that are whole, oldest first. Reads them all; damaged ones are left out."""
@@ -102,8 +107,11 @@ class Store:
     def look(self) -> tuple[list[int], list[CheckpointError]]:
         """Return the checkpoints that are whole, oldest first, and what is wrong with each other one. Reads them all.
 
-        Raises `CheckpointError` E804 if one is of another run.
+        Those put aside count again where no newer one was written. Raises `CheckpointError` E804: of another run.
         """
+        if not self._names():
+            for path in self._before.glob("*"):
+                path.replace(self.folder / path.name)
         whole, damaged = list[int](), list[CheckpointError]()
         for identifier in self._names():
             try:
@@ -137,6 +145,29 @@ class Store:
                 self._path(later, "json").unlink(missing_ok=True)
                 self._path(later, "safetensors").unlink(missing_ok=True)
         _sync(self.folder)
+
+    def set_aside(self) -> None:
+        """Move all checkpoints away from those of a run that begins anew; the first that it writes deletes them.
+
+        Number 0 is deleted now: the new one of that number may be at one party sooner than at another, and the two
+        would be taken for one.
+        """
+        names = self._names()
+        if names:
+            shutil.rmtree(self._before, ignore_errors=True)
+            own_folder(self._before)
+        for identifier in names:
+            for suffix in ("json", "safetensors"):
+                path = self._path(identifier, suffix)
+                if identifier == 0:
+                    path.unlink(missing_ok=True)
+                elif path.exists():
+                    path.replace(self._before / path.name)
+        _sync(self.folder)
+
+    @property
+    def _before(self) -> Path:
+        return self.folder / "before"
 
     def _names(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())

@@ -216,7 +216,7 @@ def _section(plan: Plan, party: str) -> str:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a party's folder of a run holds a checkpoint to go on from, as far as can be seen without reading it."""
-    return any(path.stem.isdecimal() for path in (folder / "checkpoints").glob("*.json"))
+    return any(path.stem.isdecimal() for path in (folder / "checkpoints").rglob("*.json"))
 
 
 def begin_run(folder: Path, contract_text: str, record: LaunchRecord) -> None:

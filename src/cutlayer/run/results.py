@@ -47,6 +47,7 @@ __all__ = [
     "write_results",
 ]
 
+NO_ROOM = "the results could not be written"  # begins what E238 says of a run's results
 SUMMARY_VERSION = 2
 
 
@@ -192,9 +193,9 @@ def _elsewhere(result: Result, contract_text: str | None, digest: str) -> Path |
 
 def _refused(error: OSError, folder: Path, place: Path | None, result: Result) -> ConfigError:
     kept = ", ".join(f"{party}.safetensors" for party in result.workers if (folder / f"{party}.safetensors").exists())
-    what = f"the results could not be written into the run's folder; all of them are in {place}"
+    what = f"{NO_ROOM} into the run's folder; all of them are in {place}"
     if place is None:
-        what = f"the results could not be written; the weights that are: {kept or 'none'}"
+        what = f"{NO_ROOM}; the weights that are: {kept or 'none'}"
     return ConfigError(
         what,
         where=str(error.filename),

@@ -209,6 +209,8 @@ def _met(run: _Run) -> Start:
     whole, damaged = run.task.store.look() if run.task.store else ([], [])
     for error in damaged:
         run.tell("damaged", {"party": run.party.name, "file": error.where, "got": error.got})
+    if damaged and not whole:
+        raise none_whole(damaged[-1])
     start = run.link.rendezvous(Ready(run.task.counts, tuple(whole)))
     if start.checkpoint < 0 and damaged:
         raise none_whole(damaged[-1])
@@ -225,7 +227,10 @@ def _open(
     phases, store = run.task.agenda(run.plan, roster), run.task.store
     phase, cursor = 0, -1
     if store is not None:
-        store.drop_after(checkpoint)
+        if checkpoint < 0:
+            store.set_aside()
+        else:
+            store.drop_after(checkpoint)
     if checkpoint < 0 or store is None:
         if run.task.trains:
             restore(worker.site, initial, "the beginning")
