@@ -134,3 +134,27 @@ def test_a_parametrized_last_layer_is_the_tail(norm: Callable[[nn.Module], nn.Mo
     made = cl.split(model, "one", example=X[:3])
     assert made.cut.points == ("one", "two")
     assert trains_as_uncut(made, uncut, X)
+
+
+def test_what_a_hook_of_the_first_call_keeps_is_not_left_in_the_model():
+    """The example's activations, with their graph: a copy of the model would fail."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.ready = nn.Linear(6, 6), nn.Linear(6, 3), False
+
+        def keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+            self.h = output
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:
+                self.a.register_forward_hook(self.keep)
+                self.ready = True
+            return self.b(torch.relu(self.a(x)))
+
+    model = Keeping()
+    made = cl.split(model, "a", example=torch.randn(2, 6), labels="server")
+    assert "h" not in vars(model)
+    assert len(model.a._forward_hooks) == 1
+    assert made.modules("client", copied=True)

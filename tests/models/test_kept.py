@@ -124,3 +124,22 @@ def test_what_the_error_advises_trains_as_uncut():
         cut = split(model) if tau != 1.0 and heat == 1.0 else cut
         run = fit(cut)
         assert all(torch.equal(value, run.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+class Classy(Net):
+    power = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.power
+
+
+@pytest.mark.provokes("E335")
+@pytest.mark.parametrize("name", ["power", "forward"])
+def test_what_hides_an_attribute_of_the_class_is_refused(name: str):
+    model = Classy()
+    cut = split(model)
+    model.extra = 3  # is nothing that the class has
+    assert cut.plan()
+    setattr(model, name, 5.0 if name == "power" else lambda x: x)
+    with pytest.raises(PlanError, match=rf"E335\] '{name}' of the model has changed since it was cut"):
+        cut.plan()

@@ -40,12 +40,24 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.scale, self.table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.randn(3, 6))
+        self.wide, self.gain = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(6))
         for name, layer in layers.items():
             setattr(self, name, layer)
         self.body = forward
 
     def forward(self, x: Tensor) -> Any:
         return self.body(self, torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class Residual(nn.Module):
+    """Adds something to what comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
 
 
 def auxiliary(self: Net, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +115,9 @@ LEAKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a norm": (lambda: Net(lambda self, h: self.norm(self.fc(h)), norm=nn.LayerNorm(3)), {}),
     "a branch": (lambda: Net(lambda self, h: (z := self.fc(h)) + self.last(z), last=nn.Linear(3, 3)), {}),
     "in place": (lambda: Net(lambda self, h: torch.add(self.fc(h), 1).mul_(2)), {}),
+    "a residual block": (lambda: Net(lambda self, h: self.last(self.fc(h)), last=Residual(3)), {}),
+    "the other operand": (lambda: Net(lambda self, h: torch.addmm(self.fc(h), h.detach(), self.table.t())), {}),
+    "a flat scale": (lambda: Net(lambda self, h: self.fc(h) * self.wide), {}),
     "a shape": (lambda: Net(lambda self, h: self.fc(h).view(h.size(0), 3)), {}),
 }
 
@@ -126,6 +141,8 @@ def test_a_last_cut_that_tells_the_labels_is_refused(name: str):
         lambda self, h: F.linear(h, F.normalize(self.table)).view(h.size(0), -1) * self.scale,
         lambda self, h: torch.einsum("bi,oi->bo", h, self.table).log_softmax(1),
         lambda self, h: self.fc(h) + h.detach()[:, :3],
+        lambda self, h: h @ (self.table * self.gain).t().to(h.dtype),
+        lambda self, h: (h[:, None] * self.table).sum(2),
     ],
 )
 def test_weights_that_are_no_layer_count(forward: Callable[[Any, Tensor], Tensor]):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.models.steps import every_module
 
@@ -103,7 +103,7 @@ def call_first(model: nn.Module, run: Callable[[], object]) -> None:
     """Let a model put on the hooks that its first call puts on, so that no part and no copy of it does so again.
 
     A model that has put them on notes that somewhere in its attributes, so the modules with new hooks, and those that
-    they are in, keep all that the call left in their attributes. All others are as before.
+    they are in, keep what the call left in their attributes, but for tensors. All others are as before.
 
     Args:
         model: The model.
@@ -115,3 +115,5 @@ def call_first(model: nn.Module, run: Callable[[], object]) -> None:
     finally:
         hooked = before.hooked()
         before.put_back([one for one in model.modules() if hooked & set(one.modules())] if hooked else ())
+        if hooked:
+            before.without(Tensor)

@@ -65,13 +65,15 @@ class Kept:
         whole = {module for piece in pieces for module in every_module(piece)}
         apart = [path for path, module in model.named_modules() if module not in whole]
         now = attributes(model, apart)
-        self.model, self.apart = model, apart
+        self.model, self.apart, self.moved = model, apart, moved
         self.values = {name: value for name, value in now.items() if name not in moved}
 
     def check(self) -> None:
         """Refuse a model that was changed where the pieces would not follow. Raises `PlanError` E335."""
         found = attributes(self.model, self.apart)
-        for name, value in self.values.items():
+        hidden = [name for name in found if name not in self.values and name not in self.moved]
+        own = {name: _of_class(self.model, name) for name in hidden}  # an attribute of the class, or `forward` itself
+        for name, value in {**self.values, **{name: one for name, one in own.items() if one is not None}}.items():
             now = found.get(name, _MISSING)
             alike = _shown(now) == _shown(value)
             if now != value:
@@ -84,6 +86,13 @@ class Kept:
                     "or, for a number, keep it in a buffer and change that in place: self.NAME.fill_(...)",
                     code="E335",
                 )
+
+
+def _of_class(model: nn.Module, name: str) -> Any:  # noqa: ANN401
+    """Return what the class of a module has under a name that the module itself has now; None: nothing."""
+    path, _, last = name.rpartition(".")
+    kind = type(model.get_submodule(path))
+    return _plain(getattr(kind, last)) if hasattr(kind, last) else None
 
 
 def attributes(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
+from cutlayer.models.attributes import as_before
 from cutlayer.models.cut import Cut, cut, refuse_compiled
 from cutlayer.models.example import Arguments, Example, arguments_of
 from cutlayer.models.kept import Kept
@@ -217,18 +218,18 @@ def split(
             code="E330",
         )
     make, arguments = partial(cut, model, example=example, output=output), arguments_of(model, example)
-    made = with_tail(model, points[0], make) if chosen else make(points)
+    made = with_tail(model, points[0], make, arguments) if chosen else make(points)
     places = tuple((CLIENT, SERVER)[index % 2] for index in range(len(made.pieces)))
     _check_inputs(made, places, tuple(release))
     check_ties(made, places, labels)
     if labels == CLIENT and not chosen:
-        check_tail(made, places)
+        check_tail(model, made, places, arguments)
     return Split(
         model=model,
         cut=made,
         names=_NAMES.get(len(places)) or tuple(f"part-{index}" for index in range(len(places))),
         places=places,
-        ports=_ports(made, arguments, autocast, longest),
+        ports=_ports(model, made, arguments, autocast, longest),
         inputs=input_specs(arguments, longest),
         labels=labels,
         release=tuple(release),
@@ -302,7 +303,10 @@ def _check_inputs(made: Cut, places: Sequence[str], release: Sequence[str]) -> N
             )
 
 
-def _ports(made: Cut, arguments: Arguments, autocast: str, longest: Mapping[str, int] | None) -> tuple[Ports, ...]:
-    ports = port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest)
+def _ports(
+    model: nn.Module, made: Cut, arguments: Arguments, autocast: str, longest: Mapping[str, int] | None
+) -> tuple[Ports, ...]:
+    with as_before(model):
+        ports = port_specs(made, arguments, autocast=torch_dtype(autocast) if autocast else None, longest=longest)
     check_trained(made, ports)
     return ports

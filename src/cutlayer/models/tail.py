@@ -13,16 +13,21 @@ then what goes back has passed them too. A layer's matrix or kernel counts, a sc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cutlayer.errors import PlanError, StageError
+from cutlayer.models.attributes import as_before
+from cutlayer.models.check import run_pieces
 from cutlayer.models.cut import Cut, Piece
+from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.kinds import is_size, writes
 from cutlayer.models.names import Point, resolve
+from cutlayer.models.sizes import BATCHES
 from cutlayer.models.steps import PieceModule, Step, refs
 
 __all__ = ["check_tail", "tail_points", "with_tail"]
@@ -33,13 +38,14 @@ _KERNELS: Final = (f"conv{kind}{size}d" for kind in ("", "_transpose") for size 
 _WEIGHING: Final = frozenset(_PRODUCTS.split(" ")).union(_KERNELS)  # functions that put weights on a value
 
 
-def with_tail(model: nn.Module, first: Point, make: Callable[[list[Point]], Cut]) -> Cut:
+def with_tail(model: nn.Module, first: Point, make: Callable[[list[Point]], Cut], arguments: Arguments) -> Cut:
     """Cut at `first` and at the last place where the tail of a U-shape may begin.
 
     Args:
         model: The model.
         first: The cut point that was given.
         make: Cuts the model at the points it is given.
+        arguments: The example.
 
     Raises:
         PlanError: E330, there is no such place behind `first`; E334, none of the places tried keeps the labels.
@@ -54,7 +60,7 @@ def with_tail(model: nn.Module, first: Point, make: Callable[[list[Point]], Cut]
                 made = make([name, point])
             if name in made.points and made.points[0] != name:
                 break
-            check_tail(made, ("client", "server", "client"))
+            check_tail(model, made, ("client", "server", "client"), arguments)
         except (StageError, PlanError) as error:
             failed.append(error)
             if error.code != "E334" and f"at={point!r}" not in error.where and "." not in point:
@@ -111,12 +117,14 @@ def _before(model: nn.Module, layer: str) -> Iterator[str]:
         layer = parent
 
 
-def check_tail(made: Cut, places: Sequence[str]) -> None:
+def check_tail(model: nn.Module, made: Cut, places: Sequence[str], arguments: Arguments) -> None:
     """Refuse a U-shape whose labels the server could read from the gradients that it is sent.
 
     Args:
-        made: The cut model.
+        model: The model.
+        made: Its pieces.
         places: "client" or "server", of each piece; the last is at the client, with the labels.
+        arguments: The example.
 
     Raises:
         PlanError: E334.
@@ -127,7 +135,43 @@ def check_tail(made: Cut, places: Sequence[str]) -> None:
         ports = {port for port in piece.outputs if f"{index}.{port}" in bare}
         if ports and places[index] == "server":
             raise _leaks(made, index)
-        bare |= {text for text in piece.inputs if ports and text in _bare(piece, ports)}
+        if index == len(made.pieces) - 1 and (found := _measured(model, made, arguments)) is not None:
+            bare |= found
+        elif ports:
+            bare |= _bare(piece, ports)
+
+
+def _measured(model: nn.Module, made: Cut, arguments: Arguments) -> set[str] | None:
+    """Return the inputs of the last piece to which a gradient comes back where all its matrices and kernels are zero.
+
+    That finds ways within submodules too, such as a residual block's. None: the piece cannot be run so; a weight norm,
+    for one, divides by the norm of its weights.
+    """
+    inputs = {name: value for name, value in arguments.resized(BATCHES[0]).tensors.items() if value is not None}
+    modules, last = [piece.module for piece in made.pieces], made.pieces[-1]
+    with as_before(model), undisturbed(*modules), suppress(Exception):
+        for module in modules:
+            module.train()
+        with torch.no_grad():
+            known = {f"data.{name}": value for name, value in inputs.items()}
+            for index, given in enumerate(run_pieces(made.pieces, inputs)):
+                known |= {f"{index}.{port}": one for port, one in zip(made.pieces[index].outputs, given, strict=True)}
+            for weight in last.module.parameters():
+                if _mixes(weight):
+                    weight.zero_()
+        values = [known[text].detach().clone() for text in last.inputs]
+        floats = {text: value for text, value in zip(last.inputs, values, strict=True) if value.is_floating_point()}
+        with torch.enable_grad():
+            output = last.module(*(value.requires_grad_(value.is_floating_point()) for value in values))
+            if not output.requires_grad:
+                return set()
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                output, list(floats.values()), torch.ones_like(output), allow_unused=True
+            )
+        reached = {text: one for text, one in zip(floats, gradients, strict=True) if one is not None}
+        if output.isfinite().all() and all(one.isfinite().all() for one in reached.values()):
+            return {text for text, one in reached.items() if one.any()}
+    return None
 
 
 def _bare(piece: Piece, ports: set[str]) -> set[str]:
@@ -172,7 +216,7 @@ def _passes(module: PieceModule, step: Step, weights: set[str]) -> bool:
 
 def _weights(module: PieceModule, steps: Sequence[Step]) -> set[str]:
     """Return the values that are a matrix or kernel of the piece, or are made of nothing but such."""
-    own = {name for name, value in module.named_parameters(remove_duplicate=False) if value.ndim > 1}
+    own = {name for name, value in module.named_parameters(remove_duplicate=False) if _mixes(value)}
     found = set[str]()
     for step in steps:
         used = list(refs(step))
@@ -182,7 +226,12 @@ def _weights(module: PieceModule, steps: Sequence[Step]) -> set[str]:
 
 
 def _weighs(module: nn.Module) -> bool:
-    return any(value.ndim > 1 for value in module.parameters())
+    return any(_mixes(value) for value in module.parameters())
+
+
+def _mixes(weight: Tensor) -> bool:
+    """Say whether a weight is a matrix or a kernel, not a scale or a shift."""
+    return sum(size > 1 for size in weight.shape) > 1
 
 
 def _leaks(made: Cut, index: int) -> PlanError:
