@@ -40,7 +40,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.scale, self.table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.randn(3, 6))
-        self.wide, self.gain = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(6))
+        self.gain = nn.Parameter(torch.ones(6))
         for name, layer in layers.items():
             setattr(self, name, layer)
         self.body = forward
@@ -117,7 +117,6 @@ LEAKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "in place": (lambda: Net(lambda self, h: torch.add(self.fc(h), 1).mul_(2)), {}),
     "a residual block": (lambda: Net(lambda self, h: self.last(self.fc(h)), last=Residual(3)), {}),
     "the other operand": (lambda: Net(lambda self, h: torch.addmm(self.fc(h), h.detach(), self.table.t())), {}),
-    "a flat scale": (lambda: Net(lambda self, h: self.fc(h) * self.wide), {}),
     "a shape": (lambda: Net(lambda self, h: self.fc(h).view(h.size(0), 3)), {}),
 }
 
@@ -141,6 +140,7 @@ def test_a_last_cut_that_tells_the_labels_is_refused(name: str):
         lambda self, h: F.linear(h, F.normalize(self.table)).view(h.size(0), -1) * self.scale,
         lambda self, h: torch.einsum("bi,oi->bo", h, self.table).log_softmax(1),
         lambda self, h: self.fc(h) + h.detach()[:, :3],
+        lambda self, h: F.linear(h, self.table[:1]),
         lambda self, h: h @ (self.table * self.gain).t().to(h.dtype),
         lambda self, h: (h[:, None] * self.table).sum(2),
     ],

@@ -230,8 +230,8 @@ def _weighs(module: nn.Module) -> bool:
 
 
 def _mixes(weight: Tensor) -> bool:
-    """Say whether a weight is a matrix or a kernel, not a scale or a shift."""
-    return sum(size > 1 for size in weight.shape) > 1
+    """Say whether a weight is a matrix or a kernel, not a scale or a shift; one row is a layer with one output."""
+    return weight.ndim > 1
 
 
 def _leaks(made: Cut, index: int) -> PlanError:
