@@ -115,6 +115,7 @@ LEAKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a norm": (lambda: Net(lambda self, h: self.norm(self.fc(h)), norm=nn.LayerNorm(3)), {}),
     "a branch": (lambda: Net(lambda self, h: (z := self.fc(h)) + self.last(z), last=nn.Linear(3, 3)), {}),
     "in place": (lambda: Net(lambda self, h: torch.add(self.fc(h), 1).mul_(2)), {}),
+    "a softmax": (lambda: Net(lambda self, h: torch.softmax((z := self.fc(h)) - z.detach(), 1)), {}),
     "a residual block": (lambda: Net(lambda self, h: self.last(self.fc(h)), last=Residual(3)), {}),
     "the other operand": (lambda: Net(lambda self, h: torch.addmm(self.fc(h), h.detach(), self.table.t())), {}),
     "a shape": (lambda: Net(lambda self, h: self.fc(h).view(h.size(0), 3)), {}),

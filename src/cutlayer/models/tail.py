@@ -166,7 +166,10 @@ def _measured(model: nn.Module, made: Cut, arguments: Arguments) -> set[str] | N
             if not output.requires_grad:
                 return set()
             gradients: Sequence[Tensor | None] = torch.autograd.grad(
-                output, list(floats.values()), torch.ones_like(output), allow_unused=True
+                output,
+                list(floats.values()),
+                torch.randn_like(output),
+                allow_unused=True,  # of ones, a softmax's is 0
             )
         reached = {text: one for text, one in zip(floats, gradients, strict=True) if one is not None}
         if output.isfinite().all() and all(one.isfinite().all() for one in reached.values()):
