@@ -47,6 +47,7 @@ def replicated_plans(draw: st.DrawFn, *, most_lanes: int = 3) -> Plan:
 @st.composite
 def trainings(draw: st.DrawFn) -> Training:
     return Training(
+        metrics_least=1,
         epochs=draw(st.integers(1, 2)),
         batch_size=6,
         microbatches=draw(st.integers(1, 3)),

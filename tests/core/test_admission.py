@@ -28,7 +28,9 @@ def small_plan(order: str) -> Plan:
         Loss("loss", at=["a", "b"], inputs=["tail", "data.y"]),
         Loss("more", at="t", inputs=["body", "data.y@head"]),
     ]
-    training = Training(batch_size=2, microbatches=2, order=order, clip_norm=1.0, clip="global", window=1, epochs=2)
+    training = Training(
+        batch_size=2, microbatches=2, order=order, clip_norm=1.0, clip="global", window=1, epochs=2, metrics_least=1
+    )
     return Plan(stages, training=training, releases=[Release("y", at="head", to="t", spec="int64[batch]")])
 
 

@@ -273,7 +273,7 @@ def test_prediction_and_evaluation_use_every_sample():
 
 def test_checkpoints():
     """Every so many steps, at the end of each turn of a relay and of each round; numbered without gaps."""
-    plan = u_shaped(["a", "c"], "b", cut=C, back=C, output=C, batch_size=1, checkpoint_every=2)
+    plan = u_shaped(["a", "c"], "b", cut=C, back=C, output=C, batch_size=1, checkpoint_every=2, metrics_least=2)
     programs = compile_plan(plan, roster_for(plan, (5, 2)))
     for party in plan.parties:
         jobs = [(step, job) for step, job in unrolled(programs, "train")[party] if isinstance(job, Checkpoint)]

@@ -272,7 +272,7 @@ def test_a_wrapped_metric_that_would_send_samples_is_refused():
     ]
     metrics = {"loss": lambda: MinMaxMetric(tc.BinaryAUROC())}
     parties = [
-        Party(n, data=TensorTable(x=torch.ones(2), y=torch.ones(2)), metrics=metrics, optimizer=torch.optim.SGD,
+        Party(n, data=TensorTable(x=torch.ones(5), y=torch.ones(5)), metrics=metrics, optimizer=torch.optim.SGD,
               modules={"head": Scale(), "loss": nn.MSELoss()})
         for n in ("a", "b")
     ]  # fmt: skip

@@ -135,7 +135,7 @@ def test_a_metric_that_a_clients_samples_do_not_allow_is_left_out_of_its_own():
 
     plan = cl.u_shaped(
         ("one", "two"), "server", cut="float32[batch, 3]", back="float32[batch, 2]", output="float32[batch]",
-        batch_size=4,
+        batch_size=4, metrics_least=4,
     )  # fmt: skip
     torch.manual_seed(0)
     parties = [cl.Party("server", modules={"body": nn.Linear(3, 2)}, optimizer=plans._adam, seed=1)]

@@ -149,7 +149,7 @@ def test_a_party_of_which_drop_last_leaves_nothing_is_warned_of(
         cl.Stage("head", at=["a", "b"], inputs=["data.x"], output="float32[batch, 2]"),
         cl.Loss("loss", at=["a", "b"], inputs=["head", "data.y"]),
     ]
-    plan = cl.Plan(stages, training=cl.Training(batch_size=4, drop_last=drop_last))
+    plan = cl.Plan(stages, training=cl.Training(batch_size=4, drop_last=drop_last, metrics_least=3))
     data = {name: cl.TensorTable(x=torch.ones(n, 2), y=torch.zeros(n).long()) for name, n in (("a", 8), ("b", size))}
     parties = [
         cl.Party(

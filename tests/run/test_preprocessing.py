@@ -204,7 +204,7 @@ def scaled(rows: dict[str, int], order: str, least: int = 5, made=table, **train
     whole = Plan(
         stages,
         preprocessing=[Shared("x", at="head", least=least)],
-        training=Training(batch_size=4, order=order, hub="server", **training),
+        training=Training(batch_size=4, order=order, hub="server", metrics_least=1, **training),
     )
     people = [Party("server", modules={"body": nn.Linear(3, 3)}, optimizer=sgd)]
     for name, count in rows.items():

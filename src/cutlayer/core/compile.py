@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cutlayer.core.batching import StepSizes, round_steps
+from cutlayer.core.batching import StepSizes, lane_batches, round_steps
 from cutlayer.core.emit import Blocks, Emitter, add_credits, held_fields
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
@@ -197,7 +197,7 @@ class _Compiler:
             if self.relay:
                 blocks.append(self._hand_on(place, (place + 1) % len(turns)))
                 blocks.append(self._checkpoint())
-        blocks.append(self._metrics())
+        blocks.append(self._metrics("train"))
         _planned(self, blocks[-1], "round")
         return [*blocks, self._checkpoint(last=True)]
 
@@ -217,7 +217,7 @@ class _Compiler:
             if self.relay and mode == "evaluate" and place + 1 < len(turns):
                 blocks.append(self._hand_on(place, place + 1))
         if mode == "evaluate":
-            blocks.append(self._metrics())
+            blocks.append(self._metrics("evaluate"))
         return [*blocks, self._checkpoint(last=True)]
 
     def finish(self) -> list[Blocks]:
@@ -290,10 +290,11 @@ class _Compiler:
                     self._exchange(block, "gather", stage.name, group, lanes=(0,), limit=stage.state_limit)
         return block
 
-    def _metrics(self) -> Blocks:
+    def _metrics(self, mode: Mode) -> Blocks:
         block = Blocks("metric sums")
         for stage in self.replicated:
             if isinstance(stage, Loss):
+                _check_told(self.plan, stage, mode, self.roster.lane_counts(self.graph, mode))
                 self._exchange(block, "add_metrics", stage.name, stage.places, limit=stage.state_limit)
         return block
 
@@ -321,6 +322,25 @@ class _Compiler:
             block.add(party, Checkpoint(self.checkpoints, last))
         self.checkpoints += 1
         return block
+
+
+def _check_told(plan: Plan, loss: Loss, mode: Mode, counts: Sequence[int]) -> None:
+    """Raise `DataError` E264 for sums over so few samples of a party that they would tell others of each of them."""
+    training, few = plan.training, list[str]()
+    for party, count in zip(loss.places, counts, strict=True):
+        samples = sum(lane_batches(count, training.batch_size, drop_last=mode == "train" and training.drop_last))
+        if 0 < samples < training.metrics_least and len(set(loss.places)) > 1:
+            few.append(f"{samples} of {party}")
+    if few:
+        raise DataError(
+            f"the sums behind the loss {loss.name!r} would be over very few samples, and tell others of each of them",
+            where=f"{mode} rounds, loss {loss.name}, at {', '.join(dict.fromkeys(loss.places))}",
+            expected=f"at least {training.metrics_least} samples at each of them{'' if mode == 'train' else ', or none'}",
+            got=", ".join(few),
+            remedy=f"give more there (Party({_ARGUMENTS[mode]}=...)); or lower training.metrics_least at all parties, "
+            "if these may be told of",
+            code="E264",
+        )
 
 
 def _planned(compiler: _Compiler, block: Blocks, when: str) -> None:

@@ -183,7 +183,7 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
         if isinstance(stage, Loss):
             texts.append(
                 f"sums over its samples behind the metrics of {stage.name}, by way of {plan.hub_of(stage.name)} "
-                "(of few samples they tell outputs and labels)"
+                f"({_behind(training.metrics_least)})"
             )
         elif training.order == "relay":
             texts.append(f"all state of {stage.name} to {others}: at most {stage.state_limit:,} bytes a turn")
@@ -270,6 +270,11 @@ def _told(shared: Shared) -> str:
         return f"counts, means and deviations of data.{shared.field} ({from_})"
     rare = f"each in at least {shared.least} samples of a party" if shared.least > 1 else "also of one sample"
     return f"the list of values of data.{shared.field} (at most {shared.limit:,}, {rare})"
+
+
+def _behind(least: int) -> str:
+    """Return over how many of a party's samples the sums behind metrics are at least, and what they tell."""
+    return f"at least {least}: how many have which label, not whose" if least > 1 else "of one they tell its label"
 
 
 def _shares_state(plan: Plan, party: str) -> bool:

@@ -248,6 +248,9 @@ class Training:
         clip: Whose norm: "party" (each party its own) or "global" (one scalar a party is released to a hub).
         checkpoint_every: Steps between checkpoints within a round; 0: only at the end of a round.
         evaluate_every: Rounds between evaluations; 0: only at the end.
+        metrics_least: Where the replicas of a loss are at several parties, each tells the sums behind its loss and
+            metrics of a round over at least so many of its samples, or the run does not begin (E264). 5 is a common
+            smallest cell in published tables of patients; of one sample, the sums are its label.
         window: Steps that a sender may be ahead of a receiver that sends nothing back.
         hub: Party that adds gradients, norms and metric sums up; empty: the party of the first loss.
     """
@@ -264,6 +267,7 @@ class Training:
     clip: str = "party"
     checkpoint_every: int = 0
     evaluate_every: int = 0
+    metrics_least: int = 5
     window: int = 4
     hub: str = ""
 

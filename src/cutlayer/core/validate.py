@@ -16,6 +16,10 @@ ORDERS = ("parallel", "relay")
 CLIPS = ("global", "party")
 REDUCTIONS = ("mean", "sum")
 KINDS = ("categories", "classes", "scale")
+_LIMITS = {"epochs": 1, "batch_size": 1, "microbatches": 1, "metrics_least": 1, "window": 1} | {
+    "checkpoint_every": 0,
+    "evaluate_every": 0,
+}
 
 
 def check(graph: Graph, training: Training) -> None:
@@ -273,8 +277,7 @@ def _check_training(graph: Graph, training: Training) -> None:
     ):
         if value not in choices:
             raise _choice("training", name, value, choices)
-    limits = {"epochs": 1, "batch_size": 1, "microbatches": 1, "window": 1, "checkpoint_every": 0, "evaluate_every": 0}
-    for name, least in limits.items():
+    for name, least in _LIMITS.items():
         value = getattr(training, name)
         if type(value) is not int or value < least:
             raise PlanError(

@@ -138,6 +138,7 @@ class _TrainingTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     clip: str = "party"
     checkpoint_every: int = 0
     evaluate_every: int = 0
+    metrics_least: int = 5
     window: int = 4
     hub: str = ""
 
