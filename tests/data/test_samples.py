@@ -233,3 +233,61 @@ def test_other_columns_are_refused_at_once(given: Any, got: str):
         cl.TensorTable(y=given)
     assert caught.value.code == "E253"
     assert caught.value.what == "the field 'y' of a table is neither numbers nor texts"
+
+
+@pytest.mark.provokes("E253")
+@pytest.mark.parametrize(
+    ("given", "what", "got", "do"),
+    [
+        (
+            np.ma.array([1.0, 2.0], mask=[0, 1]),
+            "masked values",
+            "masked values from sample 1 on",
+            "array.filled(...): with numpy.nan",
+        ),
+        (
+            np.ma.array([[1, 2], [3, 4]], mask=[[0, 1], [1, 1]]),
+            "masked values",
+            "from sample 0 on",
+            "the mask as a further field",
+        ),
+        (np.ma.array(["a", "b"], mask=[0, 1]), "masked values", "from sample 1 on", "array.filled("),
+        ([np.ma.array([1.0], mask=[0]), np.ma.array([1.0], mask=[1])], "masked values", "from sample 1 on", "filled"),
+        ([1.0, np.ma.masked], "masked values", "from sample 1 on", "filled"),
+        (np.zeros(2, np.clongdouble), "a dtype that no tensor has", f"{np.dtype(np.clongdouble)}", "numpy.float32"),
+        (torch.tensor(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (np.array(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (np.float32(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (1, "no rows", "a single value: shape []", "one row a sample"),
+        (np.array("a"), "no rows", "a single value: shape []", "one row a sample"),
+        (np.ma.array(1.0, mask=True), "no rows", "a single value: shape []", "one row a sample"),
+    ],
+    ids=[
+        "masked",
+        "rows",
+        "texts",
+        "list",
+        "constant",
+        "dtype",
+        "tensor",
+        "array",
+        "scalar",
+        "number",
+        "text",
+        "masked scalar",
+    ],
+)
+def test_columns_without_values_rows_or_a_dtype_are_refused(given: Any, what: str, got: str, do: str):
+    with pytest.raises(DataError, match="E253") as caught:
+        cl.TensorTable(x=given)
+    assert what in caught.value.what
+    assert got in caught.value.got
+    assert "x" in caught.value.where
+    assert do in caught.value.remedy
+
+
+def test_a_masked_array_without_masked_values_is_a_column():
+    given = [np.ma.array([1.0, 2.0]), np.ma.array([1.0, 2.0], mask=[0, 0])]
+    for one in given:
+        assert cl.TensorTable(x=one).batch([1])["x"].tolist() == [2.0]
+    assert len(cl.TensorTable(x=np.ma.zeros((0, 3)))) == 0
