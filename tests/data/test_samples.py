@@ -128,6 +128,70 @@ def test_an_error_of_a_collate_function_is_blamed_on_no_sample():
     assert reads == [0, 1, 2, 3, 0, 1, 2]
 
 
+class Streamed(Dataset[dict[str, torch.Tensor]]):
+    """Reads from a stream that is over at sample 6: for Python that is StopIteration, as at the end of a loop."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([next(iter(range(index, 6)))])}
+
+
+@pytest.mark.provokes("E268")
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "ordered"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        Streamed(),
+        DataLoader(Streamed(), batch_size=4),
+        DataLoader(Streamed(), batch_size=4, num_workers=1),
+        DataLoader(Streamed(), batch_sampler=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]),
+    ],
+    ids=["data set", "loader", "worker", "batches"],
+)
+def test_a_data_set_that_raises_stop_iteration_is_no_end_of_the_data(data: Any, alone: bool):
+    errors = [refused(data, alone=alone)]
+    with pytest.raises(DataError, match="E268") as caught:
+        list(batches(data, order(), alone=alone).every())
+    source = batches(data, order(), alone=alone)
+    with pytest.raises(DataError, match="E268") as skipped:
+        source.load(lane=0, epoch=0, index=2, size=3)  # past it, as after a restart
+    for error in (*errors, caught.value, skipped.value):
+        assert (error.code, error.where) == ("E268", "sample 6 of the data set, counted from 0")
+        assert error.got.startswith("StopIteration")
+        assert "next(" in error.remedy
+
+
+@pytest.mark.provokes("E268")
+def test_a_collate_function_that_raises_stop_iteration_is_no_end_of_the_data():
+    def collate(samples: list[int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([next(iter(range(samples[0], 4)))])}
+
+    loader = DataLoader(Made(lambda index: index), batch_size=4, collate_fn=collate)
+    error = refused(loader)
+    assert (error.code, error.where) == ("E268", "samples 4, 5, 6, 7 of the data set, counted from 0")
+    with pytest.raises(DataError, match=r"E268.*samples 4, 5, 6, 7"):
+        list(batches(loader, order(), alone=True).every())
+
+
+@pytest.mark.provokes("E268")
+def test_a_party_whose_data_raise_stop_iteration_is_named():
+    plan = cl.Plan(
+        [
+            cl.Stage("head", at="a", inputs=["data.x"], output="float32[batch, 2]"),
+            cl.Loss("loss", at="a", inputs=["head", "data.y"]),
+        ],
+        training=Training(batch_size=4),
+    )
+    data = Made(lambda index: {"x": torch.ones(2) * next(iter(range(index, 6))), "y": 0})
+    modules = {"head": torch.nn.Linear(2, 2), "loss": torch.nn.CrossEntropyLoss()}
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    for one in (data, DataLoader(data, batch_size=4)):
+        with pytest.raises(DataError, match=r"E268.*party a, train round 1, batch 1.*sample \d+ of.*StopIteration"):
+            cl.simulate(plan, [cl.Party("a", data=one, modules=modules, optimizer=sgd)])
+
+
 PICTURE = Image.new("L", (2, 2))
 
 
