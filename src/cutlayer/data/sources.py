@@ -251,14 +251,12 @@ class LoaderBatches:
 
     def _drawn_at(self, epoch: int, index: int) -> list[int]:
         """Return the samples of a batch that was drawn: draws them again, and reads none."""
-        places = DataLoader(
-            _Places(), batch_sampler=self.loader.batch_sampler, collate_fn=list, generator=self.loader.generator
-        )
         again_ = Dice()
+        with again_:
+            self._own.begin(epoch, follows=False)
         again_.seed(self.order.seed, epoch)
-        self._own.begin(epoch, follows=False)
         with again_, self._own:
-            return next(islice(places, index, None), [])
+            return next(islice(self._own.draw(epoch), index, None), [])
 
     def _restart(self, epoch: int, index: int) -> None:
         count = len(lane_batches(self.count, self.order.training.batch_size, self.order.drop_last))
@@ -267,6 +265,11 @@ class LoaderBatches:
                 next(cast("Iterator[Any]", self._iterator), None)  # as a loop does: a sampler may draw at its end
         with self._random:
             self._own.begin(epoch, follows=follows)
+        if not follows:
+            self._iterator = None
+            self._random.seed(self.order.seed, 1)
+            with self._random:
+                self._own.employ(epoch)
         self._random.seed(self.order.seed, epoch)
         with self._random, self._own:
             if hasattr(sampler := self.loader.sampler, "set_epoch"):
@@ -274,13 +277,6 @@ class LoaderBatches:
             self._iterator = iter(self.loader)
             for earlier in range(index):
                 self._next(epoch, earlier)
-
-
-class _Places(Dataset[int]):
-    """Gives the places of samples instead of them."""
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 def _drawn(loader: DataLoader[Any]) -> Iterator[int]:
