@@ -120,6 +120,7 @@ class LoaderDice:
 
 def _held(sampler: object, depth: int = 3) -> Iterator[object]:
     """Yield what a sampler keeps, and samplers in it, such as that of a batch sampler."""
+    yield getattr(sampler, "generator", None)  # which may be a property
     for name, value in getattr(sampler, "__dict__", {}).items():
         yield value
         if depth and (isinstance(value, Sampler) or name.endswith("sampler")):
