@@ -86,6 +86,31 @@ def test_help_shows_flags_as_flags(call: Call, words: tuple[str, ...]):
     assert "<bool>" not in shown
 
 
+@pytest.mark.parametrize("words", [(), *COMMANDS, *GROUPS], ids=" ".join)
+def test_help_is_a_document_where_json_is_asked_for(call: Call, words: tuple[str, ...]):
+    shown = "\n".join(call(*words, "--help").out)
+    orders = [(*words, "--help", "--json"), (*words, "--json", "-q", "--help"), ("--json", *words, "--help")]
+    for result in [call(*order) for order in orders]:
+        assert (result.code, result.err) == (0, [])
+        assert list(result.json()) == ["help"]
+        assert result.json()["help"].split() == shown.split()
+
+
+@pytest.mark.provokes("E210")
+def test_help_of_nothing_is_an_error_as_json(call: Call):
+    result = call("no-such", "--help", "--json")
+    assert (result.code, result.json()["error"]["what"]) == (2, "no such command 'no-such'")
+    assert call("explain", "--json", "--", "--help").json()["error"]["code"] != "E210"  # is no option there
+
+
+@pytest.mark.provokes("E210")
+@pytest.mark.parametrize("words", [("pki", "--json"), ("--json", "pki"), ("pki", "-q", "--json")], ids=" ".join)
+def test_a_group_without_a_command_says_so_as_json(call: Call, words: tuple[str, ...]):
+    error = call(*words).json()["error"]
+    assert (error["code"], error["what"], error["where"]) == ("E210", "no command is given", "cutlayer pki")
+    assert error["remedy"] == "read `cutlayer pki --help`"
+
+
 def test_messages_of_several_lines_become_one():
     assert _sentence("Missing argument\n  'X'.\n") == "missing argument 'X'"
     assert _sentence("") == ""
@@ -152,5 +177,5 @@ def test_command_that_is_stopped_prints_its_document(demo: Path):
 def test_shared_options_without_a_command(call: Call):
     result = call("--json")
     assert (result.code, result.json()["error"]["code"], result.err[0]) == (2, "E210", "E210 no command is given")
-    assert call("--json", "--help").out == call("--help").out == call("-q", "-v", "--help").out
+    assert call("--help", "-q").out == call("--help").out == call("-q", "-v", "--help").out
     assert call("-q").code == 2

@@ -128,6 +128,70 @@ def test_an_error_of_a_collate_function_is_blamed_on_no_sample():
     assert reads == [0, 1, 2, 3, 0, 1, 2]
 
 
+class Streamed(Dataset[dict[str, torch.Tensor]]):
+    """Reads from a stream that is over at sample 6: for Python that is StopIteration, as at the end of a loop."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([next(iter(range(index, 6)))])}
+
+
+@pytest.mark.provokes("E268")
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "ordered"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        Streamed(),
+        DataLoader(Streamed(), batch_size=4),
+        DataLoader(Streamed(), batch_size=4, num_workers=1),
+        DataLoader(Streamed(), batch_sampler=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]),
+    ],
+    ids=["data set", "loader", "worker", "batches"],
+)
+def test_a_data_set_that_raises_stop_iteration_is_no_end_of_the_data(data: Any, alone: bool):
+    errors = [refused(data, alone=alone)]
+    with pytest.raises(DataError, match="E268") as caught:
+        list(batches(data, order(), alone=alone).every())
+    source = batches(data, order(), alone=alone)
+    with pytest.raises(DataError, match="E268") as skipped:
+        source.load(lane=0, epoch=0, index=2, size=3)  # past it, as after a restart
+    for error in (*errors, caught.value, skipped.value):
+        assert (error.code, error.where) == ("E268", "sample 6 of the data set, counted from 0")
+        assert error.got.startswith("StopIteration")
+        assert "next(" in error.remedy
+
+
+@pytest.mark.provokes("E268")
+def test_a_collate_function_that_raises_stop_iteration_is_no_end_of_the_data():
+    def collate(samples: list[int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([next(iter(range(samples[0], 4)))])}
+
+    loader = DataLoader(Made(lambda index: index), batch_size=4, collate_fn=collate)
+    error = refused(loader)
+    assert (error.code, error.where) == ("E268", "samples 4, 5, 6, 7 of the data set, counted from 0")
+    with pytest.raises(DataError, match=r"E268.*samples 4, 5, 6, 7"):
+        list(batches(loader, order(), alone=True).every())
+
+
+@pytest.mark.provokes("E268")
+def test_a_party_whose_data_raise_stop_iteration_is_named():
+    plan = cl.Plan(
+        [
+            cl.Stage("head", at="a", inputs=["data.x"], output="float32[batch, 2]"),
+            cl.Loss("loss", at="a", inputs=["head", "data.y"]),
+        ],
+        training=Training(batch_size=4),
+    )
+    data = Made(lambda index: {"x": torch.ones(2) * next(iter(range(index, 6))), "y": 0})
+    modules = {"head": torch.nn.Linear(2, 2), "loss": torch.nn.CrossEntropyLoss()}
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    for one in (data, DataLoader(data, batch_size=4)):
+        with pytest.raises(DataError, match=r"E268.*party a, train round 1, batch 1.*sample \d+ of.*StopIteration"):
+            cl.simulate(plan, [cl.Party("a", data=one, modules=modules, optimizer=sgd)])
+
+
 PICTURE = Image.new("L", (2, 2))
 
 
@@ -233,3 +297,61 @@ def test_other_columns_are_refused_at_once(given: Any, got: str):
         cl.TensorTable(y=given)
     assert caught.value.code == "E253"
     assert caught.value.what == "the field 'y' of a table is neither numbers nor texts"
+
+
+@pytest.mark.provokes("E253")
+@pytest.mark.parametrize(
+    ("given", "what", "got", "do"),
+    [
+        (
+            np.ma.array([1.0, 2.0], mask=[0, 1]),
+            "masked values",
+            "masked values from sample 1 on",
+            "array.filled(...): with numpy.nan",
+        ),
+        (
+            np.ma.array([[1, 2], [3, 4]], mask=[[0, 1], [1, 1]]),
+            "masked values",
+            "from sample 0 on",
+            "the mask as a further field",
+        ),
+        (np.ma.array(["a", "b"], mask=[0, 1]), "masked values", "from sample 1 on", "array.filled("),
+        ([np.ma.array([1.0], mask=[0]), np.ma.array([1.0], mask=[1])], "masked values", "from sample 1 on", "filled"),
+        ([1.0, np.ma.masked], "masked values", "from sample 1 on", "filled"),
+        (np.zeros(2, np.clongdouble), "a dtype that no tensor has", f"{np.dtype(np.clongdouble)}", "numpy.float32"),
+        (torch.tensor(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (np.array(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (np.float32(1.0), "no rows", "a single value: shape []", "one row a sample"),
+        (1, "no rows", "a single value: shape []", "one row a sample"),
+        (np.array("a"), "no rows", "a single value: shape []", "one row a sample"),
+        (np.ma.array(1.0, mask=True), "no rows", "a single value: shape []", "one row a sample"),
+    ],
+    ids=[
+        "masked",
+        "rows",
+        "texts",
+        "list",
+        "constant",
+        "dtype",
+        "tensor",
+        "array",
+        "scalar",
+        "number",
+        "text",
+        "masked scalar",
+    ],
+)
+def test_columns_without_values_rows_or_a_dtype_are_refused(given: Any, what: str, got: str, do: str):
+    with pytest.raises(DataError, match="E253") as caught:
+        cl.TensorTable(x=given)
+    assert what in caught.value.what
+    assert got in caught.value.got
+    assert "x" in caught.value.where
+    assert do in caught.value.remedy
+
+
+def test_a_masked_array_without_masked_values_is_a_column():
+    given = [np.ma.array([1.0, 2.0]), np.ma.array([1.0, 2.0], mask=[0, 0])]
+    for one in given:
+        assert cl.TensorTable(x=one).batch([1])["x"].tolist() == [2.0]
+    assert len(cl.TensorTable(x=np.ma.zeros((0, 3)))) == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -51,6 +52,24 @@ class Whole(Dicts):
     def batch(self, indices):
         rows = torch.as_tensor(indices)
         return {"x": rows[:, None] + self.noise * torch.rand(len(rows), 2), "id": rows}
+
+
+class Halves(Sampler):
+    """A batch sampler of one's own: draws an order for each half of the samples, the second when it comes to it."""
+
+    def __init__(self, drop_last: bool) -> None:
+        self.drop_last, self.dice = drop_last, torch.Generator().manual_seed(4)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = torch.randperm(8, generator=self.dice).tolist()
+        yield rows[:4]
+        yield rows[4:]
+        rest = (8 + torch.randperm(COUNT - 8, generator=self.dice)).tolist()
+        if not self.drop_last:
+            yield rest
+
+    def __len__(self) -> int:
+        return 2 if self.drop_last else 3
 
 
 class Backwards(Sampler):
@@ -176,30 +195,64 @@ def test_a_restart_gives_the_batches_of_an_uninterrupted_epoch(make):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("workers", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
-@pytest.mark.parametrize("kind", ["loader", "sampler", "both"])
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_a_loader_with_a_generator_gives_the_order_of_a_loop_over_it(workers, kind, drop_last):
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("kind", ["loader", "sampler", "both", "batch sampler", "own batch sampler", "none"])
+def test_a_loader_with_a_generator_gives_the_order_of_a_loop_over_it(workers, kind):
     """In each epoch, whatever the party's seed; after a restart in the middle of the third too."""
 
-    def loader(noise: float = 0.0) -> DataLoader:
+    drop_last = not workers
+
+    def loader() -> DataLoader:
         own = torch.Generator().manual_seed(3)
-        given = {"generator": own} if kind != "sampler" else {}
-        given |= {"sampler": RandomSampler(Dicts(), generator=own)} if kind != "loader" else {"shuffle": True}
-        given |= {**workers, "multiprocessing_context": "fork"} if workers else {}
-        return DataLoader(Dicts(noise), batch_size=4, drop_last=drop_last, **given)
+        given: dict = {"multiprocessing_context": "fork", **workers} if workers else {}
+        given |= {"generator": own} if kind in ("loader", "both") else {}
+        if kind in ("batch sampler", "own batch sampler"):
+            made = BatchSampler(RandomSampler(Dicts(), generator=own), 4, drop_last)
+            return DataLoader(Dicts(), batch_sampler=made if kind == "batch sampler" else Halves(drop_last), **given)
+        given |= (
+            {"sampler": RandomSampler(Dicts(), generator=own)} if kind in ("sampler", "both") else {"shuffle": True}
+        )
+        return DataLoader(Dicts(), batch_size=4, drop_last=drop_last, **given)
+
+    def source_of(seed: int = 5) -> LoaderBatches:
+        return batches(loader(), order(drop_last=drop_last, seed=seed), alone=True)
+
+    source, plain = source_of(), loader()
+    found = [ids(epoch_of(source, epoch)) for epoch in (1, 2, 3)]
+    assert len({tuple(one) for one in found}) == 3
+    if kind != "none":  # else the order is of the party's seed
+        assert found == [ids(list(plain)) for _ in range(3)]
+    for epoch in (2, 3, 1, 2):  # back in the same process
+        assert ids(epoch_of(source, epoch)) == found[epoch - 1]
+    for epoch in (2, 1):  # from the middle of another one
+        source.load(lane=0, epoch=3, index=0, size=4)
+        assert ids(epoch_of(source, epoch)) == found[epoch - 1]
+    for epoch, start in ((3, 1), (1, 1), (2, 0)):
+        assert ids(epoch_of(source_of(5 if kind == "none" else 6), epoch, start)) == found[epoch - 1][4 * start :]
+
+
+def test_a_loader_whose_workers_run_already_goes_on_as_a_loop_over_it():
+    def loader() -> DataLoader:
+        own = torch.Generator().manual_seed(3)
+        more = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+        made = DataLoader(Dicts(), batch_size=4, shuffle=True, generator=own, **more)
+        list(made)
+        return made
 
     plain = loader()
-    expected = [ids(list(plain)) for _ in range(3)]
-    source = batches(loader(), order(drop_last=drop_last, seed=5), alone=True)
-    assert [ids(epoch_of(source, epoch)) for epoch in (1, 2, 3)] == expected
-    assert expected[0] != expected[1]
-    if "persistent_workers" in workers:  # a loop over it draws their seed once, when they start
-        return
-    assert ids(epoch_of(source, 2)) == expected[1]
-    assert ids(epoch_of(source, 3)) == expected[2]
-    fresh = batches(loader(), order(drop_last=drop_last, seed=6), alone=True)
-    assert ids(epoch_of(fresh, 3, 1)) == expected[2][4:]
+    expected = [ids(list(plain)) for _ in range(2)]
+    source = batches(loader(), order(), alone=True)
+    assert [ids(epoch_of(source, epoch)) for epoch in (1, 2, 2, 1)] == [*expected, *expected[::-1]]
+
+
+def test_the_samples_of_an_epoch_are_drawn_again_as_they_were_with_lasting_workers():
+    """To name the one that fails: no seed of workers is drawn but in the first epoch."""
+    more = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = DataLoader(Dicts(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3), **more)
+    source = batches(loader, order(), alone=True)
+    for epoch in (1, 2):
+        found = epoch_of(source, epoch)
+        assert [source._drawn_at(epoch, index) for index in range(3)] == [ids([batch]) for batch in found]
 
 
 def test_loaders_that_share_a_generator_do_not_disturb_each_other():

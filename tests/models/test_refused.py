@@ -172,6 +172,21 @@ def test_a_batch_of_another_size_is_refused_when_it_comes():
 
 
 @pytest.mark.provokes("E318")
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("where", ["two.weight, two.bias", "one.weight, one.bias, two.weight and 3 more"])
+def test_weights_without_values(where: str, place: str):
+    model = Net()
+    model.unused = None
+    for module in [model.two] if where.startswith("two") else [model]:
+        module.to("meta")
+    words = rf"E318.*no values.*\(Net, {where}\).*meta.*to_empty.*load_state_dict"
+    with pytest.raises(StageError, match=words):
+        cl.split(model, "one", example=X.to(place), labels="server")
+    model.to_empty(device="cpu").load_state_dict(Net().state_dict(), strict=False)
+    assert cl.split(model, "one", example=X, labels="server").plan()
+
+
+@pytest.mark.provokes("E318")
 def test_nothing_to_train():
     with pytest.raises(StageError, match=r"E318.*no parameter to train.*unfreeze"):
         cut(Net().requires_grad_(False), "one", example=X)

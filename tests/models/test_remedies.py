@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import cutlayer as cl
 from cutlayer.errors import StageError
@@ -51,6 +51,89 @@ def test_a_forward_that_takes_gradients():
     with pytest.raises(StageError, match=r"E325.*takes gradients itself.*torch.enable_grad\(\):`, in a submodule"):
         cl.split(Forces(whole=True), "a", example=X[:2], labels="server")
     assert trains(Forces(whole=False), "a", torch.randn(8, 6), nn.MSELoss())
+
+
+class Weighed(nn.Module):
+    """Weighs its output by the gradient of its own weight, also in evaluation; in its forward, or in a submodule."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.apart = nn.Linear(6, 6), Slope(), nn.Linear(6, 3), apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if not self.apart:
+            return self.c(self.b(h))
+        with torch.enable_grad():
+            out = self.b.layer(h)
+            (slope,) = torch.autograd.grad(out.square().sum(), self.b.layer.weight, create_graph=True)
+        return self.c(out) * slope.norm()
+
+
+class Slope(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.enable_grad():
+            out = self.layer(h)
+            (slope,) = torch.autograd.grad(out.square().sum(), self.layer.weight, create_graph=True)
+        return out * slope.norm()
+
+
+@pytest.mark.provokes("E325")
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_a_forward_that_takes_gradients_of_its_own_weight_with_them_switched_on(labels: str):
+    wanted = (
+        r"E325.*takes gradients itself.*function 'grad' at .*torch.autograd.grad.*enable_grad\(\):`, in a submodule"
+    )
+    with pytest.raises(StageError, match=wanted):
+        cl.split(Weighed(apart=True), "a", example=X[:2], labels=labels)
+    plain, model = Weighed(apart=False), Weighed(apart=False)
+    made = cl.split(model, "a", example=X[:2], labels=labels)
+    rows = TensorDataset(X, torch.arange(8) % 3)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    loss = nn.CrossEntropyLoss()
+    for x, y in DataLoader(rows, 4):
+        sgd.zero_grad()
+        loss(plain(x), y).backward()
+        sgd.step()
+    run = cl.fit(made, DataLoader(rows, 4), loss=loss, optimizer=lambda given: torch.optim.SGD(given, lr=0.1))
+    found = run.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in plain.state_dict().items())
+    plain.eval()
+    assert torch.equal(run.predict(rows), plain(X).detach())
+
+
+class Switched(nn.Module):
+    """Runs only while the model has switched it on, for all of its kind."""
+
+    on = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not Switched.on:
+            raise LookupError("it is off")
+        return h
+
+
+class Switching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.switched, self.b = nn.Linear(6, 6), Switched(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Switched.on = True
+        h = self.switched(self.a(x))
+        Switched.on = False
+        return self.b(torch.relu(h))
+
+
+@pytest.mark.provokes("E321")
+def test_a_submodule_that_runs_in_the_model_alone():
+    with pytest.raises(StageError, match=r"E321.*do not run.*submodule 'switched' at .*got LookupError: it is off"):
+        cl.split(Switching(), "a", example=X[:2], labels="server")
 
 
 class Real(nn.Module):

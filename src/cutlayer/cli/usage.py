@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib import metadata
+from io import StringIO
 from itertools import takewhile
 from typing import Any, Final
 
@@ -51,13 +53,19 @@ class Commands(TyperGroup):
         """Run a command and end the process with its exit code."""
         given = sys.argv[1:] if args is None else list(args)
         words = _in_order(given)
+
+        def run(words: list[str]) -> Any:  # noqa: ANN401
+            return super(Commands, self).main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+
         try:
             code = (
                 _version()
                 if set(words) == {"--version", "--json"}
-                else _no_command()
-                if not words and "--json" in given
-                else super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+                else _no_command(group)
+                if "--json" in given and (group := self._lacks_command(words)) is not None
+                else _help(run, words)
+                if {"--json", "--help"} <= _options(given)
+                else run(words)
             )
         except _Usage as error:
             code = _report(error, given)
@@ -66,6 +74,13 @@ class Commands(TyperGroup):
         if standalone_mode:
             sys.exit(code or 0)
         return code
+
+    def _lacks_command(self, words: Sequence[str]) -> str | None:
+        """Return the path of what is called without a command, though it needs one; None if it has one."""
+        rest = [word for word in words if word not in _SHARED]
+        if rest and not (len(rest) == 1 and isinstance(self.commands.get(rest[0]), Commands)):
+            return None
+        return " ".join(["cutlayer", *rest])
 
 
 def _plain(options: list[Any]) -> list[Any]:
@@ -80,8 +95,8 @@ def _in_order(words: Sequence[str]) -> list[str]:
     """Put options that all commands share behind the command, if they stand before it; without one, leave them out."""
     first = list(takewhile(_SHARED.__contains__, words))
     rest = list(words[len(first) :])
-    if set(rest) <= {"--help"}:
-        return rest
+    if set(rest) - _SHARED <= {"--help"}:
+        return [word for word in rest if word not in _SHARED]
     end = rest.index("--") if "--" in rest else len(rest)
     return [*rest[:end], *first, *rest[end:]]
 
@@ -92,13 +107,28 @@ def _version() -> int:
     return 0
 
 
-def _no_command() -> int:
+def _help(run: Callable[[list[str]], Any], words: Sequence[str]) -> Any:  # noqa: ANN401
+    """Print the help as JSON, for which `--help` alone is looked at."""
+    end = list(words).index("--") if "--" in words else len(words)
+    with redirect_stdout(StringIO()) as shown:
+        code = run([*(word for word in words[:end] if word not in _SHARED), *words[end:]])
+    Output(json=True, quiet=False, verbose=False).document(
+        {"help": "\n".join(line.rstrip() for line in shown.getvalue().strip().splitlines())}
+    )
+    return code
+
+
+def _options(words: Sequence[str]) -> set[str]:
+    return set(takewhile("--".__ne__, words))
+
+
+def _no_command(path: str) -> int:
     """Say as JSON that there is no command; people see the help instead."""
     wrong = ConfigError(
         "no command is given",
-        where="cutlayer",
-        expected="cutlayer COMMAND",
-        remedy="read `cutlayer --help`",
+        where=path,
+        expected=f"{path} COMMAND",
+        remedy=f"read `{path} --help`",
         code="E210",
     )
     Output(json=True, quiet=False, verbose=False).fail(wrong)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
-from cutlayer.data.samples import read_again
+from cutlayer.data.samples import at_several, read_again
 from cutlayer.errors import CutlayerError, DataError
 
 __all__ = ["collated", "next_batch"]
 
+_READS = (_MapDatasetFetcher.fetch.__code__, ExceptionWrapper.reraise.__code__)  # of torch: where samples are read
 _PLAIN = (Tensor, Mapping, list, tuple, bool, int, float, complex, str, bytes)
 _SIZES = (
     "bring them to one size in the data set; or give a DataLoader with a collate_fn that pads them to one length and "
@@ -57,31 +61,45 @@ def next_batch(iterator: Iterator[Any], loader: DataLoader[Any], rows: Callable[
         rows: Gives the places of the batch's samples in the data set; called after an error.
 
     Raises:
-        DataError: E253, they cannot be put together; E268, one of them cannot be read.
+        DataError: E253, they cannot be put together; E268, one of them cannot be read, or that ended in StopIteration.
         Exception: what the loader raises, if not that.
     """
     try:
-        batch = next(iterator, None)
+        batch = next(iterator)
     except CutlayerError:
         raise
     except Exception as error:
-        _name(loader, rows, error)
+        if isinstance(error, StopIteration) and not _of_data(error):
+            return None
+        places = _name(loader, rows, error)
+        if isinstance(error, StopIteration):  # which a caller would take for the end
+            raise at_several(error, places) from error
         raise
     if loader.collate_fn is default_collate and _mixed(batch):
         _name(loader, rows, TypeError("texts and others"))
     return batch
 
 
-def _name(loader: DataLoader[Any], rows: Callable[[], Sequence[int]], error: Exception) -> None:
-    """Raise E268 or E253 if it can say which samples do not fit. What fails meanwhile is of less interest."""
+def _of_data(end: StopIteration) -> bool:
+    """Say whether the data set or the collate function raised it, here or in a process of the loader: no real end."""
+    frames = (frame for frame, _ in walk_tb(end.__traceback__))
+    return any(frame.f_code in _READS for frame in frames)
+
+
+def _name(loader: DataLoader[Any], rows: Callable[[], Sequence[int]], error: Exception) -> Sequence[int]:
+    """Raise E268 or E253 if it can say which samples do not fit. What fails meanwhile is of less interest.
+
+    Returns:
+        The places of the batch's samples, if these can be found.
+    """
     places: Sequence[int] = ()
     with suppress(Exception):
         places = rows()
     samples = read_again(loader, places, error)
-    if not samples or loader.collate_fn is not default_collate:
-        return
-    if _unequal(samples, places) or _strange(samples, places)[0]:
+    known = bool(samples) and loader.collate_fn is default_collate
+    if known and (_unequal(samples, places) or _strange(samples, places)[0]):
         raise _misfit(samples, places, "") from error
+    return places
 
 
 def _misfit(samples: list[Any], rows: Sequence[int], said: str) -> DataError:

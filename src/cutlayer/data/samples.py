@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from cutlayer.errors import CutlayerError, DataError
 
-__all__ = ["read_again", "samples_of", "whole"]
+__all__ = ["at_several", "read_again", "samples_of", "whole"]
 
 _LISTS = ("samples", "imgs", "files", "paths")  # where data sets, torchvision's too, list their files
 _LISTED = 8  # places that an error names
@@ -45,10 +45,15 @@ def whole(dataset: Any, rows: Sequence[int]) -> Mapping[str, Tensor]:  # noqa: A
     except CutlayerError:
         raise
     except Exception as error:
-        more = ", ..." if len(rows) > _LISTED else ""
-        place = f"samples {', '.join(str(row) for row in rows[:_LISTED])}{more} of the data set, counted from 0"
-        raise _unread(error, "the data set failed at several samples at once", place) from error
+        raise at_several(error, rows) from error
     return batch
+
+
+def at_several(error: Exception, rows: Sequence[int]) -> DataError:
+    """Return the error E268 of samples that are read or put together at once."""
+    more = ", ..." if len(rows) > _LISTED else ""
+    place = f"samples {', '.join(str(row) for row in rows[:_LISTED])}{more} of the data set, counted from 0"
+    return _unread(error, "the data set failed at several samples at once", place if rows else "the data set")
 
 
 def read_again(loader: DataLoader[Any], rows: Sequence[int], error: Exception) -> list[Any]:
@@ -92,6 +97,8 @@ def _unread(error: Exception, what: str, where: str) -> DataError:
         what,
         where=where,
         got=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-        remedy="read it alone, as data[index]; check that its file is there and can be read",
+        remedy="a next(...) in it found nothing left: begin what it reads from anew, or give a default, next(..., None)"
+        if isinstance(error, StopIteration)
+        else "read it alone, as data[index]; check that its file is there and can be read",
         code="E268",
     )

@@ -147,8 +147,7 @@ class OrderedBatches:
             return self._rows(place)  # draws nothing, and swapping generators costs more than the rows
         with self._random:
             if self._loader is not None and self._iterator is not None:
-                batch = next_batch(self._iterator, self._loader, lambda: self._indices[place])
-                return _named(batch, self.order.fields)
+                return _named(self._next(self._loader, index), self.order.fields)
             return self._rows(place)
 
     def every(self) -> Iterator[Mapping[str, Tensor]]:
@@ -157,6 +156,10 @@ class OrderedBatches:
         own = OrderedBatches(self._dataset if self._loader is None else self._loader, order)
         for index, size in enumerate(lane_batches(self.count, order.training.batch_size, drop_last=False)):
             yield own.load(lane=0, epoch=0, index=index, size=size)
+
+    def _next(self, loader: DataLoader[Any], index: int) -> Any:  # noqa: ANN401 - a collated batch
+        place = batch_slice(index, len(self._indices), self.order.training.batch_size)
+        return next_batch(cast("Iterator[Any]", self._iterator), loader, lambda: self._indices[place])
 
     def _rows(self, place: slice) -> Mapping[str, Tensor]:
         rows = self._indices[place]
@@ -173,8 +176,8 @@ class OrderedBatches:
         with self._random:
             if self._loader is not None:
                 self._iterator = iter(self._ordered(self._loader))
-                for _ in range(index):
-                    next(self._iterator)
+                for earlier in range(index):
+                    self._next(self._loader, earlier)
             elif not self._plain:
                 for earlier in range(index):  # draws what was drawn before, so that the rest is the same
                     self._rows(batch_slice(earlier, count, training.batch_size))
@@ -213,7 +216,7 @@ class LoaderBatches:
             self._restart(epoch, index)
         self._at = (epoch, index + 1)
         with self._random, self._own:
-            batch = next_batch(cast("Iterator[Any]", self._iterator), self.loader, lambda: self._drawn_at(epoch, index))
+            batch = self._next(epoch, index)
         if batch is None:
             raise DataError(
                 "the loader ended early",
@@ -243,16 +246,17 @@ class LoaderBatches:
                 return
             yield _named(batch, self.order.fields)
 
+    def _next(self, epoch: int, index: int) -> Any:  # noqa: ANN401 - a collated batch
+        return next_batch(cast("Iterator[Any]", self._iterator), self.loader, lambda: self._drawn_at(epoch, index))
+
     def _drawn_at(self, epoch: int, index: int) -> list[int]:
         """Return the samples of a batch that was drawn: draws them again, and reads none."""
-        places = DataLoader(
-            _Places(), batch_sampler=self.loader.batch_sampler, collate_fn=list, generator=self.loader.generator
-        )
         again_ = Dice()
+        with again_:
+            self._own.begin(epoch, follows=False)
         again_.seed(self.order.seed, epoch)
-        self._own.begin(epoch, follows=False)
         with again_, self._own:
-            return next(islice(places, index, None), [])
+            return next(islice(self._own.draw(epoch), index, None), [])
 
     def _restart(self, epoch: int, index: int) -> None:
         count = len(lane_batches(self.count, self.order.training.batch_size, self.order.drop_last))
@@ -261,20 +265,18 @@ class LoaderBatches:
                 next(cast("Iterator[Any]", self._iterator), None)  # as a loop does: a sampler may draw at its end
         with self._random:
             self._own.begin(epoch, follows=follows)
+        if not follows:
+            self._iterator = None
+            self._random.seed(self.order.seed, 1)
+            with self._random:
+                self._own.employ(epoch)
         self._random.seed(self.order.seed, epoch)
         with self._random, self._own:
             if hasattr(sampler := self.loader.sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             self._iterator = iter(self.loader)
-            for _ in range(index):
-                next(self._iterator, None)
-
-
-class _Places(Dataset[int]):
-    """Gives the places of samples instead of them."""
-
-    def __getitem__(self, index: int) -> int:
-        return index
+            for earlier in range(index):
+                self._next(epoch, earlier)
 
 
 def _drawn(loader: DataLoader[Any]) -> Iterator[int]:

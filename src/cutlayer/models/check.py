@@ -7,18 +7,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cutlayer.engine.scoring import shown
-from cutlayer.errors import StageError
+from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.example import Arguments, undisturbed
 from cutlayer.models.pieces import Piece
 from cutlayer.models.slopes import Slopes
+from cutlayer.models.steps import PieceModule
 
 __all__ = ["check", "check_backward_hooks", "run_pieces", "run_whole"]
+
+_UNSEEN = (
+    "the model's forward does something that tracing does not see (global state, a type that code of another file asks "
+    "for); do it in a submodule of its own, cut elsewhere, or hand in the stages by hand"
+)
 
 
 def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -62,15 +69,9 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
                 f"whose forward takes each tensor as an argument of its own and calls this model with a {kind} of them",
                 code="E325",
             ) from error
-        if not torch.is_grad_enabled() and _runs_with_gradients(model, arguments, inputs):
-            raise StageError(
-                "the model's forward takes gradients itself, and cannot run without",
-                where=f"forward of {type(model).__name__}",
-                expected="a forward that runs under torch.no_grad() too: evaluation and prediction do",
-                got=f"{type(error).__name__}: {error}",
-                remedy="take them within `with torch.enable_grad():`, in a submodule that is not cut apart",
-                code="E325",
-            ) from error
+        called = lambda: model(**arguments.called(_copies(inputs)))  # noqa: E731
+        if not torch.is_grad_enabled() and _runs_with_gradients(called):
+            raise _takes_gradients(f"forward of {type(model).__name__}", error) from error
         raise StageError(
             "the example does not fit the model's forward",
             where=f"forward of {type(model).__name__}",
@@ -79,6 +80,17 @@ def run_whole(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tenso
             remedy="correct the example, or --input; call the model on it alone first",
             code="E325",
         ) from error
+
+
+def _takes_gradients(where: str, error: Exception) -> StageError:
+    return StageError(
+        "the model's forward takes gradients itself, and cannot run without",
+        where=where,
+        expected="a forward that runs under torch.no_grad() too: evaluation and prediction do",
+        got=f"{type(error).__name__}: {error}",
+        remedy="take them within `with torch.enable_grad():`, in a submodule that is not cut apart",
+        code="E325",
+    )
 
 
 def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick: Callable[[Any], Any]) -> None:
@@ -93,7 +105,7 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
         slopes = Slopes(model, inputs) if mode else None
         as_model, as_pieces = (partial(_in_mode, mode, who, [model, *modules]) for who in ([model], modules))
         whole = _run(lambda given: pick(run_whole(model, arguments, given)), inputs, slopes, as_model)
-        got = _run(lambda given: run_pieces(pieces, _copies(given))[-1][0], inputs, slopes, as_pieces)
+        got = _run(partial(_run_pieces, model, pieces), inputs, slopes, as_pieces)
         if not _same(whole, got):
             hooked = _hooked(_left_out(model, modules))
             with as_model(), torch.no_grad(), _unhooked(hooked):
@@ -101,6 +113,29 @@ def check(model: nn.Module, pieces: Sequence[Piece], arguments: Arguments, pick:
             raise _other_output(model, hooked if blamed else [], mode, _difference(whole, got))
         if slopes is not None:
             slopes.compare(type(model).__name__)
+
+
+def _run_pieces(model: nn.Module, pieces: Sequence[Piece], inputs: Mapping[str, Tensor | None]) -> Tensor:
+    """Run the pieces on inputs that the model takes. Raises `StageError` if they fail (E321, E325)."""
+    try:
+        return run_pieces(pieces, _copies(inputs))[-1][0]
+    except CutlayerError:
+        raise
+    except Exception as error:
+        steps = [
+            f.f_locals["step"] for f, _ in walk_tb(error.__traceback__) if f.f_code is PieceModule.forward.__code__
+        ]
+        where = f"{type(model).__name__}{', ' * bool(steps)}{''.join(map(str, steps[-1:]))}"
+        if not torch.is_grad_enabled() and _runs_with_gradients(lambda: run_pieces(pieces, _copies(inputs))):
+            raise _takes_gradients(where, error) from error
+        raise StageError(
+            "the pieces do not run where the model does",
+            where=where,
+            expected="operations that run outside of the model's forward too",
+            got=f"{type(error).__name__}: {error}",
+            remedy=_UNSEEN,
+            code="E321",
+        ) from error
 
 
 @contextmanager
@@ -166,8 +201,7 @@ def _other_output(model: nn.Module, blamed: Sequence[nn.Module], mode: bool, dif
         where=f"{type(model).__name__} in {'train mode' if mode else 'evaluation'}",
         expected="the same output for the example",
         got=difference,
-        remedy="the model's forward does something that tracing does not see (global state, a type that "
-        "code of another file asks for); do it in a submodule of its own, cut elsewhere, or hand in the stages by hand",
+        remedy=_UNSEEN,
         code="E321",
     )
 
@@ -192,10 +226,10 @@ def _takes_mapping(model: nn.Module, arguments: Arguments) -> bool:
     return True
 
 
-def _runs_with_gradients(model: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor | None]) -> bool:
+def _runs_with_gradients(call: Callable[[], object]) -> bool:
     try:
         with torch.enable_grad():
-            model(**arguments.called(_copies(inputs)))
+            call()
     except Exception:
         return False
     return True

@@ -10,7 +10,7 @@
 | E315 | a value that would cross is not a tensor, or a size is not known after the cut |
 | E316 | a write in place whose effect the cut would lose |
 | E317 | the model's output is not one tensor |
-| E318 | the model has no parameter to train, or lazy modules that were never run |
+| E318 | the model has no parameter to train, lazy modules that were never run, or weights on the meta device |
 | E320 | train mode and evaluation send different values across the cut |
 | E321 | the pieces do not give what the model gives |
 | E322 | a piece meets another size than the model was cut for |
@@ -139,6 +139,8 @@ def _asked(
         )
     refuse_compiled(model)
     _refuse_lazy(model)
+    if example is not None:
+        _refuse_meta(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise StageError(
             "the model has no parameter to train",
@@ -178,6 +180,22 @@ def _refuse_lazy(model: nn.Module) -> None:
             where=f"{type(model).__name__}, {', '.join(dict.fromkeys(lazy))}",
             expected="parameters whose shapes are known",
             remedy="call the model once on a batch before it is cut, as before an optimizer is made",
+            code="E318",
+        )
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    """Refuse a model with parameters or buffers without values. Raises `StageError` (E318)."""
+    names = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    if names:
+        raise StageError(
+            "weights on the meta device have no values, so the pieces cannot be compared with the model",
+            where=f"{type(model).__name__}, {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+            expected="parameters and buffers on the CPU or on an accelerator",
+            got="device meta",
+            remedy="give them values before the cut: build the model without torch.device('meta'); or "
+            "model.to_empty(device='cpu'), then model.load_state_dict(...)",
             code="E318",
         )
 

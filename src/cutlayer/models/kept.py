@@ -2,12 +2,13 @@
 
 The forward of a module that is cut apart does not run again: its pieces have the steps that it took. So an attribute
 that is changed after the cut would be ignored; it is refused instead. Modules that stay whole run as they are. Of an
-object of another class (a logger; the configuration of a model of `transformers`, which its own `save_pretrained`
-writes to) only the identity is kept.
+object that holds other objects than settings (a logger) only the identity is kept, and what the use of a model of
+`transformers` writes to its own configuration (`save_pretrained` does) is no change. Hooks of such modules are not
+called either: those that came or went since are refused too, but for those of `transformers`, which only take note.
 
 | code | error | meaning |
 | --- | --- | --- |
-| E335 | PlanError | an attribute, a submodule or a weight of a module that is cut apart has changed since |
+| E335 | PlanError | an attribute, a submodule, a weight or a hook of a module that is cut apart has changed since |
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +30,22 @@ from cutlayer.models.steps import every_module
 __all__ = ["Kept", "attributes", "changed"]
 
 _TABLES = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_TORCH = frozenset(vars(nn.Module()))
-_DEPTH = 4  # of values within values
+_CHANGED = (
+    "cut the model again, with cl.split, after each such change: it keeps the trained weights; or, for a number, keep "
+    "it in a buffer and change that in place: self.NAME.fill_(...)"
+)
+_HOOKED = (
+    "remove the hook, or put it on submodules that are not cut apart: these are called; or have it in place before the "
+    "model is cut with cl.split, which says whether the pieces can do what it does"
+)
+_DEPTH = 6  # of values within values
+_SCALARS = (
+    *(type(None), bool, int, float, complex, str, bytes, Enum, set, frozenset, PurePath),
+    *(torch.dtype, torch.device, torch.Size),
+)
+_BOOKS = ("architectures", "dtype", "problem_type", "transformers_version", "_name_or_path", "_commit_hash")
 _LONG = 1000  # entries, from which a list is kept by its identity
 
 
@@ -46,6 +62,25 @@ class _Same:
 
     def __repr__(self) -> str:
         return f"a {type(self.value).__name__}"
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """The hooks of a module, of one kind, in their order."""
+
+    hooks: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        named = ", ".join(getattr(one, "__name__", type(one).__name__) for one in self.hooks)
+        return f"{len(self.hooks)} hook{'s' * (len(self.hooks) > 1)} ({named})" if self.hooks else "no hook"
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object's class and attributes."""
+
+    kind: str
+    entries: dict[str, Any]
 
 
 _MISSING = _Same(None)
@@ -75,17 +110,30 @@ class Kept:
         own = {name: _of_class(self.model, name) for name in hidden}  # an attribute of the class, or `forward` itself
         for name, value in {**self.values, **{name: one for name, one in own.items() if one is not None}}.items():
             now = found.get(name, _MISSING)
-            alike = _shown(now) == _shown(value)
             if now != value:
-                raise PlanError(
-                    f"{name!r} of the model has changed since it was cut, and the pieces would not follow",
-                    where=f"{type(self.model).__name__}.{name}",
-                    expected=f"{_shown(value)}, as it was when cl.split followed forward",
-                    got="none" if now is _MISSING else f"{_shown(now)}, another one" if alike else _shown(now),
-                    remedy="cut the model again, with cl.split, after each such change: it keeps the trained weights; "
-                    "or, for a number, keep it in a buffer and change that in place: self.NAME.fill_(...)",
-                    code="E335",
-                )
+                raise _changed_since(type(self.model).__name__, *_innermost(name, value, now))
+
+
+def _changed_since(model: str, name: str, was: object, now: object) -> PlanError:
+    alike = _shown(now) == _shown(was)
+    return PlanError(
+        f"{name!r} of the model has changed since it was cut, and the pieces would not follow",
+        where=f"{model}.{name}",
+        expected=f"{'none' if was is _MISSING else _shown(was)}, as it was when cl.split followed forward",
+        got="none" if now is _MISSING else f"{_shown(now)}, another one" if alike else _shown(now),
+        remedy=_HOOKED if isinstance(was, _Hooks) else _CHANGED,
+        code="E335",
+    )
+
+
+def _innermost(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:  # noqa: ANN401
+    """Return the first attribute of an attribute, and so on, that differs: its name and both values."""
+    if isinstance(was, _Object) and isinstance(now, _Object) and was.kind == now.kind:
+        for key in [*was.entries, *now.entries]:
+            values = was.entries.get(key, _MISSING), now.entries.get(key, _MISSING)
+            if values[0] != values[1]:
+                return _innermost(f"{name}.{key}", *values)
+    return name, was, now
 
 
 def _of_class(model: nn.Module, name: str) -> Any:  # noqa: ANN401
@@ -108,10 +156,15 @@ def attributes(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str
         module = modules.get(path)
         if module is None:
             continue
-        own = {name: _Same(value) for table in _TABLES for name, value in vars(module)[table].items()}
+        own: dict[str, Any] = {name: _Same(value) for table in _TABLES for name, value in vars(module)[table].items()}
+        own |= {table: _Hooks(tuple(filter(_users, vars(module)[table].values()))) for table in _HOOKS}
         own |= {name: _plain(value) for name, value in vars(module).items() if name not in _OF_TORCH}
         found |= {f"{path}.{name}".lstrip("."): value for name, value in own.items()}
     return found
+
+
+def _users(hook: object) -> bool:
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def changed(model: nn.Module, before: Mapping[str, Any]) -> frozenset[str]:
@@ -126,7 +179,7 @@ def _shown(value: object) -> str:
 
 def _plain(value: Any, depth: int = _DEPTH) -> Any:  # noqa: ANN401
     """Return a value as one that can be compared later, whatever becomes of it."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | Enum | torch.dtype):
+    if isinstance(value, _SCALARS):
         return repr(value)  # not a number is then equal to itself
     if isinstance(value, list | tuple | Mapping) and len(value) > _LONG:
         return _Same(value)
@@ -135,6 +188,28 @@ def _plain(value: Any, depth: int = _DEPTH) -> Any:  # noqa: ANN401
     if depth and isinstance(value, Mapping):
         return {repr(key): _plain(item, depth - 1) for key, item in value.items()}
     fields = is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "save_pretrained")
-    if depth and (fields or isinstance(value, Namespace | SimpleNamespace)):
-        return [type(value).__name__, _plain(dict(getattr(value, "__dict__", {})), depth - 1)]
-    return repr(value) if isinstance(value, set | frozenset | torch.device | torch.Size) else _Same(value)
+    if depth and (fields or isinstance(value, Namespace | SimpleNamespace) or _holds_plain(value, depth)):
+        return _Object(type(value).__name__, {name: _plain(item, depth - 1) for name, item in _entries(value).items()})
+    return _Same(value)
+
+
+def _entries(value: object) -> dict[str, Any]:
+    """Return the attributes of an object, but for what use alone writes to a configuration of `transformers`."""
+    left_out = _BOOKS if hasattr(value, "save_pretrained") else ()
+    return {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in left_out}
+
+
+def _holds_plain(value: object, depth: int) -> bool:
+    """Say whether an object's attributes are numbers, texts, lists and tables of such, and such objects: settings."""
+    if isinstance(value, type | nn.Module | torch.Tensor) or not (held := _entries(value)):
+        return False
+    return all(_is_plain(item, depth - 1) for item in held.values())
+
+
+def _is_plain(value: Any, depth: int) -> bool:  # noqa: ANN401
+    if isinstance(value, _SCALARS):
+        return True
+    if isinstance(value, list | tuple | Mapping):
+        inside = value.values() if isinstance(value, Mapping) else value
+        return depth > 0 and len(value) <= _LONG and all(_is_plain(item, depth - 1) for item in inside)
+    return depth > 0 and _holds_plain(value, depth)
