@@ -170,7 +170,7 @@ a
   sends   gradient at body->tail to server: float32[batch, 32], 4,096 bytes a batch
   sends   all state of head to another of a, b, c: at most 67,108,864 bytes a turn
   sends   all state of tail to another of a, b, c: at most 67,108,864 bytes a turn
-  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many have which label, not whose)
+  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   its number of samples, once, to all parties
   gets    gradient at head->body from server: float32[batch, 64], 8,192 bytes a batch
   gets    activations of body from server: float32[batch, 32], 4,096 bytes a batch
@@ -186,7 +186,7 @@ b, c (each)
   sends   gradient at body->tail to server: float32[batch, 32], 4,096 bytes a batch
   sends   all state of head to another of a, b, c: at most 67,108,864 bytes a turn
   sends   all state of tail to another of a, b, c: at most 67,108,864 bytes a turn
-  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many have which label, not whose)
+  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   its number of samples, once, to all parties
   gets    gradient at head->body from server: float32[batch, 64], 8,192 bytes a batch
   gets    activations of body from server: float32[batch, 32], 4,096 bytes a batch
@@ -211,7 +211,7 @@ a
   runs    head, loss
   data    data.x, data.y
   sends   weight gradients of head, and once its state, by way of a to another of a, b: at most 10,000 bytes a step
-  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many have which label, not whose)
+  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   one number a step, the squared norm of its gradients, by way of a (declared release)
   sends   its number of samples, once, to all parties
   gets    weight gradients of head from each of a, b, to add up
@@ -223,7 +223,7 @@ b
   runs    head, loss
   data    data.x, data.y
   sends   weight gradients of head, and once its state, by way of a to another of a, b: at most 10,000 bytes a step
-  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many have which label, not whose)
+  sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   one number a step, the squared norm of its gradients, by way of a (declared release)
   sends   its number of samples, once, to all parties
   gets    the sum of all weight gradients of head, and once its state, from a

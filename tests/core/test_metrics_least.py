@@ -32,7 +32,7 @@ def test_sums_over_few_samples_of_a_party_are_refused(order, train, evaluate, tr
     error = caught.value
     assert (error.code, error.where, error.got) == ("E264", where, got)
     evaluating = where.startswith("evaluate")
-    least = f"at least {training.get('metrics_least', 5)} samples at each of them"
+    least = f"at least {training.get('metrics_least', 5)} samples at each"
     assert error.expected == least + (", or none" if evaluating else "")
     assert ("Party(evaluation=...)" if evaluating else "Party(data=...)") in error.remedy
 
@@ -55,7 +55,7 @@ def test_the_plan_says_so():
         plan = u_shaped(["a", "c"], "b", cut=C, back=C, output=C, metrics_least=least)
         return [line for line in str(plan).splitlines() if "behind the metrics" in line]
 
-    assert "(at least 7: how many have which label, not whose)" in told(7)[0]
+    assert "(at least 7: how many of each label, not whose)" in told(7)[0]
     assert "(of one they tell its label)" in told(1)[0]
 
 

@@ -335,7 +335,7 @@ def _check_told(plan: Plan, loss: Loss, mode: Mode, counts: Sequence[int]) -> No
         raise DataError(
             f"the sums behind the loss {loss.name!r} would be over very few samples, and tell others of each of them",
             where=f"{mode} rounds, loss {loss.name}, at {', '.join(dict.fromkeys(loss.places))}",
-            expected=f"at least {training.metrics_least} samples at each of them{'' if mode == 'train' else ', or none'}",
+            expected=f"at least {training.metrics_least} samples at each{'' if mode == 'train' else ', or none'}",
             got=", ".join(few),
             remedy=f"give more there (Party({_ARGUMENTS[mode]}=...)); or lower training.metrics_least at all parties, "
             "if these may be told of",

@@ -274,7 +274,7 @@ def _told(shared: Shared) -> str:
 
 def _behind(least: int) -> str:
     """Return over how many of a party's samples the sums behind metrics are at least, and what they tell."""
-    return f"at least {least}: how many have which label, not whose" if least > 1 else "of one they tell its label"
+    return f"at least {least}: how many of each label, not whose" if least > 1 else "of one they tell its label"
 
 
 def _shares_state(plan: Plan, party: str) -> bool:
