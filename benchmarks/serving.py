@@ -5,12 +5,13 @@
 
 A U-shaped network: head and tail at the client, a body of four wide layers at the server, in a process of its own with
 one torch thread, over mutual TLS on loopback. Two sizes: a light body, where what a request costs besides its forward
-is all that counts, and a heavy one, where the forward does. A request is one sample, as a ward asks for one patient at
-a time. Two servers stand side by side, which differ in `batch` only; each round asks both, so that what else the
-machine does falls on both. Clients are threads of one process, each with its own certificate and session, and each asks
-again as soon as it has its answer. A latency is the time from one answer to the next at the client, head and tail
-included. "samples" is how many samples a forward of the server had in the mean. All answers are compared with a
-prediction in one process: exactly without joint forwards, to 1e-5 with them.
+is all that counts, and a heavy one, where the forward does. A third one is a chain: the light body in two halves, at a
+hub and at the server, each in a process of its own; answers go from the server to the client directly. A request is one
+sample, as a ward asks for one patient at a time. Two servers (or chains) stand side by side, which differ in `batch`
+only; each round asks both, so that what else the machine does falls on both. Clients are threads of one process, each
+with its own certificate and session, and each asks again as soon as it has its answer. A latency is the time from one
+answer to the next at the client, head and tail included. "samples" is how many samples a forward of the server had in
+the mean. All answers are compared with a prediction in one process: exactly without joint forwards, to 1e-5 with them.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ CLIENTS = (1, 4, 16, 32)
 LEAST = 240  # requests of all clients together, so that the 99th percentile is more than the slowest one
 WAYS = {"alone": 1, "joint": 64}
 """Way -> the most samples of several requests in one forward."""
-BODIES = {"light": 128, "heavy": 2048}
+BODIES = {"light": 128, "heavy": 2048, "chain": 128}
 """Body -> its width; its four layers have four times the square of that as weights."""
+SERVERS = {"light": ("server",), "heavy": ("server",), "chain": ("hub", "server")}
+"""Body -> who serves it, in order."""
 NUMBERS = ("rate", "p50_ms", "p95_ms", "p99_ms", "samples")
 _BOUNDS = {"alone": 0.0, "joint": 1e-5}
 
@@ -60,6 +63,15 @@ def free_port() -> int:
 def plan_of(body: str) -> cl.Plan:
     """Return the plan of a body; a batch is one sample."""
     cut = f"float32[batch, {BODIES[body]}]"
+    if body == "chain":
+        stages = [
+            cl.Stage("head", at="hospital", inputs=["data.x"], output=cut),
+            cl.Stage("near", at="hub", inputs=["head"], output=cut),
+            cl.Stage("body", at="server", inputs=["near"], output=cut),
+            cl.Stage("tail", at="hospital", inputs=["body"], output="float32[batch, 10]"),
+            cl.Loss("loss", at="hospital", inputs=["tail", "data.y"]),
+        ]
+        return cl.Plan(stages, training=cl.Training(batch_size=1), name="chain")
     return cl.u_shaped("hospital", "server", cut=cut, back=cut, output="float32[batch, 10]", batch_size=1)
 
 
@@ -67,20 +79,20 @@ def party_of(body: str, name: str) -> cl.Party:
     """Return a party with the same weights in every process."""
     torch.manual_seed(len(name))
     width = BODIES[body]
-    if name == "server":
-        layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
-        return cl.Party(name, modules={"body": nn.Sequential(*layers)})
+    if name in SERVERS[body]:
+        layers = [layer for _ in range(4 // len(SERVERS[body])) for layer in (nn.Linear(width, width), nn.ReLU())]
+        return cl.Party(name, modules={"near" if name == "hub" else "body": nn.Sequential(*layers)})
     ends = {"head": nn.Linear(64, width), "tail": nn.Linear(width, 10), "loss": nn.CrossEntropyLoss()}
     return cl.Party(name, modules=ends)
 
 
-def network(plan: cl.Plan, folder: Path, address: str, party: str, identity: str) -> cl.NetworkSettings:
-    """Return the settings of the server or of a client."""
+def network(plan: cl.Plan, folder: Path, addresses: Mapping[str, str], party: str, identity: str) -> cl.NetworkSettings:
+    """Return the settings of a server or of a client."""
     return cl.NetworkSettings(
         party=party,
         parties=plan.parties,
         coordinator="server",
-        addresses={"server": address},
+        addresses=addresses,
         run="benchmark",
         digest=plan.digest(),
         credentials=cl.load_credentials(folder / identity, identity),
@@ -88,7 +100,7 @@ def network(plan: cl.Plan, folder: Path, address: str, party: str, identity: str
     )
 
 
-def serve(body: str, folder: Path, address: str, batch: int, line: Connection) -> None:
+def serve(body: str, name: str, folder: Path, addresses: Mapping[str, str], batch: int, line: Connection) -> None:
     """Serve until the parent says that it is enough, and tell it how many forwards there were when it asks.
 
     A process of its own.
@@ -97,8 +109,8 @@ def serve(body: str, folder: Path, address: str, batch: int, line: Connection) -
     torch.set_num_threads(1)
     limits = cl.Serving(batch=batch, quota=cl.Quota(sessions=64))
     plan = plan_of(body)
-    settings = network(plan, folder, address, "server", "server")
-    with Service(plan, party_of(body, "server"), network=settings, serving=limits) as service:
+    settings = network(plan, folder, addresses, name, name)
+    with Service(plan, party_of(body, name), network=settings, serving=limits) as service:
         line.send(None)
         while line.recv():
             line.send(service.served().forwards)
@@ -106,32 +118,38 @@ def serve(body: str, folder: Path, address: str, batch: int, line: Connection) -
 
 @dataclass(frozen=True)
 class Server:
-    """A server's process, its address, and the line to it."""
+    """The processes of a body's servers, their addresses, and the lines to them."""
 
-    process: Any
-    address: str
-    line: Connection
+    processes: list[Any]
+    addresses: dict[str, str]
+    lines: list[Connection]
 
     @classmethod
     def start(cls, body: str, folder: Path, batch: int) -> Server:
-        """Start one, and wait until it listens."""
-        context, address = multiprocessing.get_context("spawn"), f"127.0.0.1:{free_port()}"
-        line, far = context.Pipe()
-        process = context.Process(target=serve, args=(body, folder, address, batch, far))
-        process.start()
-        far.close()
-        line.recv()
-        return cls(process, address, line)
+        """Start them, and wait until they listen."""
+        context, names = multiprocessing.get_context("spawn"), SERVERS[body]
+        found = cls([], {name: f"127.0.0.1:{free_port()}" for name in names}, [])
+        for name in names:
+            line, far = context.Pipe()
+            process = context.Process(target=serve, args=(body, name, folder, found.addresses, batch, far))
+            process.start()
+            far.close()
+            found.processes.append(process)
+            found.lines.append(line)
+        for line in found.lines:
+            line.recv()
+        return found
 
     def forwards(self) -> int:
-        """Return how many forwards there were so far."""
-        self.line.send(True)
-        return int(self.line.recv())
+        """Return how many forwards there were so far, at the last server."""
+        self.lines[-1].send(True)
+        return int(self.lines[-1].recv())
 
     def stop(self) -> None:
-        """End it."""
-        self.line.send(False)
-        self.process.join(40)
+        """End them."""
+        for line, process in zip(self.lines, self.processes, strict=True):
+            line.send(False)
+            process.join(40)
 
 
 @dataclass
@@ -211,11 +229,11 @@ def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...], lea
     x = torch.randn(max(requests, least), 64, generator=torch.Generator().manual_seed(1))
     plan = plan_of(body)
     alone = replace(party_of(body, "hospital"), prediction=cl.TensorTable(x=x))
-    expected = cl.predict(plan, [alone, party_of(body, "server")])["tail"]
+    expected = cl.predict(plan, [alone, *(party_of(body, name) for name in SERVERS[body])])["tail"]
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder, authority = Path(name), create_authority(Path(name) / "ca", name="benchmark")
-        for identity in ("server", *(f"client-{number}" for number in range(max(clients)))):
+        for identity in (*SERVERS[body], *(f"client-{number}" for number in range(max(clients)))):
             issue(authority, identity, folder)
         servers: dict[str, Server] = {}
         try:
@@ -223,7 +241,7 @@ def measure(body: str, requests: int, rounds: int, clients: tuple[int, ...], lea
                 servers[way] = Server.start(body, folder, batch)
             for turn in range(rounds + 1):
                 for count, (way, server) in itertools.product(clients, servers.items()):
-                    who = [network(plan, folder, server.address, "hospital", f"client-{n}") for n in range(count)]
+                    who = [network(plan, folder, server.addresses, "hospital", f"client-{n}") for n in range(count)]
                     each, before = x[: max(requests, least // count)], server.forwards()
                     asked = ask(body, who, each)
                     measured = row(way, asked, expected[: len(each)], server.forwards() - before)

@@ -50,10 +50,12 @@ class CutlayerError(Exception):
     """Base of all errors of this package.
 
     Arguments are texts. `what` is one sentence; `where` names party, stage, cut and step as far as known; `expected`
-    and `got` are optional; `remedy` says what to do. `code` overrides the class's general code.
+    and `got` are optional; `remedy` says what to do. `code` overrides the class's general code. `origin` is the party
+    that has reported it, if another one did.
     """
 
     default_code: ClassVar[str] = "E000"
+    origin: str = ""
 
     def __init__(
         self, what: str, *, where: str = "", expected: str = "", got: str = "", remedy: str = "", code: str = ""

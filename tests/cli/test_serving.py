@@ -262,13 +262,15 @@ def test_who_comes_and_goes_is_said(verbose: bool, capsys: pytest.CaptureFixture
     tell = _telling(Output(False, False, verbose))
     facts = {"identity": "anna", "session": 3, "role": "hospital", "samples": 2000, "requests": 5}
     tell("came", facts)
-    tell("went", {**facts, "seconds": 1.234, "code": "E701"})
+    tell("went", {**facts, "seconds": 1.234, "code": "E701", "what": "anna was lost and did not come back"})
+    tell("went", {**facts, "seconds": 1.234, "code": "E390", "what": ""})
     tell("refused", {"identity": "ben", "code": "E612", "what": "all places at server are taken"})
     tell("closing", {"seconds": 30.0})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-3:] == [
-        "anna: session 3, 2,000 samples, E701 after 1.23 s",
+    assert lines[-4:] == [
+        "anna: session 3, 2,000 samples, E701 after 1.23 s: anna was lost and did not come back",
+        "anna: session 3, 2,000 samples, E390 after 1.23 s",
         "ben: refused, E612 all places at server are taken",
         "closing: predictions under way have 30 s to end",
     ]
-    assert lines[:-3] == (["anna: session 3 for 2,000 samples"] if verbose else [])
+    assert lines[:-4] == (["anna: session 3 for 2,000 samples"] if verbose else [])

@@ -6,8 +6,8 @@ import pytest
 
 import cutlayer as cl
 from cutlayer.core.compile import Roster, compile_plan
-from cutlayer.core.program import Exchange, Forward, Recv, Send
-from cutlayer.core.serving import clients_of, requests_in, served_programs, server_of
+from cutlayer.core.program import Credit, Exchange, Forward, Recv, Send
+from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs, server_of, way_of
 from cutlayer.errors import ProgramError
 from tests.run import plans
 
@@ -29,8 +29,8 @@ def vanilla() -> cl.Plan:
     ("plan", "server", "reason"),
     [
         (vanilla(), "server", "the output 'server' stays at server: the client would get nothing"),
-        (plans.vertical().plan, "registry", "3 parties take part in each: clinic, laboratory, registry"),
-        (plans.hops().plan, "two", "4 parties take part in each: four, one, three, two"),
+        (plans.vertical().plan, "registry", "2 parties give data for each: clinic, laboratory"),
+        (plans.hops().plan, "two", "the output 'hop-four' stays at four: the client would get nothing"),
     ],
 )
 def test_why_a_plan_cannot_be_served(plan: cl.Plan, server: str, reason: str):
@@ -103,3 +103,73 @@ def test_a_session_runs_the_plans_own_prediction_without_the_barrier(case):
         for block in found["server"]["predict"].blocks
     )
     assert requests_in(found["server"]["predict"]) == forwards > 0
+
+
+def chain(*places: str) -> cl.Plan:
+    """Stages one after the other at these parties, the first with the data, the last before the loss."""
+    sources = ["data.x", *(f"part-{place}" for place in range(len(places) - 1))]
+    stages = [
+        cl.Stage(f"part-{place}", at=at, inputs=[source], output="float32[batch, 8]")
+        for place, (at, source) in enumerate(zip(places, sources, strict=True))
+    ]
+    return cl.Plan([*stages, cl.Loss("loss", at=places[-1], inputs=[stages[-1].name, "data.y"])])
+
+
+@pytest.mark.parametrize(
+    ("plan", "parties", "links"),
+    [
+        (chain("a", "b", "a"), "ab", {"ab"}),
+        (chain("a", "b", "c", "a"), "abc", {"ab", "bc", "ac"}),
+        (chain("a", "b", "c", "b", "a"), "abc", {"ab", "bc"}),
+        (chain("a", "b", "c", "d", "c", "a"), "abcd", {"ab", "bc", "cd", "ac"}),
+        (chain("a", "d", "c", "b", "a"), "adcb", {"ad", "dc", "cb", "ab"}),  # not the order of names
+    ],
+)
+def test_the_earlier_one_asks_the_later_one(plan: cl.Plan, parties: str, links: set[str]):
+    way = way_of(plan, 0)
+    assert (way.client, "".join(way.parties)) == ("a", parties)
+    assert {"".join(link) for link in way.links} == links
+    for server in parties[1:]:
+        assert set(clients_of(plan, server)) == {one for one, other in links if other == server}
+        assert way.asking(server) == tuple(one for one in parties if one + server in links)
+        assert way.asked_by(server) == tuple(other for other in parties if server + other in links)
+    assert server_of(plan, "a") in parties[1:]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        chain("a", "b", "c", "a"),
+        chain("a", "b", "c", "b", "a"),
+        plans.hops().plan.with_extras(cl.Answer("hop-four", to="one")),
+    ],
+)
+def test_programs_of_a_chain_talk_over_its_links_and_no_others(plan: cl.Plan):
+    way = way_of(plan, 0)
+    found = served_programs(plan, Roster({"predict": {way.client: 40}}), way.parties)
+    for party, modes in found.items():
+        jobs = [job for block in modes["predict"].blocks for job in block.instructions]
+        peers = {job.to for job in jobs if isinstance(job, Send)} | {j.source for j in jobs if isinstance(j, Recv)}
+        peers |= {job.peer for job in jobs if isinstance(job, Credit)}
+        assert peers == {*way.asking(party), *way.asked_by(party)}
+
+
+def test_a_chain_with_an_answer_ends_at_the_client():
+    plan = plans.hops().plan.with_extras(cl.Answer("hop-four", to="one"))
+    way = way_of(plan, 0)
+    assert way.parties == ("one", "two", "three", "four")
+    assert way.links == {("one", "two"), ("two", "three"), ("three", "four"), ("one", "four")}
+    assert way_of(served_plan(plan), 0) == way
+
+
+def test_several_data_holders_are_no_client():
+    plan = cl.extended_vanilla(
+        {"clinic": "float32[batch, 4]", "laboratory": "float32[batch, 3]"},
+        "hub",
+        "cloud",
+        cut="float32[batch, 5]",
+        output="float32[batch, 3]",
+    )
+    for server in ("hub", "cloud", "clinic"):
+        with pytest.raises(ProgramError, match=r"E453.*got 2 parties give data for each: clinic, laboratory.*--join"):
+            clients_of(plan, server)

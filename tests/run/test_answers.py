@@ -284,18 +284,22 @@ def test_without_an_answer_the_error_says_how_to_declare_it():
 @pytest.mark.parametrize(
     ("plan", "answers", "got"),
     [
-        (chain(), [cl.Answer("body", to="alpha")], "3 parties take part in each: alpha, beta, server"),
+        (chain(), [cl.Answer("body", to="alpha")], "the output 'body' goes to alpha, and beta gives the data"),
         (
             plans.vertical().plan,
             [cl.Answer("body", to="clinic")],
-            "3 parties take part in each: clinic, laboratory, registry",
+            "2 parties give data for each: clinic, laboratory",
         ),
         (
             two_ends(),
             [cl.Answer("body", to="head")],
             "the output 'aside' stays at server: the client would get nothing",
         ),
-        (plans.u_shaped().plan, [cl.Answer("tail", to="server")], "alpha gives the data for each: it is a client"),
+        (
+            plans.u_shaped().plan,
+            [cl.Answer("tail", to="server")],
+            "the output 'tail' goes to server, and alpha gives the data",
+        ),
     ],
 )
 def test_answers_that_nobody_could_be_given_are_refused_with_the_plan(

@@ -122,7 +122,7 @@ def test_a_connection_that_the_server_ended_is_made_anew(place: Place):
 def test_a_server_that_closes_waits_for_nobody_who_asks_for_nothing(place: Place):
     """Who has dialled and has not said what it wants."""
     there = threading.Event()
-    settings = asking(place.plan, "alpha", place.settings("anna", "alpha"), 10)
+    settings = asking(place.plan, "alpha", place.settings("anna", "alpha"), 10)["server"]
     with Network(settings, lambda event, _facts: there.set() if event == "connected" else None):
         with place.serving(replace(ALONE, drain=40)):
             assert there.wait(15)

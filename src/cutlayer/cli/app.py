@@ -209,7 +209,8 @@ def serve(
     """Serve this party's trained stage to many clients, which ask with `predict --served`, until Ctrl-C.
 
     Limits and quotas are in [serving] of the party file. Shows what may leave this party and asks once whether it may,
-    unless --accept says so. After Ctrl-C or SIGTERM nobody comes in, and who is there may end.
+    unless --accept says so. After Ctrl-C or SIGTERM nobody comes in, and who is there may end. In a chain each server
+    runs this, and asks the next one itself.
     """
     output = told.output()
     with reporting(output):

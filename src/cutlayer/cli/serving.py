@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cutlayer.cli.console import Output
 from cutlayer.cli.running import consent
 from cutlayer.core.inference import describe_prediction
-from cutlayer.core.serving import clients_of, served_plan
+from cutlayer.core.serving import clients_of, served_plan, way_of
 from cutlayer.run.config import load_contract
 from cutlayer.run.launch import checked_network
 from cutlayer.run.partyfile import load_party_file
@@ -30,7 +30,11 @@ def serve_party(path: Path, party_file: Path, weights: Path | None, output: Outp
     network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     clients = clients_of(contract.plan, file.name)
     text = describe_prediction(served_plan(contract.plan), file.name)
-    consent(contract, file, output, accepted, f"{text}\nserved to clients in the role of {' or '.join(clients)}")
+    text += f"\nserved to clients in the role of {' or '.join(clients)}"
+    ways = (way_of(contract.plan, lane) for lane in range(contract.plan.lanes))
+    asked = dict.fromkeys(server for way in ways for server in way.asked_by(file.name))
+    text += f"\nasks {', '.join(asked)} with each request, under its own certificate" if asked else ""
+    consent(contract, file, output, accepted, text)
     from cutlayer.run.serving import serve
 
     party = file.party()
@@ -75,9 +79,10 @@ def _telling(output: Output) -> Callable[[str, Mapping[str, Any]], None]:
             output.note(f"{facts['identity']}: session {facts['session']} for {facts['samples']:,} samples")
         elif event == "went":
             how = f"{facts['code']} after" if facts["code"] else "done in"
+            why = f": {facts['what']}" if facts["what"] else ""
             output.note(
                 f"{facts['identity']}: session {facts['session']}, {facts['samples']:,} samples, "
-                f"{how} {facts['seconds']:.2f} s"
+                f"{how} {facts['seconds']:.2f} s{why}"
             )
 
     return notify

@@ -61,12 +61,12 @@ def check_answers(graph: Graph, answers: Sequence[Answer]) -> None:
     active = served.ancestors(served.outputs)
     for answer in answers:
         for lane in range(served.lanes):
-            reason, _, _ = obstacle(served, active, lane, served.place(answer.of, lane))
+            reason, _ = obstacle(served, active, lane, served.place(answer.of, lane))
             if reason:
                 raise PlanError(
                     f"with the answer {answer.of!r} to {answer.to!r} nothing can be served",
                     where=f"answer {answer.of!r}",
-                    expected="predictions of the server and one client, who gives the data and gets the outputs",
+                    expected="predictions in which one party, the client, gives the data and gets the outputs",
                     got=reason,
                     remedy="let all outputs go to the party that gives the data: name a stage there; or have none",
                     code="E114",
@@ -128,30 +128,38 @@ def holders(graph: Graph, active: set[str], lane: int) -> set[str]:
     return {graph.origin(edge, lane) for edge in graph.edges if edge.source.field and edge.target in active}
 
 
-def obstacle(graph: Graph, active: set[str], lane: int, server: str) -> tuple[str, set[str], str]:
-    """Return why a lane's predictions cannot be served, or "", who its client is, and what helps besides `--join`."""
+def obstacle(graph: Graph, active: set[str], lane: int, server: str) -> tuple[str, str]:
+    """Return why a lane's predictions cannot be served, or "", and what helps besides `--join`."""
     giving = holders(graph, active, lane)
-    members = runners(graph, active, lane) | giving
-    others = members - {server}
-    held = [name for name in graph.outputs if graph.place(name, lane) == server and not _answered(graph, name)]
-    if len(members) > 2:
-        return f"{len(members)} parties take part in each: {', '.join(sorted(members))}", set(), ""
+    others = (runners(graph, active, lane) | giving) - {server}
     if not others:
-        return f"{server} makes each alone", set(), "predict there: no other party takes part"
-    if server in giving:
-        (other,) = others
-        if other in giving:
-            return f"{server} would have to give data for each", set(), ""
-        reason = f"{server} gives the data for each: it is a client of the stage at {other}"
-        return reason, set(), f"serve as {other}; {server} asks there: cutlayer predict --served"
-    if held:
-        head = next(e.target for e in graph.edges if e.source.field and e.target in active)
-        return (
-            f"the output {held[0]!r} stays at {server}: the client would get nothing",
-            set(),
-            (
-                f'if a client may have it, declare so in the contract: [[answer]] of = "{held[0]}", to = "{head}"; '
-                f"or in the plan: extras=[Answer({held[0]!r}, to={head!r})]; else predict with all parties"
-            ),
-        )
-    return "", others, ""
+        return f"{server} makes each alone", "predict there: no other party takes part"
+    if len(giving) > 1:
+        if server in giving and len(others) == 1:
+            return f"{server} would have to give data for each", ""
+        return f"{len(giving)} parties give data for each: {', '.join(sorted(giving))}", ""
+    (client,) = giving
+    for name in graph.outputs:
+        place = graph.place(name, lane)
+        if place == client or _answered(graph, name):
+            continue
+        of = name.removeprefix(answer_stage(""))
+        if of in graph.by_name and name != of:
+            return f"the output {of!r} goes to {place}, and {client} gives the data", ""
+        if server != client:
+            reason = f"the output {name!r} stays at {place}: the client would get nothing"
+            return reason, _declare(graph, active, name)
+    if server == client:
+        first = next(graph.place(one.name, lane) for one in graph.order if graph.place(one.name, lane) in others)
+        reason = f"{server} gives the data for each: it is a client of the stage at {first}"
+        return reason, f"serve as {first}; {server} asks there: cutlayer predict --served"
+    return "", ""
+
+
+def _declare(graph: Graph, active: set[str], output: str) -> str:
+    """Return how to let an output go to the client."""
+    head = next(e.target for e in graph.edges if e.source.field and e.target in active)
+    return (
+        f'if a client may have it, declare so in the contract: [[answer]] of = "{output}", to = "{head}"; '
+        f"or in the plan: extras=[Answer({output!r}, to={head!r})]; else predict with all parties"
+    )

@@ -66,7 +66,8 @@ class Serving:
         longest: Most samples of one prediction.
         deadline: Seconds that a request may wait for the stage.
         idle: Seconds in which a client must send its next request.
-        patience: Seconds that a lost client has to come back; then its place is free.
+        patience: Seconds that a lost client has to come back; then its place is free. In a chain also what a server
+            that this one asks has to answer, and the other links of a request to come.
         drain: Seconds that predictions under way have to end when the server closes. A connection that asks for
             nothing is ended at once.
         window: Seconds over which quotas count.

@@ -1,17 +1,21 @@
-"""A trained stage served to many clients: which plans allow it, and what a session runs. Pure.
+"""Trained stages served to many clients: which plans allow it, and what a session runs. Pure.
 
-Where the outputs are at the server, and the plan declares them as an `Answer`, a session runs the `served_plan`: in it
+In each prediction one party, the client, gives the data and gets the outputs; all others serve. They stand in a `Way`:
+the client first, then in the order in which values reach them. Of two with a cut between them the earlier one asks the
+later one, so a server in the middle of a chain is itself a client of the next.
+
+Where the outputs are at a server, and the plan declares them as an `Answer`, a session runs the `served_plan`: in it
 a stage at the client takes them, so that the way of an answer is a cut as any other.
 
 | code | error | meaning |
 | --- | --- | --- |
-| E453 | ProgramError | the plan's prediction is nothing that one party could serve to another |
+| E453 | ProgramError | the plan's prediction is nothing that could be served to one client |
 | E454 | ProgramError | the party is no client, or no server, of the plan |
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cutlayer.core.answers import answer_stage, holders, obstacle, runners, served_graph
 from cutlayer.core.compile import Roster, compile_plan
@@ -20,9 +24,55 @@ from cutlayer.core.plan import Plan
 from cutlayer.core.program import Block, Exchange, Forward, Mode, Program
 from cutlayer.errors import ProgramError
 
-__all__ = ["answer_stages", "clients_of", "requests_in", "served_plan", "served_programs", "server_of"]
+__all__ = [
+    "Way",
+    "answer_stages",
+    "clients_of",
+    "requests_in",
+    "served_plan",
+    "served_programs",
+    "server_of",
+    "way_of",
+]
 
 Programs = dict[str, dict[Mode, Program]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Who takes part in the predictions of one lane, the client first, and who asks whom.
+
+    Attributes:
+        parties: In the order in which values first reach them.
+        links: (who asks, who is asked) of each two with a cut between them.
+    """
+
+    parties: tuple[str, ...]
+    links: frozenset[tuple[str, str]]
+
+    @property
+    def client(self) -> str:
+        """Return the party that gives the data and gets the outputs."""
+        return self.parties[0]
+
+    def asked_by(self, party: str) -> tuple[str, ...]:
+        """Return the servers that `party` asks, in order."""
+        return tuple(other for other in self.parties if (party, other) in self.links)
+
+    def asking(self, party: str) -> tuple[str, ...]:
+        """Return the parties that ask `party`, in order."""
+        return tuple(other for other in self.parties if (other, party) in self.links)
+
+
+def way_of(plan: Plan, lane: int) -> Way:
+    """Return who takes part in a lane's predictions of a plan that can be served, and who asks whom."""
+    graph = served_plan(plan).graph
+    active = graph.ancestors(graph.outputs)
+    runs = (graph.place(stage.name, lane) for stage in graph.order if stage.name in active)
+    parties = tuple(dict.fromkeys([*holders(graph, active, lane), *runs]))
+    cuts = ({graph.origin(e, lane), graph.place(e.target, lane)} for e in graph.cuts(lane) if e.target in active)
+    links = frozenset((first, second) for first, second in (sorted(cut, key=parties.index) for cut in cuts))
+    return Way(parties, links)
 
 
 def answer_stages(plan: Plan) -> dict[str, str]:
@@ -55,10 +105,9 @@ def served_plan(plan: Plan) -> Plan:
 
 
 def clients_of(plan: Plan, server: str) -> tuple[str, ...]:
-    """Return the parties whose role a client of `server` may play, in plan order.
+    """Return the parties whose role whoever asks `server` may play, in plan order; see `Way`.
 
-    A plan can be served if each of its predictions is between the server and one client, who gives all data and gets
-    all outputs.
+    A plan can be served if in each of its predictions one party gives all data and gets all outputs.
 
     Raises:
         ProgramError: E454, the server is no party of the plan or runs no stage of a prediction; E453, the plan's
@@ -73,23 +122,23 @@ def clients_of(plan: Plan, server: str) -> tuple[str, ...]:
             where=f"plan {plan.name}",
             expected=f"a party that runs a stage before the outputs {', '.join(graph.outputs)}",
             got=server,
-            remedy="serve as the party that holds the stage in the middle",
+            remedy="serve as a party that holds a stage in the middle",
             code="E454",
         )
-    clients: dict[str, None] = {}
+    asking: set[str] = set()
     for lane in lanes:
-        reason, others, remedy = obstacle(graph, active, lane, server)
+        reason, remedy = obstacle(graph, active, lane, server)
         if reason:
             raise ProgramError(
                 f"a prediction of the plan {plan.name!r} cannot be served",
                 where=f"party {server}",
-                expected="the server and one client, who gives the data and gets the outputs, such as a U-shape",
+                expected="one client, who gives all data and gets all outputs, such as in a U-shape or a chain",
                 got=reason,
                 remedy=remedy or "predict with all parties: cutlayer predict --join at each",
                 code="E453",
             )
-        clients |= dict.fromkeys(others)
-    return tuple(party for party in plan.parties if party in clients)
+        asking.update(way_of(plan, lane).asking(server))
+    return tuple(party for party in plan.parties if party in asking)
 
 
 def server_of(plan: Plan, client: str) -> str:
@@ -111,8 +160,8 @@ def server_of(plan: Plan, client: str) -> str:
     )
 
 
-def served_programs(plan: Plan, roster: Roster, pair: tuple[str, ...]) -> Programs:
-    """Return the programs of a served session: the served plan's prediction, for a server and one client.
+def served_programs(plan: Plan, roster: Roster, parties: tuple[str, ...]) -> Programs:
+    """Return the programs of a served session: the served plan's prediction, for those who take part.
 
     They are the plan's own but for the barrier before the end, at which all of the plan's parties would have to be.
 
@@ -120,7 +169,7 @@ def served_programs(plan: Plan, roster: Roster, pair: tuple[str, ...]) -> Progra
         DataError, PlanError: the roster does not fit the plan.
     """
     whole = compile_plan(served_plan(plan), Roster({"predict": roster.samples.get("predict", {})}))
-    return {party: {"predict": _without_barrier(whole[party]["predict"])} for party in pair}
+    return {party: {"predict": _without_barrier(whole[party]["predict"])} for party in parties}
 
 
 def requests_in(program: Program) -> int:

@@ -1,4 +1,4 @@
-"""A client's connection with a server of a stage: many predictions, one after the other, in one session.
+"""A client's connection with the servers of a plan: many predictions, one after the other, in one session.
 
 ```python
 site = cl.load_site(Path("contract.toml"), Path("ward.toml"))
@@ -17,12 +17,11 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -31,21 +30,20 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.plan import Plan
 from cutlayer.core.serving import served_plan, served_programs
 from cutlayer.engine.worker import Worker
-from cutlayer.errors import CertificateError, DeadlineError, HandshakeError, LinkError, PeerError, ProgramError
+from cutlayer.errors import ProgramError
 from cutlayer.run.answers import left_out, named, serving_party
+from cutlayer.run.chain import Chain
 from cutlayer.run.meeting import own_process
 from cutlayer.run.party import Party, build, counts
-from cutlayer.run.prediction import WAIT, agenda, asking, idle
+from cutlayer.run.prediction import WAIT, agenda, asking, client_chain, idle
 from cutlayer.run.session import Task, run_session
 from cutlayer.run.simulate import gathered
 from cutlayer.run.trained import load_trained
-from cutlayer.transport.network import Network, SessionReset
 from cutlayer.transport.settings import NetworkSettings
 
 __all__ = ["Connection", "connect"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
-_LINK_ERRORS: Final = (CertificateError, DeadlineError, HandshakeError, LinkError, PeerError, SessionReset)
 
 
 def connect(
@@ -59,8 +57,8 @@ def connect(
 ) -> Connection:
     """Return a connection with the server of a stage, for a `with`; see `cutlayer.serve`.
 
-    The party's modules are built, and its weights read, once. The server is dialled at the first prediction; the
-    connection holds one of its places until the `with` ends, or until it was idle for as long as the server allows
+    The party's modules are built, and its weights read, once. The servers are dialled at the first prediction; the
+    connection holds a place at each until the `with` ends, or until it was idle for as long as a server allows
     (`Serving.idle`). After that, and after an error, the next prediction dials anew; after the `with`, none does.
 
     Args:
@@ -69,7 +67,7 @@ def connect(
         network: Addresses, certificate and deadlines.
         weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
         notify: Called with events; output only.
-        wait: Seconds in which the server must answer at first, and a lost one come back.
+        wait: Seconds in which a server must answer at first, and a lost one come back.
 
     Raises:
         ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
@@ -83,22 +81,22 @@ def connect(
 
 
 class Connection:
-    """Asks one server, one prediction at a time; other threads wait for their turn. Made by `connect`.
+    """Asks the servers, one prediction at a time; other threads wait for their turn. Made by `connect`.
 
     Args:
         plan: The plan.
         party: This party.
-        settings: Of the pair that it is with the server.
+        servers: Server -> settings of the pair that it is with it.
         notify: Called with events.
     """
 
-    def __init__(self, plan: Plan, party: Party, settings: NetworkSettings, notify: Notify) -> None:
+    def __init__(self, plan: Plan, party: Party, servers: Mapping[str, NetworkSettings], notify: Notify) -> None:
         """Build the party's stages; nothing is dialled yet."""
         self._whole, self._plan = plan, served_plan(plan)
         self._party = replace(idle(serving_party(plan, party)), prediction=None)
-        self._settings, self._notify = settings, notify
+        self._servers, self._notify = servers, notify
         self.site = build(self._plan, self._party, Roster({})).site
-        self._link: Network | None = None
+        self._link: Chain | None = None
         self._turn = threading.Lock()
         self._closed = False
 
@@ -110,7 +108,7 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take leave of the server for at most `deadlines.close` seconds, and close; nothing is owed any more.
+        """Take leave of the servers for at most `deadlines.close` seconds, and close; nothing is owed any more.
 
         A server that is lost by now does no harm: all outputs are here.
         """
@@ -137,11 +135,11 @@ class Connection:
         with self._turn, own_process(self._party):
             self._check()
             party = replace(self._party, prediction=data, seed=secrets.randbits(63))  # or two predictions had one noise
-            programs = partial(served_programs, pair=self._settings.parties)
+            link = self._open()
+            programs = partial(served_programs, parties=link.way.parties)
             task = Task(
                 agenda, counts(party), build=self._build, programs=programs, trains=False, anew=True, ends=False
             )
-            link = self._open()
             try:
                 worker, _ = run_session(self._plan, party, task, link, self._notify)
             except BaseException:
@@ -162,24 +160,20 @@ class Connection:
     def _build(self, plan: Plan, party: Party, roster: Roster) -> Worker:
         return build(plan, party, roster, self.site)
 
-    def _open(self) -> Network:
-        """Return the network; a new one, if there is none or the server has ended it meanwhile."""
+    def _open(self) -> Chain:
+        """Return the links; new ones, if there are none or a server has ended one meanwhile."""
         if self._link is not None and self._link.failed:
             self._close(finish=False)
         if self._link is None:
-            self._link = Network(self._settings, self._notify).__enter__()
+            self._link = client_chain(self._whole, self._party.name, self._servers, self._notify)
         return self._link
 
     def _close(self, *, finish: bool) -> None:
         link, self._link = self._link, None
         if link is None:
             return
-        try:
-            if finish and not link.failed:
-                with suppress(*_LINK_ERRORS):  # `notify` was told
-                    link.finish(self._settings.deadlines.close)
-        finally:
-            link.close()
+        within = next(iter(self._servers.values())).deadlines.close if finish else 0.0
+        link.close(within)  # `notify` is told of what goes wrong
 
 
 def _silent(_event: str, _facts: Mapping[str, Any]) -> None:

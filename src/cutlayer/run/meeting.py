@@ -10,22 +10,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
 from cutlayer.core.admission import Admission
 from cutlayer.core.bounds import mailbox_bounds
 from cutlayer.core.plan import Plan
-from cutlayer.core.program import Mode, Program
+from cutlayer.core.program import Mode, Program, Tag
+from cutlayer.engine.wire import Frame
 from cutlayer.errors import CutlayerError, PeerError, StageError
 from cutlayer.run.memory import keep_freed_memory
 from cutlayer.run.party import Party
-from cutlayer.transport.network import Network, NetworkSettings
+from cutlayer.transport.network import Network, NetworkSettings, Ready, Start
 
-__all__ = ["let_in", "own_process", "tell_others", "telling"]
+__all__ = ["Link", "let_in", "own_process", "tell_others", "telling"]
 
 _DIAL: Final = 5.0  # seconds in which a party that fails before a run tries to tell the coordinator
+
+
+class Link(Protocol):
+    """What a party takes part over: a `Network`, or several as one (`chain.Chain`). See the methods of `Network`."""
+
+    def rendezvous(self, ready: Ready) -> Start: ...  # noqa: D102 - see Network
+
+    def open(self, admission: Admission, bounds: Mapping[str, int]) -> None: ...  # noqa: D102
+
+    def send(self, to: str, frame: Frame) -> None: ...  # noqa: D102
+
+    def flush(self) -> None: ...  # noqa: D102
+
+    def recv(self, source: str, tag: Tag) -> Frame: ...  # noqa: D102
+
+    def abort(self, error: CutlayerError) -> None: ...  # noqa: D102
+
+    def finish(self) -> None: ...  # noqa: D102
+
+    def rest(self) -> None: ...  # noqa: D102
 
 
 @contextmanager
@@ -41,7 +62,7 @@ def own_process(party: Party) -> Iterator[None]:
 
 
 def let_in(
-    link: Network,
+    link: Link,
     plan: Plan,
     party: str,
     programs: Mapping[str, Mapping[Mode, Program]],
@@ -75,7 +96,7 @@ def telling(network: NetworkSettings, what: str) -> Iterator[None]:
         raise
 
 
-def tell_others(link: Network, error: BaseException | None, what: str) -> None:
+def tell_others(link: Link, error: BaseException | None, what: str) -> None:
     """Tell the other parties of an error of this one: its code and remedy, or only `what` failed if it has none."""
     if isinstance(error, PeerError) or not isinstance(error, Exception):
         return

@@ -27,21 +27,23 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
-from cutlayer.core.serving import served_plan, served_programs, server_of
+from cutlayer.core.serving import Way, served_plan, served_programs, server_of, way_of
 from cutlayer.engine.agree import Agreed, Entry
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.run.answers import left_out, named, serving_party
+from cutlayer.run.chain import Chain
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.lock import own_folder
 from cutlayer.run.meeting import telling
 from cutlayer.run.outcome import Result
 from cutlayer.run.party import Party, build, counts
-from cutlayer.run.session import Task, take_part
+from cutlayer.run.session import Task, take_part, take_part_over
 from cutlayer.run.simulate import roster_of, run_phases
 from cutlayer.run.trained import load_trained
-from cutlayer.transport.settings import NetworkSettings
+from cutlayer.transport.network import Network
+from cutlayer.transport.settings import NetworkSettings, check_settings
 
 __all__ = [
     "SERVED",
@@ -50,7 +52,11 @@ __all__ = [
     "ask",
     "asking",
     "classes_of",
+    "client_chain",
+    "dialled",
     "idle",
+    "lanes_of",
+    "pairs",
     "predict",
     "predict_here",
     "predict_with_others",
@@ -177,48 +183,84 @@ def ask(
     notify: Notify | None = None,
     wait: float = WAIT,
 ) -> Result:
-    """Predict as a client of a served stage; see `cutlayer.serve`.
+    """Predict as a client of served stages; see `cutlayer.serve`.
 
-    Only this party and the server take part. The server is told how many samples there are, and gets the activations
-    of this party's cut; nobody else gets anything. The party is a role: several identities may play it, each with a
+    Only this party and the servers take part. A server is told how many samples there are, and gets what the plan's
+    cuts give it; nobody else gets anything. The party is a role: several identities may play it, each with a
     certificate in its own name and the role's weights. They are read, and checked, before anything is dialled.
 
     Raises:
         CheckpointError: E811, E812, the weights cannot be read, or are not those of the stages.
         ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
-        LinkError: E612 to E615, the server does not let this identity in now: `core.gate.retry_after` says when.
-        PeerError: E702, the server did not answer within `wait` seconds; E701, it was lost, and for so long.
+        LinkError: E612 to E615, a server does not let this identity in now: `core.gate.retry_after` says when.
+        PeerError: E702, a server did not answer within `wait` seconds; E701, it was lost, and for so long.
         CutlayerError: as `join` raises.
     """
-    settings = asking(plan, party.name, network, wait)
+    servers, tell = asking(plan, party.name, network, wait), notify or _silent
     served, party = served_plan(plan), replace(idle(serving_party(plan, party)), seed=secrets.randbits(63))  # new noise
     site = build(served, replace(party, prediction=None), Roster({})).site
     if weights is not None:
         load_trained(site, weights, left_out(plan))
-    programs: Programs = partial(served_programs, pair=settings.parties)
+    chain = client_chain(plan, party.name, servers, tell)
+    programs: Programs = partial(served_programs, parties=chain.way.parties)
     task = Task(agenda, counts(party), build=partial(build, site=site), programs=programs, trains=False)
-    result = take_part(served, party, task, network=settings, notify=notify)
+    result = take_part_over(chain, served, party, task, tell)
     return replace(result, predictions=named(plan, result.predictions))
 
 
-def asking(plan: Plan, party: str, network: NetworkSettings, wait: float) -> NetworkSettings:
-    """Return the settings of a client of a served stage: of the pair that it is with the server.
+def asking(plan: Plan, party: str, network: NetworkSettings, wait: float) -> dict[str, NetworkSettings]:
+    """Return the settings of a client with each server that it asks: of the pair that it is with it.
 
     Raises:
         ProgramError: E453, E454, the plan's predictions cannot be served, or this party is no client.
+        ConfigError: E211 to E214, the settings cannot work; a server has no address.
     """
-    server = server_of(plan, party)
-    return replace(
-        network,
-        parties=(server, party),
-        coordinator=server,
-        addresses={name: address for name, address in network.addresses.items() if name == server},
-        listen="",
-        run=network.run + SERVED,
-        task="served",
-        deadlines=replace(network.deadlines, join=wait, patience=wait),
-        identity=network.credentials.party if network.credentials is not None else "",
-    )
+    server_of(plan, party)
+    return pairs(lanes_of(plan), party, network, wait)
+
+
+def lanes_of(plan: Plan) -> tuple[Way, ...]:
+    """Return who takes part in the served predictions of each lane."""
+    return tuple(way_of(plan, lane) for lane in range(plan.lanes))
+
+
+def pairs(ways: Sequence[Way], party: str, network: NetworkSettings, wait: float) -> dict[str, NetworkSettings]:
+    """Return server -> settings of the pair with it, for each that a party asks. Raises `ConfigError` as `asking`."""
+    found: dict[str, NetworkSettings] = {}
+    for server in dict.fromkeys(server for way in ways for server in way.asked_by(party)):
+        found[server] = replace(
+            network,
+            parties=(server, party),
+            coordinator=server,
+            addresses={name: address for name, address in network.addresses.items() if name == server},
+            listen="",
+            run=network.run + SERVED,
+            task="served",
+            deadlines=replace(network.deadlines, join=wait, patience=wait),
+            identity=network.credentials.party if network.credentials is not None else "",
+        )
+        check_settings(found[server])
+    return found
+
+
+def client_chain(plan: Plan, party: str, servers: Mapping[str, NetworkSettings], notify: Notify) -> Chain:
+    """Return a client's links with all servers that it asks, which are dialled when they are needed."""
+    return Chain(lanes_of(plan), party, partial(dialled, servers, notify))
+
+
+def dialled(servers: Mapping[str, NetworkSettings], notify: Notify, server: str, alarm: Callable[[], None]) -> Network:
+    """Open the network with a server; `alarm` is called if it fails."""
+
+    def tell(event: str, facts: Mapping[str, Any]) -> None:
+        notify(event, facts)
+        if event == "aborted":
+            alarm()
+
+    return Network(servers[server], tell).__enter__()
+
+
+def _silent(_event: str, _facts: Mapping[str, Any]) -> None:
+    pass
 
 
 def idle(party: Party) -> Party:

@@ -5,7 +5,8 @@ site = cl.load_site(Path("contract.toml"), Path("cloud.toml"))
 cl.serve(site.plan, site.party, network=site.network, weights=Path("runs/20260101-090000-scans"), serving=site.serving)
 ```
 Each client has a session of its own, which runs the plan's prediction program; the stage itself is run by one batcher
-for all of them. Clients ask with `cutlayer.predict(plan, party, network=..., served=True)`.
+for all of them. Clients ask with `cutlayer.predict(plan, party, network=..., served=True)`. In a chain a session
+asks the next servers itself, as a client does; see `run.chain`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -25,17 +28,20 @@ from cutlayer.core.gate import Gate
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.core.quota import Serving
-from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs
+from cutlayer.core.serving import Way, clients_of, requests_in, served_plan, served_programs
+from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Place
 from cutlayer.engine.worker import Worker
 from cutlayer.errors import CutlayerError
 from cutlayer.run.answers import left_out, serving_party
 from cutlayer.run.batcher import Batcher
+from cutlayer.run.chain import Chain, Host, Loan, Lobby, read
 from cutlayer.run.party import Party, build
-from cutlayer.run.prediction import SERVED, agenda, idle
+from cutlayer.run.prediction import SERVED, agenda, dialled, idle, lanes_of, pairs
 from cutlayer.run.session import Task, run_session
 from cutlayer.run.trained import load_trained
 from cutlayer.transport.hall import Guest, Hall
+from cutlayer.transport.network import Ready, SessionReset
 from cutlayer.transport.notifier import Notifier
 from cutlayer.transport.settings import NetworkSettings
 
@@ -54,7 +60,7 @@ class Tally:
     Attributes:
         sessions, failed, refused: Sessions that ended well, that ended otherwise, and that were refused.
         requests, samples: Of the predictions whose outputs were made; a session has one or more, however it ended.
-        sent, received: Bytes of all frames of these predictions.
+        sent, received: Bytes of the frames of these predictions between the identity and this server.
     """
 
     sessions: int = 0
@@ -97,14 +103,15 @@ def serve(
     """Serve a party's trained stages to many clients, until `stop` is set or Ctrl-C is pressed; then drain.
 
     Args:
-        plan: The plan. Each of its predictions must be between this party and one client who gives the data and gets
-            the outputs: as in a U-shape, or where the plan declares them as an `Answer`.
+        plan: The plan. In each of its predictions one client must give the data and get the outputs: as in a U-shape,
+            or where the plan declares them as an `Answer`. All other parties serve.
         party: The server, with its modules.
-        network: Its address, certificate and deadlines; `run` and `digest` must be the clients' own.
+        network: Its address, certificate and deadlines, and the addresses of the servers that it asks itself; `run`
+            and `digest` must be the clients' own.
         weights: Folder that a run has left, for `<party>.safetensors`. None: the modules are used as they are.
         serving: Limits; see `Serving`.
         notify: Called from a thread of its own: "serving" (address, roles), "came" and "went" (identity, session, role,
-            samples...), "refused" (identity, code). Never with data.
+            samples..., and at the end code and what), "refused" (identity, code). Never with data.
         stop: Set it to end the service. None: only Ctrl-C does.
 
     Returns:
@@ -154,6 +161,9 @@ class Service:
         self._hall = Hall(
             self._settings, self._gate, places=self.serving.places, receive=self._receive, notify=self._heard
         )
+        self.lobby, self.ways = Lobby(party.name, self.serving.patience), lanes_of(plan)
+        self.servers = pairs(self.ways, party.name, network, self.serving.patience)
+        self.leave = network.deadlines.close
         self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas
         self._tallies: dict[str, Tally] = {}
         self._threads: set[threading.Thread] = set()
@@ -201,15 +211,22 @@ class Service:
 
     def _attend(self, guest: Guest) -> None:
         """Run a session to its end, whatever that is, give its place back, and note what it was."""
-        session = _Session(self, guest)
-        self._batcher.came()
-        begin, code = time.monotonic(), session.run()
-        self._batcher.went()
+        session, leads = _Session(self, guest), self._leads(guest)
+        begin = time.monotonic()
+        if leads:
+            self._batcher.came()
+        code, what = session.run(leads=leads)
+        if leads:
+            self._batcher.went()
         self._hall.leave(guest)
         with self._lock:
             session.add_to(self._tallies.setdefault(guest.identity, Tally()), code)
         facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": session.samples}
-        self.tell("went", {**facts, "seconds": round(time.monotonic() - begin, 3), "code": code})
+        self.tell("went", {**facts, "seconds": round(time.monotonic() - begin, 3), "code": code, "what": what})
+
+    def _leads(self, guest: Guest) -> bool:
+        """Whether a guest is the first of those who ask here in one request; others lend it their links."""
+        return any(guest.role in way.asking(self.party.name)[:1] for way in self.ways)
 
     def _heard(self, event: str, facts: Mapping[str, object]) -> None:
         """Pass on what the hall says of those who were not let in; sessions' own networks say nothing new."""
@@ -218,24 +235,28 @@ class Service:
                 self._tallies.setdefault(str(facts["identity"]), Tally()).refused += 1
             self.tell(event, facts)
 
-    def worker_for(self, guest: Guest, roster: Roster) -> tuple[Worker, int, int]:
+    def worker_for(self, guest: Guest, roster: Roster, way: Way) -> tuple[Worker, int, int]:
         """Return a worker for what a guest asks for, its requests and its samples.
 
         Raises:
             LinkError: E614, it is more than the guest's quota. DataError: the numbers of samples do not fit the plan.
         """
-        samples = roster.samples.get("predict", {}).get(guest.role, 0)
+        samples = roster.samples.get("predict", {}).get(way.client, 0)
         self._gate.measure(guest.identity, samples)
-        programs = served_programs(self.plan, roster, (self.party.name, guest.role))
+        programs = served_programs(self.plan, roster, way.parties)
         requests = requests_in(programs[self.party.name]["predict"])
-        with self._lock:
-            self._gate.charge(guest.identity, requests, samples, time.monotonic())
+        self.welcome(guest, requests, samples)
         site, seats = copy.copy(self._worker.site), dict[Place, Any](self._batcher.seats())
         site.stages = seats  # the site is shared; its stages are reached through the batcher only
         parts = replace(self._worker.parts, seed=secrets.randbits(63))  # noise that comes twice could be subtracted
+        return Worker(self.plan, parts, site), requests, samples
+
+    def welcome(self, guest: Guest, requests: int, samples: int) -> None:
+        """Count what a guest takes part in against its quota. Raises `LinkError` E614 if that is too much."""
+        with self._lock:
+            self._gate.charge(guest.identity, requests, samples, time.monotonic())
         facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
         self.tell("came", {**facts, "requests": requests})
-        return Worker(self.plan, parts, site), requests, samples
 
 
 class _Session:
@@ -243,24 +264,50 @@ class _Session:
 
     def __init__(self, service: Service, guest: Guest) -> None:
         self._service, self._guest = service, guest
+        host = Host(guest, service.lobby, self._welcome, service.leave)
+        self._chain = Chain(service.ways, service.party.name, partial(dialled, service.servers, _silent), host)
         self._worker: Worker | None = None  # of the prediction that is under way, or was the last
         self._asked = (0, 0)  # its requests and samples
         self._done, self._predictions = Tally(), 0
         self.samples = 0
 
-    def run(self) -> str:
-        """Do what the guest asks for. Returns the code of what went wrong, or ""."""
-        service, most = self._service, _PREDICTIONS_MAX
-        task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False, anew=True, most=most)
+    def run(self, *, leads: bool) -> tuple[str, str]:
+        """Do what the guest asks for, or lend its link to who leads.
+
+        Returns the code and the sentence of what went wrong, as others are told; both are empty if nothing did.
+        """
         try:
-            with self._guest.network as link:
-                run_session(service.plan, service.party, task, link, self._told)
+            with self._guest.network:
+                if leads:
+                    self._lead()
+                else:
+                    self._lend()
         except CutlayerError as error:
             dismissed = error.code == "E615" and self._guest.resting  # nothing was under way: it ended well
-            return "" if dismissed else error.code
+            return ("", "") if dismissed else (error.code, error.what)
         except Exception:  # the client was told E390; what a module said of its values stays in this process
-            return "E390"
-        return ""
+            return "E390", ""
+        return "", ""
+
+    def _lead(self) -> None:
+        service, most = self._service, _PREDICTIONS_MAX
+        task = Task(agenda, {}, build=self._build, programs=self._programs, trains=False, anew=True, most=most)
+        with self._chain as chain:
+            run_session(service.plan, service.party, task, chain, self._told)
+
+    def _lend(self) -> None:
+        service, guest = self._service, self._guest
+        for _ in range(_PREDICTIONS_MAX):
+            with suppress(SessionReset):
+                start = guest.network.rendezvous(Ready({}, ()))
+                asked, _way = read(service.ways, service.party.name, guest.role, start)
+                loan = Loan(guest, start.session)
+                service.lobby.lend(asked, loan)
+                if loan.moved[0]:
+                    self.samples += loan.moved[1]
+                    self._count(loan.moved)
+                guest.network.finish()
+                return
 
     def add_to(self, tally: Tally, code: str) -> None:
         """Count the session, which has ended with this code, and its predictions."""
@@ -273,23 +320,40 @@ class _Session:
 
     def _build(self, _plan: Plan, _party: Party, roster: Roster) -> Worker:
         """Let a prediction begin."""
-        self._worker, *asked = self._service.worker_for(self._guest, roster)
+        self._worker, *asked = self._service.worker_for(self._guest, roster, self._chain.way)
         self._asked = (asked[0], asked[1])
         self.samples += asked[1]
         return self._worker
 
+    def _welcome(self, guest: Guest) -> None:
+        """Count a prediction against the quota of another guest that takes part in it."""
+        self._service.welcome(guest, *self._asked)
+
     def _told(self, event: str, _facts: Mapping[str, object]) -> None:
         """Count a prediction as soon as its program has come to its end, whatever becomes of the session."""
-        done, worker = self._done, self._worker
+        worker = self._worker
         if event != "round" or worker is None:
             return
+        self._count((*self._asked, *_moved(worker.ledger, self._guest.role)))
+        for loan in self._chain.loans:
+            loan.moved = (*self._asked, *_moved(worker.ledger, loan.guest.role))
+
+    def _count(self, moved: tuple[int, int, int, int]) -> None:
+        done = self._done
         self._predictions += 1
-        done.requests, done.samples = done.requests + self._asked[0], done.samples + self._asked[1]
-        done.sent += worker.ledger.total("sent")
-        done.received += worker.ledger.total("received")
+        done.requests, done.samples = done.requests + moved[0], done.samples + moved[1]
+        done.sent, done.received = done.sent + moved[2], done.received + moved[3]
 
     def _programs(self, plan: Plan, roster: Roster) -> Mapping[str, Mapping[Mode, Program]]:
-        return served_programs(plan, roster, (self._service.party.name, self._guest.role))
+        return served_programs(plan, roster, self._chain.way.parties)
+
+
+def _moved(ledger: Ledger, peer: str) -> tuple[int, int]:
+    """Return the bytes sent to a party and received from it."""
+    found = {"sent": 0, "received": 0}
+    for (way, other, *_), row in ledger.flows.items():
+        found[way] += row.payload if other == peer else 0
+    return found["sent"], found["received"]
 
 
 def _hall_settings(network: NetworkSettings, parties: tuple[str, ...], serving: Serving) -> NetworkSettings:

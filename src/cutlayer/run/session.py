@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from cutlayer.run.checkpoint import Position, Store, none_whole, write_atomic
 from cutlayer.run.drive import drive
 from cutlayer.run.launch import RECORD, has_checkpoint
 from cutlayer.run.lock import own_folder
-from cutlayer.run.meeting import let_in, own_process, tell_others, telling
+from cutlayer.run.meeting import Link, let_in, own_process, tell_others, telling
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.run.sent import Sent
@@ -31,7 +31,7 @@ from cutlayer.transport.network import Network, NetworkSettings, Ready, SessionR
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Task", "join", "run_session", "take_part"]
+__all__ = ["Task", "join", "run_session", "take_part", "take_part_over"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 _RESETS_MAX = 1000
@@ -109,8 +109,13 @@ def take_part(
 ) -> Result:
     """Meet the other parties and do this party's share of a task. Raises what `join` raises."""
     tell: Notify = notify or (lambda _event, _details: None)
+    return take_part_over(Network(network, tell), plan, party, task, tell)
+
+
+def take_part_over(opening: AbstractContextManager[Link], plan: Plan, party: Party, task: Task, tell: Notify) -> Result:
+    """Do this party's share of a task over what `opening` opens. Raises what `join` raises."""
     begin = time.perf_counter()
-    with own_process(party), Network(network, tell) as link:
+    with own_process(party), opening as link:
         worker, roster = run_session(plan, party, task, link, tell)
     return Result(
         plan=plan,
@@ -123,7 +128,7 @@ def take_part(
     )
 
 
-def run_session(plan: Plan, party: Party, task: Task, link: Network, tell: Notify) -> tuple[Worker, Roster]:
+def run_session(plan: Plan, party: Party, task: Task, link: Link, tell: Notify) -> tuple[Worker, Roster]:
     """Do a party's share of a task over an open network; the others are told if this party fails.
 
     Returns:
@@ -146,7 +151,7 @@ class _Run:
     plan: Plan
     party: Party
     task: Task
-    link: Network
+    link: Link
     tell: Notify
     sent: Sent
 

@@ -178,12 +178,13 @@ def abort_of(error: BaseException, party: str) -> Abort:
 
     Of an error of the network itself, and of a refusal of a service, they also learn what was expected and got:
     versions, digests, names, dates, numbers. It ends the sentence, since an ABORT has no fields for it. Why this party
-    reaches another stays here: the way out of a site, with its addresses and proxies, is its own affair.
+    reaches another stays here: the way out of a site, with its addresses and proxies, is its own affair. An error that
+    another party has reported is handed on as that party's.
     """
     if not isinstance(error, CutlayerError):
         kind = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
         return Abort(party, "E704", f"{party} stopped: {kind}", f"look at {party}'s terminal")
-    what = error.what
+    what, party = error.what, error.origin or party
     if error.code in _EXPECTED_TOO:
         what += f": expected {error.expected}" if error.expected else ""
     elif error.code in _WHY_TOO and error.why():
@@ -204,14 +205,18 @@ def error_of(abort: Abort, via: str, settings: NetworkSettings) -> CutlayerError
         told = "" if via == party else f", told by {tidy(via)}"
         found = _WHY.fullmatch(what) if abort.code in _WHY_TOO else None
         parts = found.groupdict("") if found else {"what": what}
-        return kind(parts.pop("what"), where=f"reported by {party}{told}", **parts, remedy=remedy, code=abort.code)
-    return PeerError(
+        error = kind(parts.pop("what"), where=f"reported by {party}{told}", **parts, remedy=remedy, code=abort.code)
+        error.origin = party
+        return error
+    failed = PeerError(
         f"{party} failed: {what}",
         where=f"told by {via}",
         got=f"{abort.code} at {party}",
         remedy=remedy or f"look at {party}'s terminal",
         code="E703",
     )
+    failed.origin = party
+    return failed
 
 
 def _kind_of(code: str) -> type[CutlayerError] | None:
