@@ -7,7 +7,7 @@ import pytest
 import cutlayer as cl
 from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.program import Credit, Exchange, Forward, Recv, Send
-from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs, server_of, way_of
+from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs, server_of, ways_of
 from cutlayer.errors import ProgramError
 from tests.run import plans
 
@@ -126,7 +126,7 @@ def chain(*places: str) -> cl.Plan:
     ],
 )
 def test_the_earlier_one_asks_the_later_one(plan: cl.Plan, parties: str, links: set[str]):
-    way = way_of(plan, 0)
+    way = ways_of(plan)[0]
     assert (way.client, "".join(way.parties)) == ("a", parties)
     assert {"".join(link) for link in way.links} == links
     for server in parties[1:]:
@@ -145,7 +145,7 @@ def test_the_earlier_one_asks_the_later_one(plan: cl.Plan, parties: str, links: 
     ],
 )
 def test_programs_of_a_chain_talk_over_its_links_and_no_others(plan: cl.Plan):
-    way = way_of(plan, 0)
+    way = ways_of(plan)[0]
     found = served_programs(plan, Roster({"predict": {way.client: 40}}), way.parties)
     for party, modes in found.items():
         jobs = [job for block in modes["predict"].blocks for job in block.instructions]
@@ -156,10 +156,10 @@ def test_programs_of_a_chain_talk_over_its_links_and_no_others(plan: cl.Plan):
 
 def test_a_chain_with_an_answer_ends_at_the_client():
     plan = plans.hops().plan.with_extras(cl.Answer("hop-four", to="one"))
-    way = way_of(plan, 0)
+    way = ways_of(plan)[0]
     assert way.parties == ("one", "two", "three", "four")
     assert way.links == {("one", "two"), ("two", "three"), ("three", "four"), ("one", "four")}
-    assert way_of(served_plan(plan), 0) == way
+    assert ways_of(served_plan(plan))[0] == way
 
 
 def test_several_data_holders_are_no_client():

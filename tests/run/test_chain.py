@@ -15,9 +15,10 @@ from torch import nn
 
 import cutlayer as cl
 from cutlayer.core.gate import retry_after
+from cutlayer.core.serving import ways_of
 from cutlayer.errors import ConfigError, CutlayerError, LinkError, PeerError, ProgramError
 from cutlayer.run.chain import Asked, Lobby, read
-from cutlayer.run.prediction import SERVED, ask, lanes_of
+from cutlayer.run.prediction import SERVED, ask
 from cutlayer.run.results import write_results
 from cutlayer.run.serving import Service
 from cutlayer.transport.network import Network, NetworkSettings, Ready
@@ -88,7 +89,7 @@ class Ways:
         self.case, self.plan, self.folder, self.weights = case, case.plan, folder, folder / "trained"
         self.weights.mkdir()
         write_results(self.weights, cl.simulate(case.plan, case.parties()))
-        self.way = lanes_of(case.plan)[0]
+        self.way = ways_of(case.plan)[0]
         self.client, *self.servers = self.way.parties
         ports = free_ports(len(self.servers))
         self.addresses = {name: f"127.0.0.1:{port}" for name, port in zip(self.servers, ports, strict=True)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cutlayer.cli.console import Output
 from cutlayer.cli.running import consent
 from cutlayer.core.inference import describe_prediction
-from cutlayer.core.serving import clients_of, served_plan, way_of
+from cutlayer.core.serving import clients_of, served_plan, ways_of
 from cutlayer.run.config import load_contract
 from cutlayer.run.launch import checked_network
 from cutlayer.run.partyfile import load_party_file
@@ -31,8 +31,7 @@ def serve_party(path: Path, party_file: Path, weights: Path | None, output: Outp
     clients = clients_of(contract.plan, file.name)
     text = describe_prediction(served_plan(contract.plan), file.name)
     text += f"\nserved to clients in the role of {' or '.join(clients)}"
-    ways = (way_of(contract.plan, lane) for lane in range(contract.plan.lanes))
-    asked = dict.fromkeys(server for way in ways for server in way.asked_by(file.name))
+    asked = dict.fromkeys(server for way in ways_of(contract.plan) for server in way.asked_by(file.name))
     text += f"\nasks {', '.join(asked)} with each request, under its own certificate" if asked else ""
     consent(contract, file, output, accepted, text)
     from cutlayer.run.serving import serve

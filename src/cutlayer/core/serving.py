@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from cutlayer.core.answers import answer_stage, holders, obstacle, runners, served_graph
 from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.crossing import answers_in
+from cutlayer.core.graph import Graph
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Block, Exchange, Forward, Mode, Program
 from cutlayer.errors import ProgramError
@@ -32,7 +33,7 @@ __all__ = [
     "served_plan",
     "served_programs",
     "server_of",
-    "way_of",
+    "ways_of",
 ]
 
 Programs = dict[str, dict[Mode, Program]]
@@ -64,10 +65,14 @@ class Way:
         return tuple(other for other in self.parties if (other, party) in self.links)
 
 
-def way_of(plan: Plan, lane: int) -> Way:
-    """Return who takes part in a lane's predictions of a plan that can be served, and who asks whom."""
+def ways_of(plan: Plan) -> tuple[Way, ...]:
+    """Return, for each lane of a plan that can be served, who takes part in its predictions, and who asks whom."""
     graph = served_plan(plan).graph
     active = graph.ancestors(graph.outputs)
+    return tuple(_way(graph, active, lane) for lane in range(graph.lanes))
+
+
+def _way(graph: Graph, active: set[str], lane: int) -> Way:
     runs = (graph.place(stage.name, lane) for stage in graph.order if stage.name in active)
     parties = tuple(dict.fromkeys([*holders(graph, active, lane), *runs]))
     cuts = ({graph.origin(e, lane), graph.place(e.target, lane)} for e in graph.cuts(lane) if e.target in active)
@@ -137,7 +142,7 @@ def clients_of(plan: Plan, server: str) -> tuple[str, ...]:
                 remedy=remedy or "predict with all parties: cutlayer predict --join at each",
                 code="E453",
             )
-        asking.update(way_of(plan, lane).asking(server))
+        asking.update(_way(graph, active, lane).asking(server))
     return tuple(party for party in plan.parties if party in asking)
 
 

@@ -27,7 +27,7 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
-from cutlayer.core.serving import Way, served_plan, served_programs, server_of, way_of
+from cutlayer.core.serving import Way, served_plan, served_programs, server_of, ways_of
 from cutlayer.engine.agree import Agreed, Entry
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
@@ -55,7 +55,6 @@ __all__ = [
     "client_chain",
     "dialled",
     "idle",
-    "lanes_of",
     "pairs",
     "predict",
     "predict_here",
@@ -216,12 +215,7 @@ def asking(plan: Plan, party: str, network: NetworkSettings, wait: float) -> dic
         ConfigError: E211 to E214, the settings cannot work; a server has no address.
     """
     server_of(plan, party)
-    return pairs(lanes_of(plan), party, network, wait)
-
-
-def lanes_of(plan: Plan) -> tuple[Way, ...]:
-    """Return who takes part in the served predictions of each lane."""
-    return tuple(way_of(plan, lane) for lane in range(plan.lanes))
+    return pairs(ways_of(plan), party, network, wait)
 
 
 def pairs(ways: Sequence[Way], party: str, network: NetworkSettings, wait: float) -> dict[str, NetworkSettings]:
@@ -245,7 +239,7 @@ def pairs(ways: Sequence[Way], party: str, network: NetworkSettings, wait: float
 
 def client_chain(plan: Plan, party: str, servers: Mapping[str, NetworkSettings], notify: Notify) -> Chain:
     """Return a client's links with all servers that it asks, which are dialled when they are needed."""
-    return Chain(lanes_of(plan), party, partial(dialled, servers, notify))
+    return Chain(ways_of(plan), party, partial(dialled, servers, notify))
 
 
 def dialled(servers: Mapping[str, NetworkSettings], notify: Notify, server: str, alarm: Callable[[], None]) -> Network:

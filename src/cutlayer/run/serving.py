@@ -28,7 +28,7 @@ from cutlayer.core.gate import Gate
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
 from cutlayer.core.quota import Serving
-from cutlayer.core.serving import Way, clients_of, requests_in, served_plan, served_programs
+from cutlayer.core.serving import Way, clients_of, requests_in, served_plan, served_programs, ways_of
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.site import Place
 from cutlayer.engine.worker import Worker
@@ -37,7 +37,7 @@ from cutlayer.run.answers import left_out, serving_party
 from cutlayer.run.batcher import Batcher
 from cutlayer.run.chain import Chain, Host, Loan, Lobby, read
 from cutlayer.run.party import Party, build
-from cutlayer.run.prediction import SERVED, agenda, dialled, idle, lanes_of, pairs
+from cutlayer.run.prediction import SERVED, agenda, dialled, idle, pairs
 from cutlayer.run.session import Task, run_session
 from cutlayer.run.trained import load_trained
 from cutlayer.transport.hall import Guest, Hall
@@ -161,7 +161,7 @@ class Service:
         self._hall = Hall(
             self._settings, self._gate, places=self.serving.places, receive=self._receive, notify=self._heard
         )
-        self.lobby, self.ways = Lobby(party.name, self.serving.patience), lanes_of(plan)
+        self.lobby, self.ways = Lobby(party.name, self.serving.patience), ways_of(plan)
         self.servers = pairs(self.ways, party.name, network, self.serving.patience)
         self.leave = network.deadlines.close
         self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas
