@@ -597,3 +597,15 @@ def test_a_loader_with_a_generator_trains_in_the_order_of_a_loop_over_it():
 def test_names_are_public():
     assert cl.split is split
     assert cl.fit is fit
+
+
+def test_few_samples_of_a_client_are_no_secret_from_who_has_all():
+    """In one process `metrics_least` guards nothing, unless it is asked for."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    split = cl.split(model, (1, 3), example=torch.randn(2, 3))
+    held = [TensorDataset(torch.randn(count, 3), torch.zeros(count).long()) for count in (6, 2)]
+    run = cl.fit(split, held, loss=nn.CrossEntropyLoss(), epochs=1)
+    assert run.result.history[-1]["metrics"]["loss"] > 0
+    with pytest.raises(DataError, match="2 of client-2") as caught:
+        cl.fit(split, held, loss=nn.CrossEntropyLoss(), epochs=1, metrics_least=5)
+    assert caught.value.code == "E264"

@@ -148,7 +148,7 @@ def fit(
             evaluated, in batches of the training's size, and metrics are those of the samples, whatever the batches.
         party: More arguments of every `Party`: metrics, scheduler, device... `autocast` is that of the split.
         training: Fields of `Training`: epochs, microbatches... `batch_size` and `drop_last` are those of the loaders,
-            unless given. `seed` makes a run the same to the bit: it orders samples, and is every party's own seed too,
+            and `metrics_least` is 1, for all samples are in this process; unless given. `seed` makes a run the same to the bit: it orders samples, and is every party's own seed too,
             which `torch.manual_seed` is not; who knows it can draw a defence's noise again. A loader with a `generator`
             keeps its order. And `label`: its name in dictionaries, if not "label" or the one field that is no input.
 
@@ -170,7 +170,7 @@ def fit(
     told = training.pop("label", "")
     _check_names(training, dict(party or {}))
     label, sample = _sample(next(one for one in held if sample_count(one)), split, told)
-    chosen = Training(**{**_of_loaders(held, training), **training})
+    chosen = Training(**{"metrics_least": 1, **_of_loaders(held, training), **training})
     spec = _label_spec(sample, split)
     plan = split.plan(names[0] if len(names) == 1 else names, label=label, label_spec=spec, training=chosen)
     given: dict[str, Any] = {"optimizer": optimizer, "fields": [*split.cut.inputs, label], "autocast": split.autocast}
