@@ -150,7 +150,8 @@ def fit(
         training: Fields of `Training`: epochs, microbatches... `batch_size` and `drop_last` are those of the loaders,
             and `metrics_least` is 1, for all samples are in this process; unless given. `seed` makes a run the same to
             the bit: it orders samples, and is every party's own seed too, which `torch.manual_seed` is not; who knows
-            it can draw a defence's noise again. A loader with a `generator` keeps its order. And `label`: its name in dictionaries, if not "label" or the one field that is no input.
+            it can draw a defence's noise again. A loader with a `generator` keeps its order. And `label`: its name in
+            dictionaries, if not "label" or the one field that is no input.
 
     Raises:
         ConfigError: E235, the label is called as an argument of the model is; E236, a model that is not cut, an
