@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -64,3 +65,36 @@ def test_an_empty_side_is_refused(groups, share):
     assert caught.value.code == "E263"
     assert f"share={share}" in caught.value.got
     assert "person-1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, str, np.str_])
+def test_identifiers_of_any_whole_or_text_type_are_the_same_names(kind: type):
+    assert holdout(kind(number) for number in range(99)).test.tolist() == holdout(torch.arange(99)).test.tolist()
+
+
+ROWS = list(range(98))
+
+
+@pytest.mark.provokes("E254")
+@pytest.mark.parametrize(
+    ("groups", "got", "remedy"),
+    [
+        (torch.arange(99).float(), "99 others, the first at row 0: float", "with a gap"),
+        (np.arange(99).astype(float), "99 others, the first at row 0: float64", "with a gap"),
+        (np.arange(99).astype(np.float32), "99 others, the first at row 0: float32", "with a gap"),
+        ([*ROWS, 4711.0], "1 other, at row 98: float", "with a gap"),
+        ([*ROWS, float("nan")], "1 other, at row 98: float", "with a gap"),
+        ([*ROWS, None], "1 other, at row 98: NoneType", "leave these rows out"),
+        ([True, *ROWS, False], "2 others, the first at row 0: bool", "leave these rows out"),
+        ([*ROWS, "4711 "], "1 text with spaces around it, at row 98", "strip()"),
+        (["\t4711", *ROWS, "4712\n"], "2 texts with spaces around them, the first at row 0", "strip()"),
+    ],
+)
+def test_what_would_name_one_person_in_two_ways_is_refused(groups, got: str, remedy: str):
+    """Of a column with a gap pandas makes floats: "1.0" is on another side than "1", with no other sign of it."""
+    with pytest.raises(DataError, match="identifiers cannot be compared") as caught:
+        holdout(groups)
+    error = caught.value
+    assert (error.code, error.got) == ("E254", got)
+    assert remedy in error.remedy
+    assert "4711" not in str(error)

@@ -2,6 +2,11 @@
 
 Each side is drawn from the identifier alone, not from its place: parties of a vertical plan find the same split, each
 by itself, and rows that come later move no other row.
+
+| code | error | meaning |
+| --- | --- | --- |
+| E254 | DataError | identifiers that may name one person in two ways |
+| E263 | DataError | one of the sides would be empty |
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -33,14 +39,16 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
     is public: it says who is in the test set to whoever knows an identifier.
 
     Args:
-        groups: One identifier a row: a person, an item, a work. Integers or texts.
+        groups: One identifier a row: a person, an item, a work. Whole numbers or texts: 7 and "7" are the same, "07" is
+            another.
         share: Part of the groups to hold out, between 0 and 1.
         seed: Another one gives another split.
 
     Raises:
-        DataError: E263, one of the sides would be empty.
+        DataError: E254, an identifier is no whole number and no text, or has spaces around it: written "7.0" or "7 ",
+            one person would be on both sides. E263, one of the sides would be empty.
     """
-    names = [str(group) for group in (groups.tolist() if isinstance(groups, Tensor) else groups)]
+    names = _names(groups.tolist() if isinstance(groups, Tensor) else list(groups))
     held = {name: _fraction(seed, name) < share for name in dict.fromkeys(names)}
     tested = torch.tensor([held[name] for name in names], dtype=torch.bool)
     found = Holdout((~tested).nonzero().flatten(), tested.nonzero().flatten())
@@ -54,6 +62,36 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
             code="E263",
         )
     return found
+
+
+def _names(groups: list[int | str]) -> list[str]:
+    """Return identifiers as texts. Raises `DataError` E254; no identifier is in its text."""
+    other = [row for row, one in enumerate(groups) if isinstance(one, bool) or not isinstance(one, Integral | str)]
+    loose = [row for row, one in enumerate(groups) if isinstance(one, str) and one != one.strip()]
+    if not other and not loose:
+        return [one if isinstance(one, str) else str(int(one)) for one in groups]
+    rows = other or loose
+    many, first = len(rows) > 1, rows[0]
+    kind = "others" if many else "other"
+    if not other:
+        kind = "texts with spaces around them" if many else "text with spaces around it"
+    remedy = "take the spaces off, at all parties: text.strip()"
+    if other and isinstance(groups[first], Real) and not isinstance(groups[first], bool):
+        remedy = (
+            "pandas makes floats of whole numbers in a column with a gap: leave the rows without an identifier out, "
+            "then convert it, column.astype('int64')"
+        )
+    elif other:
+        remedy = "give whole numbers or texts; leave these rows out where an identifier is missing"
+    raise DataError(
+        "identifiers cannot be compared",
+        where="holdout, rows counted from 0",
+        expected="whole numbers, or texts without spaces around them",
+        got=f"{len(rows)} {kind}, {'the first ' if many else ''}at row {first}"
+        + (f": {type(groups[first]).__name__}" if other else ""),
+        remedy=remedy,
+        code="E254",
+    )
 
 
 def _fraction(seed: int, name: str) -> float:
