@@ -227,6 +227,17 @@ def test_a_sample_that_is_none():
     assert refused(Made(lambda _: None), fields=("x",)).got == "None as sample 0, counted from 0"
 
 
+@pytest.mark.provokes("E253")
+@pytest.mark.parametrize(("place", "wrapped"), [(4, False), (6, False), (6, True)])
+def test_a_sample_that_lacks_a_field_is_named(place: int, wrapped: bool):
+    """Also the first of a batch, whose fields torch takes for those of all: a loader then says nothing of it."""
+    data: Any = Made(lambda index: {"x": torch.zeros(2), **({} if index == place else {"y": 1})})
+    error = refused(DataLoader(data, batch_size=4) if wrapped else data)
+    assert (error.code, error.what) == ("E253", "the samples of a batch cannot be put together")
+    assert error.got == f"no field y in sample {place}, counted from 0; sample 7 has it"
+    assert error.remedy == "give all samples the same fields; or leave such samples out"
+
+
 # --- columns of a table ----------------------------------------------------------------------------------------------
 
 

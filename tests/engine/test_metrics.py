@@ -180,3 +180,13 @@ def test_what_was_counted_here_outlives_the_sums_of_all():
     same(here.values(), expected())
     (own,) = here.own()
     same(own["metrics"], alone)
+
+
+def test_a_client_without_samples_computes_nothing_of_its_own():
+    """torchmetrics warns of that; here warnings are errors."""
+    make = lambda: {"accuracy": MulticlassAccuracy(3)}  # noqa: E731
+    here, there = MetricBook("loss", make, shared=True), MetricBook("loss", make, shared=True)
+    there.update(torch.tensor(1.0), [torch.eye(3), torch.arange(3)], 3)
+    here.pool(there.sums(), "here")
+    assert here.values() == there.values()
+    assert here.own() == []

@@ -24,6 +24,7 @@ from cutlayer.engine.scoring import loss_error
 from cutlayer.errors import ConfigError, CutlayerError, DataError, NonFiniteError, StageError
 from cutlayer.run.party import Party
 from cutlayer.run.simulate import Result, simulate
+from cutlayer.transport.handshake import abort_of
 
 
 def tried(x: Tensor, y: Tensor, loss: Any, metric: Any = None, module: nn.Module | None = None) -> Result:
@@ -133,10 +134,34 @@ def test_doing_what_is_said_ends(loss, dtype, shape):
             pytest.fail(f"{wide}: still {remedy!r}")
 
 
-def test_a_label_that_is_no_class_is_not_told():
-    error = refused(torch.ones(4, 3), torch.tensor([0, 1, 4711, 0]), nn.CrossEntropyLoss(), code="E307")
-    assert "4711" not in " ".join(error.lines())
-    assert "a label that is no class" in error.got
+@pytest.mark.provokes("E307")
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        ([0, 1, 4711, 0], "a label that is no class: labels 0 to 4711, where 3 outputs take 0 to 2"),
+        ([1, 2, 3, -100], "a label that is no class: labels 1 to 3, where 3 outputs take 0 to 2"),
+        ([-1, 2, 0, 0], "a label that is no class: labels -1 to 2, where 3 outputs take 0 to 2"),
+    ],
+)
+def test_labels_that_are_no_class_are_told_at_this_party_alone(labels: list[int], got: str):
+    """What to do does not depend on them: the others read it."""
+    error = refused(torch.ones(4, 3), torch.tensor(labels), nn.CrossEntropyLoss(), code="E307")
+    assert error.got == f"float32[4, 3], int64[4]; {got}"
+    assert "label - 1 in the data set, where they begin at 1" in error.remedy
+    assert "ignore_index" in error.remedy
+    told = abort_of(error, "a")
+    other = refused(torch.ones(4, 3), torch.tensor([0, 1, 5, 0]), nn.CrossEntropyLoss(), code="E307")
+    assert (told.what, told.remedy) == (abort_of(other, "a").what, abort_of(other, "a").remedy)
+    assert "4711" not in told.what + told.remedy
+
+
+def test_an_index_error_of_anything_else_tells_no_labels():
+    def loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        raise IndexError("Dimension out of range")
+
+    error = refused(torch.ones(4, 3), torch.tensor([0, 1, 2, 0]), loss, code="E307")
+    assert error.got == "float32[4, 3], int64[4]; IndexError: Dimension out of range"
+    assert error.remedy == "run the loss alone on tensors of these dtypes and shapes"
 
 
 STRETCHED = {

@@ -418,7 +418,7 @@ def test_too_few_outputs_for_the_classes_that_were_agreed_on_are_told_their_numb
         simulate(narrow, held)
     error = caught.value
     assert error.code == "E307"
-    assert error.got.endswith("a label that is no class; the parties agreed on 3 classes of y")
+    assert error.got.endswith("labels 0 to 2, where 2 outputs take 0 to 1; the parties agreed on 3 classes of y")
     assert error.remedy.startswith("give the model one output for each class")
     assert error.remedy.endswith(
         "`Result.agreed` lists them after a run, and PARTY.preprocessing.json in the run's folder"

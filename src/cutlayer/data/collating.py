@@ -37,10 +37,12 @@ def collated(samples: list[Any], rows: Sequence[int] | None = None) -> Any:  # n
     """Return samples as a batch. `rows`: their places in the data set; None: from 0 on.
 
     Raises:
-        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, else the type
-            that is no tensor, with its place, and no values.
+        DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, and the place of
+            a sample that lacks a field; else the type that is no tensor, with its place, and no values.
     """
     rows = rows or range(len(samples))
+    if _lacking(samples, rows):
+        raise _misfit(samples, rows, "")
     try:
         batch = default_collate(samples)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -97,14 +99,16 @@ def _name(loader: DataLoader[Any], rows: Callable[[], Sequence[int]], error: Exc
         places = rows()
     samples = read_again(loader, places, error)
     known = bool(samples) and loader.collate_fn is default_collate
-    if known and (_unequal(samples, places) or _strange(samples, places)[0]):
+    if known and (_lacking(samples, places) or _unequal(samples, places) or _strange(samples, places)[0]):
         raise _misfit(samples, places, "") from error
     return places
 
 
 def _misfit(samples: list[Any], rows: Sequence[int], said: str) -> DataError:
     """Return the error of samples that are no batch; `said` is torch's word, for what is not found out here."""
-    got, remedy = _strange(samples, rows)
+    got, remedy = _lacking(samples, rows), "give all samples the same fields; or leave such samples out"
+    if not got:
+        got, remedy = _strange(samples, rows)
     if not got:
         got, remedy = _unequal(samples, rows) or said, _SIZES
     return DataError(
@@ -115,6 +119,18 @@ def _misfit(samples: list[Any], rows: Sequence[int], said: str) -> DataError:
         remedy=remedy,
         code="E253",
     )
+
+
+def _lacking(samples: list[Any], rows: Sequence[int]) -> str:
+    """Return in words the first sample that lacks a field which another has; "" if there is none."""
+    if not all(isinstance(sample, Mapping) for sample in samples):
+        return ""
+    owners = {name: row for row, sample in zip(rows, samples, strict=True) for name in sample}
+    for row, sample in zip(rows, samples, strict=True):
+        for name, owner in owners.items() if len(sample) < len(owners) else ():
+            if name not in sample:
+                return f"no field {name} in sample {row}, counted from 0; sample {owner} has it"
+    return ""
 
 
 def _mixed(batch: Any) -> bool:  # noqa: ANN401 - what torch has put together

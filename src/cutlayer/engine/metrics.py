@@ -117,8 +117,8 @@ class MetricBook:
         if self._own is not None:
             return self._own
         books = self._lanes or {self._lane: self}
-        rows = [{"lane": at, "samples": book.samples, "metrics": book._computable()} for at, book in books.items()]
-        return [row for row in rows if row["samples"]]
+        held = {at: book for at, book in books.items() if book.samples}
+        return [{"lane": at, "samples": book.samples, "metrics": book._computable()} for at, book in held.items()]
 
     def pool(self, sums: Mapping[str, Tensor], where: str) -> None:
         """Replace the sums by those of all replicas; keep what was counted here. Raises what `set_sums` raises."""

@@ -27,7 +27,7 @@ __all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error"
 
 _HALVES = (torch.bfloat16, torch.float16)
 _BY_ELEMENT = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div"})
-
+_LEFT_OUT = -100  # torch's own mark of labels to leave out
 _SCALES = {"binary_cross_entropy_with_logits": "sigmoid", "cross_entropy": "softmax"}
 
 
@@ -91,15 +91,15 @@ class Pairs(TorchFunctionMode):
 def loss_error(name: str, inputs: Sequence[Tensor], error: Exception) -> StageError:
     """Return the error for a loss that fails on its inputs: what they are, and what most likely helps.
 
-    A label outside the classes is not named: it is a value.
+    Labels outside the classes are told in `got`, which stays at this party, and nowhere else: they are values.
     """
-    outside = isinstance(error, IndexError)
-    why = "a label that is no class" if outside else f"{type(error).__name__}: {error}"
+    outside = _no_class(inputs) if isinstance(error, IndexError) else ""
+    why = f"a label that is no class: {outside}" if outside else f"{type(error).__name__}: {error}"
     return StageError(
         f"the loss {name!r} does not take what it is given",
         where=f"stage {name}",
         got=f"{shown(inputs)}; {why}",
-        remedy=_remedy(inputs, str(error), outside=outside),
+        remedy=_remedy(inputs, str(error), outside=bool(outside)),
         code="E307",
     )
 
@@ -223,6 +223,18 @@ def _outside(labels: Tensor, count: int, ignored: int | None) -> bool:
     return bool(wrong.any())
 
 
+def _no_class(inputs: Sequence[Tensor]) -> str:
+    """Return in words from where to where labels go that are not all classes of the prediction; else ""."""
+    prediction, label = inputs[0], inputs[-1]
+    if not prediction.dim() or label.is_floating_point() or label.is_complex():
+        return ""
+    counted = label[label != _LEFT_OUT]
+    count = prediction.shape[1 if prediction.dim() > 1 else 0]
+    if not counted.numel() or not _outside(counted, count, None):
+        return ""
+    return f"labels {int(counted.min())} to {int(counted.max())}, where {count} outputs take 0 to {count - 1}"
+
+
 def _stretched(first: Tensor, second: Tensor) -> bool:
     return first.shape != second.shape and first.dim() > 0 and second.dim() > 0
 
@@ -230,7 +242,10 @@ def _stretched(first: Tensor, second: Tensor) -> bool:
 def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
     prediction, label = inputs[0], inputs[-1]
     if outside:
-        return "give the model one output for each class, or set the loss's ignore_index for labels to leave out"
+        return (
+            "give the model one output for each class, and labels that count them from 0: label - 1 in the data set, "
+            "where they begin at 1; or set the loss's ignore_index for labels to leave out"
+        )
     if "is a view and is being modified inplace" in words:
         return "the loss writes in place to one of several views: let it take x.clone() first"
     if "class probabilities" in words or ("multi-target" in words and label.shape == prediction.shape):
