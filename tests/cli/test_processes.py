@@ -121,6 +121,31 @@ def test_events_are_read_as_they_come(tmp_path: Path):
     assert list(watched.events()) == [{"event": "two"}]
 
 
+def test_what_a_party_is_warned_of_is_read_from_its_log(tmp_path: Path):
+    watched = child(tmp_path, "a", code=0, error=None)
+    path = tmp_path / "a" / "log.txt"
+    path.write_text("/x/torch.py:3: UserWarning: of torch\n  warn()\n/x/y.py:8: UserWarning: party a: of da")
+    assert list(watched.warnings()) == []
+    with path.open("a") as file:
+        file.write("ta: 'x'\n  warn()\n/my/parties.py:8: UserWarning: spread: 1 of 3\n")
+    assert list(watched.warnings()) == ["party a: of data: 'x'", "party a: spread: 1 of 3"]
+    assert list(watched.warnings()) == []
+
+
+def test_warnings_of_data_are_shown_beside_the_one_document(call: Call, demo: Path):
+    text = (demo / "parties.py").read_text()
+    (demo / "parties.py").write_text("import warnings\nwarnings.warn('party x: odd data')\n" + text)
+    for extra, shown in (((), True), (("--quiet",), False), (("--json",), True)):
+        folder = f"out{len(extra)}{shown}"
+        result = call("run", *ALL, "--processes", "--folder", folder, *extra)
+        assert result.code == 0, result.err
+        assert (result.err.count("party x: odd data") == 1) == shown, result.err
+        assert "odd data" not in "".join(result.out)
+        if extra == ("--json",):
+            assert len(result.out) == 1
+            json.loads(result.out[0])
+
+
 def test_local_contract_keeps_its_ports(demo: Path):
     contract = load_contract(demo / "contract.toml")
     local = processes._local_contract(contract, demo)

@@ -269,3 +269,35 @@ def test_lists_that_grow_too_long_or_mix_are_refused():
         merge(shared, [("a", texts), ("b", numbers)])
     with pytest.raises(ContractError, match="expected at most 3, got 4"):
         merge(shared, [("a", texts), ("b", summarise(shared, [["c", "d"]], "").told)])
+
+
+@pytest.mark.provokes("E541")
+def test_a_list_that_is_too_long_says_whose_values_it_has_and_names_those_of_this_party_alone():
+    shared = Shared("x", at="a", kind="classes", limit=3, least=1)
+    told = [("a", summarise(shared, [["a", "b ", "b"]], "").told), ("b", summarise(shared, [["a", "c"]], "").told)]
+    with pytest.raises(ContractError) as caught:
+        merge(shared, told, "a")
+    assert caught.value.got == "4 (3 at a, 2 at b; a alone has 'b', 'b ')"
+    assert "written in several ways" in caught.value.remedy
+    with pytest.raises(ContractError) as caught:
+        merge(shared, told, "hub")
+    assert caught.value.got == "4 (3 at a, 2 at b)"
+
+
+@pytest.mark.provokes("E261")
+@pytest.mark.parametrize("kind", ["categories", "classes"])
+@pytest.mark.parametrize(
+    ("trained", "given", "words"),
+    [
+        (["1", "2"], torch.tensor([1, 2]), "expected texts, as the parties agreed on, got whole numbers. give this"),
+        (torch.tensor([1, 2]), ["1", "2"], "expected whole numbers, as the parties agreed on, got texts. give this"),
+    ],
+)
+def test_another_kind_of_values_than_was_agreed_on_is_refused(kind: str, trained, given, words: str):
+    """Each would be unknown, and so 0."""
+    shared = Shared("x", at="a", kind=kind, least=1)
+    with pytest.raises(DataError) as caught:
+        apply(shared, agreed_of(shared, [[trained]]), given, "here")
+    assert caught.value.code == "E261"
+    assert words in str(caught.value)
+    assert apply(shared, agreed_of(shared, [[trained]]), given[:0], "here").tolist() == []

@@ -7,6 +7,7 @@ its addresses, which become free ports of this machine.
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
@@ -41,13 +42,15 @@ _GRACE = 10.0  # seconds that the others have to end by themselves once one has 
 _LOCAL = "loopback.toml"
 _KEYS = ".keys"  # says where the keys of the run are, while it runs
 _PREFIX = "cutlayer-"
+_WARNING = re.compile(rb": UserWarning: ((?:party|spread:) .+)$")  # of data, in a log as Python prints it
 
 
 @dataclass
 class _Child:
     """One party's process, what it prints, and how far its events were read.
 
-    `copied` is the party file that the process was given, and the user's of which it is a copy.
+    `copied` is the party file that the process was given, and the user's of which it is a copy; `logged` how far its
+    log was read.
     """
 
     party: str
@@ -56,6 +59,7 @@ class _Child:
     copied: tuple[str, str]
     read: int = 0
     rest: bytes = field(default=b"", repr=False)
+    logged: int = 0
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events that came since the last call."""
@@ -69,6 +73,18 @@ class _Child:
         *lines, self.rest = data.split(b"\n")
         for line in lines:
             yield msgspec.json.decode(line)
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what the party was warned of since the last call, as in its log: those are about its own data."""
+        with (self.folder / "log.txt").open("rb") as file:
+            file.seek(self.logged)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.logged += len(line)
+                if found := _WARNING.search(line.rstrip()):
+                    text = found[1].decode(errors="replace")
+                    yield text if text.startswith("party ") else f"party {self.party}: {text}"
 
 
 def run_processes(
@@ -182,6 +198,7 @@ def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -
     with locked(home, wait=_GRACE):
         printed: IO[bytes] = ends.enter_context((home / "output.json").open("wb"))
     log: IO[bytes] = ends.enter_context((home / "log.txt").open("ab"))
+    before = log.tell()
     process = subprocess.Popen(  # noqa: S603 - this program itself
         [sys.executable, "-m", "cutlayer.cli.child", *words], stdin=subprocess.PIPE, stdout=printed, stderr=log
     )
@@ -189,7 +206,8 @@ def _start(file: PartyFile, home: Path, words: Sequence[str], ends: ExitStack) -
         ends.enter_context(process.stdin)
     seen = home / "metrics.jsonl"
     copied = words[3], str(file.path)  # after the folder of keys, the command and the contract
-    return _Child(file.name, home, process, copied, read=seen.stat().st_size if seen.exists() else 0)
+    read = seen.stat().st_size if seen.exists() else 0
+    return _Child(file.name, home, process, copied, read=read, logged=before)
 
 
 def _stop(children: Sequence[_Child]) -> None:
@@ -212,6 +230,8 @@ def _watch(children: Sequence[_Child], progress: RunProgress, output: Output) ->
         for child in children:
             for event in child.events():
                 progress(str(event.pop("event")), event)
+            for text in child.warnings():
+                progress("warned", {"text": text})
         if all(code == 0 for code in codes):
             return
         failed_at = failed_at or (time.monotonic() if any(codes) else 0.0)

@@ -31,6 +31,7 @@ _NEWS = {
     "damaged": "E802 a checkpoint is damaged and not used: {file} ({got})",
     "anew": "the parties have no checkpoint in common: the run begins anew, from the first round",
     "aborted": "stopped by {party}: {code} {what}",
+    "warned": "{text}",
     "blocked": "cannot reach {party}: {code} {what} ({got}). Trying again. {remedy}",
 }
 

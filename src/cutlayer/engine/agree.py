@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +25,7 @@ __all__ = ["Agreed", "Entry", "Summary", "apply", "check_told", "merge", "read",
 
 Entry = int | str
 _TEXT_MAX = 200  # bytes of an entry of a list
+_NAMED = 5  # values that an error names
 _MOST = 1e130  # largest number to scale: sums of squares stay finite over all samples of all parties
 _ROUNDING = 16 * 2.0**-52  # a deviation that rounding alone may give, as a share of the mean
 
@@ -80,8 +81,10 @@ def summarise(shared: Shared, batches: Iterable[object], where: str, *, sole: bo
     return Summary(msgspec.msgpack.encode(own), held)
 
 
-def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
+def merge(shared: Shared, told: Sequence[tuple[str, Buffer]], me: str = "") -> bytes:
     """Put together what the parties told, in the order given: (party, message). Returns the total as msgpack.
+
+    `me` is who does it. An error names its own values, and none of another party.
 
     Means and squares by Chan, Golub and LeVeque 1979 ("Updating formulae and a pairwise algorithm for computing sample
     variances", eq. 2.1); lists by union.
@@ -90,8 +93,10 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
         ContractError: E541, a message cannot be read, or the parties' fields differ.
     """
     total: Agreed | None = None
+    lists: dict[str, tuple[Entry, ...]] = {}
     for party, message in told:
         own = read(shared, message, party)
+        lists[party] = own.values
         total = own if total is None else _together(shared, total, own, party)
     if total is None:
         raise ContractError(
@@ -105,11 +110,21 @@ def merge(shared: Shared, told: Sequence[tuple[str, Buffer]]) -> bytes:
             f"the field {shared.field!r} has more values than the plan allows",
             where=f"data.{shared.field}",
             expected=f"at most {shared.limit}",
-            got=str(len(total.values)),
-            remedy="raise `limit` of its preprocessing in the plan, at all parties",
+            got=f"{len(total.values)}{_by_party(lists, me)}",
+            remedy="look for a value that is written in several ways, also in case and spaces; or raise `limit` of its "
+            "preprocessing in the plan, at all parties",
             code="E541",
         )
     return msgspec.msgpack.encode(total)
+
+
+def _by_party(lists: Mapping[str, tuple[Entry, ...]], me: str) -> str:
+    """Return in words how many values each party told, and which of them `me` alone has."""
+    others = {entry for party, values in lists.items() if party != me for entry in values}
+    alone = [entry for entry in lists.get(me, ()) if entry not in others]
+    more = ", ..." if len(alone) > _NAMED else ""
+    own = f"; {me} alone has {', '.join(map(ascii, alone[:_NAMED]))}{more}" if alone else ""
+    return f" ({', '.join(f'{len(values)} at {party}' for party, values in lists.items())}{own})"
 
 
 def read(shared: Shared, message: Buffer, party: str) -> Agreed:
@@ -153,12 +168,17 @@ def apply(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
     """Return a field's values after preprocessing: same shape; "scale" keeps the dtype, lists give int64.
 
     Raises:
-        DataError: E261, another number of columns, or a class that is not in the list.
+        DataError: E261, another number of columns, texts where whole numbers were agreed on or the reverse, or a class
+            that is not in the list.
     """
     if shared.kind == "scale":
         return _scaled(shared, agreed, value, where)
     places = {entry: place for place, entry in enumerate(agreed.values)}
     entries, shape = _entries(shared, value, where)
+    if places and entries and _kind(entries) != (known := _kind(agreed.values)):
+        other = "as texts, str(value)" if known == "texts" else "as whole numbers, int(value)"
+        remedy = f"give this field {other}, as in the training data"
+        raise _unfit(shared, where, f"{known}, as the parties agreed on", _kind(entries), remedy)
     if shared.kind == "categories":
         return torch.tensor([places.get(entry, -1) + 1 for entry in entries]).reshape(shape)
     unknown = [entry for entry in entries if entry not in places]
@@ -171,6 +191,10 @@ def apply(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:
             "remove these samples, or have samples of this class in the training data",
         )
     return torch.tensor([places[entry] for entry in entries], dtype=torch.int64).reshape(shape)
+
+
+def _kind(entries: Sequence[Entry]) -> str:
+    return "texts" if isinstance(entries[0], str) else "whole numbers"
 
 
 def _scaled(shared: Shared, agreed: Agreed, value: object, where: str) -> Tensor:

@@ -18,6 +18,7 @@ import msgspec
 from cutlayer.core.parts import Shared
 from cutlayer.core.plan import Plan
 from cutlayer.engine.agree import Agreed, Entry, apply, check_told, merge, read, summarise
+from cutlayer.engine.cautions import Unknown, alike, noticed, warn_of_alike, warn_of_empty, warn_of_unknown
 from cutlayer.engine.wire import Buffer
 from cutlayer.errors import CutlayerError, DataError
 
@@ -57,6 +58,8 @@ class Preprocess:
         self._party, self._batches = party, batches
         self._sole = {field for field, one in self._mine.items() if graph.holders(one.at) == (party,)}
         self._held: dict[str, tuple[Entry, ...]] = {}
+        self._own: dict[str, tuple[Entry, ...]] = {}  # entries of its training data, told or held
+        self._unknown: dict[str, Unknown | None] = {}  # of this round
         self._taken: set[str] = set()
         self.agreed = {name: value for name, value in (agreed or {}).items() if name in self._mine}
 
@@ -69,7 +72,7 @@ class Preprocess:
 
     def merge(self, name: str, told: Sequence[tuple[str, Buffer]]) -> bytes:
         """Put together what all holders told, for the hub."""
-        return merge(self._every[name], told)
+        return merge(self._every[name], told, self._party)
 
     def take(self, name: str, total: Buffer, source: str) -> None:
         """Keep what was agreed on. Labels of the evaluation data are looked at now: training would be lost later.
@@ -84,6 +87,10 @@ class Preprocess:
             agreed = read(shared, total, source)
             check_told(shared, agreed, self._held.get(shared.field, ()), f"party {self._party}, training data")
             self.agreed[shared.field] = agreed
+            own = self._own.get(shared.field, ())
+            pairs = [pair for pair in alike((*own, *agreed.values)) if not {*pair} <= {*own}]
+            warn_of_alike(self._party, shared.field, pairs, "at several parties")
+            warn_of_empty(self._party, shared.field, agreed)
             self._taken.add(shared.field)
             classes = [field for field, one in self._mine.items() if one.kind == "classes"]
             if classes and self._taken.issuperset(classes):  # read once for all of them
@@ -97,15 +104,24 @@ class Preprocess:
             own = merge(shared, [(self._party, self._summarise(shared, sole=True))])
             self.agreed[field] = read(shared, own, self._party)
 
+    def begin(self) -> None:
+        """Begin a round: its values are looked at anew."""
+        self._unknown.clear()
+
+    def end(self, mode: str) -> None:
+        """Warn, at this party, of fields of which no value of this round is in the list."""
+        for field, unknown in self._unknown.items():
+            if unknown is not None and unknown[0]:
+                warn_of_unknown(self._party, field, self.agreed[field], unknown, mode)
+
     def prepare(self, batch: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Return a batch with what was agreed on applied to its fields.
+        """Return a batch, of the fields that are taken, with what was agreed on applied to them.
 
         Raises:
             DataError: E261, a value does not fit; E262, nothing was agreed on yet.
         """
-        if not self._mine:
-            return batch
-        missing = [field for field in self._mine if field not in self.agreed]
+        mine = [field for field in self._mine if field in batch]
+        missing = [field for field in mine if field not in self.agreed]
         if missing:
             raise DataError(
                 f"the parties have not agreed on the preprocessing of {missing[0]!r}",
@@ -114,11 +130,10 @@ class Preprocess:
                 remedy=f"give Party(agreed=result.agreed[{self._party!r}]), with the result of the training run",
                 code="E262",
             )
-        ready = {
-            field: apply(self._mine[field], self.agreed[field], batch[field], where)
-            for field in self._mine
-            if field in batch
-        }
+        ready = {field: apply(self._mine[field], self.agreed[field], batch[field], where) for field in mine}
+        for field, value in ready.items():
+            if self._mine[field].kind == "categories":
+                self._unknown[field] = noticed(self._unknown.get(field, (0, ())), batch[field], value)
         return {**batch, **ready}
 
     def document(self) -> bytes:
@@ -132,7 +147,11 @@ class Preprocess:
     def _summarise(self, shared: Shared, *, sole: bool) -> bytes:
         where = f"party {self._party}, training data"
         values = (value for _, value, _ in self._values([shared.field], "train"))
-        told, self._held[shared.field] = summarise(shared, values, where, sole=sole)
+        told, held = summarise(shared, values, where, sole=sole)
+        self._held[shared.field] = held
+        if shared.kind != "scale":
+            self._own[shared.field] = own = (*read(shared, told, self._party).values, *held)
+            warn_of_alike(self._party, shared.field, alike(own), "at this party")
         return told
 
     def _values(self, fields: Sequence[str], mode: str) -> Iterator[tuple[str, Any, str]]:

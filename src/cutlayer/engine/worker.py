@@ -91,6 +91,7 @@ class Worker:
             stage.module.train(mode == "train")
         for book in self.site.books.values():
             book.reset()
+        self.site.preprocess.begin()
         self.clear()
 
     def load(self, job: Load, index: int, *, ahead: bool = False) -> bool:
@@ -218,6 +219,7 @@ class Worker:
 
     def end_round(self) -> None:
         """Advance schedulers that count epochs; note the metrics."""
+        self.site.preprocess.end(self.mode)
         if self.mode == "train" and self.parts.scheduler_every == "epoch":
             for bundle in self.site.bundles.values():
                 bundle.advance()
@@ -331,7 +333,8 @@ def _fields(worker: Worker, job: Load, index: int) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise unread(error, where) from error
-    batch = worker.site.preprocess.prepare(batch, where)
+    taken = {name: batch[name] for name in job.fields if name in batch}  # in a prediction the labels are not
+    batch = {**batch, **worker.site.preprocess.prepare(taken, where)}
     return {name: _field(batch, name, sum(job.sizes), where) for name in job.fields}
 
 
