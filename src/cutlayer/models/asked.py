@@ -26,7 +26,7 @@ from torch.fx.node import map_aggregate
 from cutlayer.errors import StageError
 from cutlayer.models.whereabouts import line
 
-__all__ = ["answering"]
+__all__ = ["answering", "scopes_of"]
 
 _OF_TORCHSCRIPT: Any = torch.jit.isinstance
 
@@ -43,7 +43,7 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
     Raises:
         StageError: E326, where a forward asks what a value is that `values` does not have.
     """
-    scopes = [scope for scope in _scopes(modules) if "isinstance" not in scope]
+    scopes = [scope for scope in scopes_of(modules) if "isinstance" not in scope]
     for scope in scopes:
         scope["isinstance"] = partial(_is, tracer, values)
     try:
@@ -57,7 +57,7 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
             del scope["isinstance"]
 
 
-def _scopes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+def scopes_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """Return the global names of all code that modules and their classes are written in, but torch's own."""
     found: dict[int, dict[str, Any]] = {}
     for module in modules:
