@@ -29,15 +29,15 @@ class Words(nn.Module):
         return self.out(torch.relu(self.body(self.norm(self.table(word)))))
 
 
-WORDS = torch.arange(4)
+WORDS = torch.arange(5)
 
 
 def test_two_data_holders_hand_on_a_state_that_is_larger_than_the_usual_limit():
     net = Words(750_000, 8)
     trained = 3 * 4 * net.table.weight.numel()  # the values and Adam's two moments, in float32
     assert trained > STATE_LIMIT
-    held = [TensorDataset(WORDS, torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
-    run = cl.fit(cl.split(net, ("norm", "body"), example=WORDS), held, loss=nn.CrossEntropyLoss(), batch_size=4)
+    held = [TensorDataset(WORDS, torch.zeros(5, dtype=torch.int64)) for _ in range(2)]
+    run = cl.fit(cl.split(net, ("norm", "body"), example=WORDS), held, loss=nn.CrossEntropyLoss(), batch_size=5)
     assert trained < run.result.plan.stage("head").state_limit < 2 * trained
     assert run.result.plan.stage("tail").state_limit == STATE_LIMIT
 
