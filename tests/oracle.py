@@ -25,26 +25,6 @@ from cutlayer.engine.worker import stage_seed
 Fields = Mapping[str, Tensor]  # field -> tensor (samples, ...)
 
 
-class Fork(torch.autograd.Function):
-    """Gives each consumer a branch of its own and adds their gradients in the order of the plan.
-
-    Autograd itself adds the gradients of three consumers in another order, which gives other last bits.
-    """
-
-    @staticmethod
-    def forward(ctx, value: Tensor, count: int):
-        ctx.set_materialize_grads(False)
-        return tuple(value.clone() for _ in range(count))
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        total = None
-        for gradient in gradients:
-            if gradient is not None:
-                total = gradient if total is None else total + gradient
-        return total, None
-
-
 def sample_order(seed: int, epoch: int, lane: int, count: int) -> list[int]:
     """The public order of samples, as the plan documents it."""
     rows = list(range(count))
@@ -143,7 +123,7 @@ class Uncut:
 
     def _forward(self, data: Mapping[str, Fields], lane: int, rows: Sequence[int], total: int) -> Tensor:
         """The sum of all losses on one microbatch, each scaled by its weight and its share of the samples."""
-        branches: dict[tuple[str, str, int], Tensor] = {}
+        values: dict[str, Tensor] = {}
         sum_of_losses = torch.zeros(())
         done: set[str] = set()
         waiting = list(self.plan.stages)
@@ -154,8 +134,8 @@ class Uncut:
             inputs = [
                 self._field(data, stage.name, text, lane)[torch.tensor(rows)]
                 if text.startswith("data.")
-                else branches[text, stage.name, place]
-                for place, text in enumerate(stage.inputs)
+                else values[text].clone()  # one use by each stage; autograd adds their gradients, the last use first
+                for text in stage.inputs
             ]
             output = self._call(stage.name, lane, inputs)
             if isinstance(stage, Loss):
@@ -164,10 +144,7 @@ class Uncut:
                 continue
             for port, value in output.items() if isinstance(output, dict) else [("", output)]:
                 text = f"{stage.name}.{port}" if port else stage.name
-                given = value.detach() if port in stage.detached or not value.is_floating_point() else value
-                takers = [(s.name, place) for s in self.plan.stages for place, i in enumerate(s.inputs) if i == text]
-                for taker, branch in zip(takers, Fork.apply(given, len(takers)), strict=True):
-                    branches[text, *taker] = branch
+                values[text] = value.detach() if port in stage.detached or not value.is_floating_point() else value
         return sum_of_losses
 
     def _call(self, name: str, lane: int, inputs: list[Tensor]) -> Tensor:

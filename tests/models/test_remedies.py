@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,14 +163,14 @@ def test_complex_numbers_do_not_cross():
 class Token(nn.Module):
     """Puts a token before those of each sample."""
 
-    def __init__(self, *, by_len: bool) -> None:
+    def __init__(self, batch: Callable[[Tensor], int]) -> None:
         super().__init__()
-        self.patch, self.first, self.by_len = nn.Linear(6, 6), nn.Parameter(torch.ones(1, 1, 6)), by_len
+        self.patch, self.first, self.batch = nn.Linear(6, 6), nn.Parameter(torch.ones(1, 1, 6)), batch
         self.mlp, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x)
-        x = torch.cat([self.first.expand(len(x) if self.by_len else x.size(0), -1, -1), x], 1)
+        x = torch.cat([self.first.expand(self.batch(x), -1, -1), x], 1)
         return self.out(torch.relu(self.mlp(x))[:, 0])
 
 
@@ -176,6 +178,7 @@ class Token(nn.Module):
 def test_the_batch_as_a_number():
     x = X[:, None].repeat(1, 3, 1)
     with pytest.raises(StageError, match=r"E314.*for another batch size.*take the batch as x.size\(0\)"):
-        cl.split(Token(by_len=True), "patch", example=x[:2], labels="server")
-    made = cl.split(Token(by_len=False), "patch", example=x[:2], labels="server")
-    assert cl.fit(made, TensorDataset(x, torch.arange(8) % 3), loss=nn.CrossEntropyLoss(), batch_size=4).result
+        cl.split(Token(lambda x: int(x.size(0))), "patch", example=x[:2], labels="server")
+    for batch in (lambda x: x.size(0), lambda x: len(x)):
+        made = cl.split(Token(batch), "patch", example=x[:2], labels="server")
+        assert cl.fit(made, TensorDataset(x, torch.arange(8) % 3), loss=nn.CrossEntropyLoss(), batch_size=4).result

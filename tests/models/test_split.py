@@ -29,15 +29,15 @@ class Words(nn.Module):
         return self.out(torch.relu(self.body(self.norm(self.table(word)))))
 
 
-WORDS = torch.arange(4)
+WORDS = torch.arange(5)
 
 
 def test_two_data_holders_hand_on_a_state_that_is_larger_than_the_usual_limit():
     net = Words(750_000, 8)
     trained = 3 * 4 * net.table.weight.numel()  # the values and Adam's two moments, in float32
     assert trained > STATE_LIMIT
-    held = [TensorDataset(WORDS, torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
-    run = cl.fit(cl.split(net, ("norm", "body"), example=WORDS), held, loss=nn.CrossEntropyLoss(), batch_size=4)
+    held = [TensorDataset(WORDS, torch.zeros(5, dtype=torch.int64)) for _ in range(2)]
+    run = cl.fit(cl.split(net, ("norm", "body"), example=WORDS), held, loss=nn.CrossEntropyLoss(), batch_size=5)
     assert trained < run.result.plan.stage("head").state_limit < 2 * trained
     assert run.result.plan.stage("tail").state_limit == STATE_LIMIT
 
@@ -152,3 +152,51 @@ def test_strides_cross_a_cut_and_with_them_all_bits_stay(make, at, shape, size, 
 def drawn(make: Callable[[], nn.Sequential], traced: bool) -> nn.Module:
     torch.manual_seed(0)
     return Named(make()) if traced else make()
+
+
+# --- a value that is used several times -------------------------------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """A first value that each of the further layers takes once, or one of them three times."""
+
+    def __init__(self, attends: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.out, self.attends = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 3), attends
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.sum, self.end = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.attends:
+            seen = self.end(torch.tanh(self.a(h)) * torch.sigmoid(self.b(h)) + torch.sin(self.c(h)))
+            return self.out(torch.relu(self.sum(seen + h)))
+        last = self.c(torch.tanh(self.b(torch.tanh(self.a(h)) + h) + h))
+        return self.out(last * h + h)
+
+
+@pytest.mark.parametrize(
+    ("at", "attends", "exact"),
+    [
+        (("first", "a", "b", "c"), False, True),
+        (("first", "a"), False, True),
+        (("first", "end"), True, False),
+        (("first", "sum"), True, True),
+        (("first.0", "end"), True, True),
+    ],
+    ids=["once in each", "often in the last", "several times before the last", "in one piece", "where it is made"],
+)
+def test_the_uses_of_a_value_are_added_as_uncut(at: tuple[str, ...], attends: bool, exact: bool):
+    """But where a piece that is not the last to take it uses it several times: that differs in the last bits."""
+    x, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 3
+    cut, plain, fast = Skips(attends), Skips(attends), partial(torch.optim.SGD, lr=1.0)
+    loader = DataLoader(TensorDataset(x, y), batch_size=64)
+    cl.fit(cl.split(cut, at, example=x[:2]), loader, loss=nn.CrossEntropyLoss(), optimizer=fast, epochs=3)
+    optimizer = fast(plain.parameters())
+    for _ in range(3):
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0.0 < furthest(cut, plain) < 1e-6 or exact
+    assert furthest(cut, plain) == 0.0 or not exact

@@ -77,6 +77,8 @@ class Graph:
         self.edges = tuple(_edges(self))
         self.inputs_of = {s.name: tuple(e for e in self.edges if e.target == s.name) for s in stages}
         self.consumers_of = {s.name: tuple(e for e in self.edges if e.source.stage == s.name) for s in stages}
+        rank = {stage.name: place for place, stage in enumerate(self.order)}
+        self.last_first = tuple(sorted(self.edges, key=lambda e: (rank[e.target], e.position), reverse=True))
 
     def place(self, stage: str, lane: int) -> str:
         """Return the party that runs `stage` for `lane`."""

@@ -25,7 +25,11 @@ class Values:
         self._outputs = {stage.name: tuple(_output(stage.name, port) for port in stage.ports) for stage in graph.stages}
         self._trained = {
             stage.name: [
-                [e.index for e in graph.consumers_of[stage.name] if e.trained and e.source.port == port]
+                [
+                    e.index
+                    for e in graph.last_first
+                    if e.trained and (e.source.stage, e.source.port) == (stage.name, port)
+                ]
                 for port in stage.ports
             ]
             for stage in graph.stages
@@ -77,7 +81,7 @@ class Values:
         return self._gradients.pop((edge, lane, micro))
 
     def added(self, stage: str, lane: int, micro: int, device: torch.device) -> list[Tensor | None]:
-        """Return, for each port of a stage, the sum of its consumers' gradients, added in plan order; None: no one."""
+        """Return, for each port of a stage, the sum of its consumers' gradients, the last one's first; None: no one."""
         sums = list[Tensor | None]()
         for edges in self._trained[stage]:
             total: Tensor | None = None

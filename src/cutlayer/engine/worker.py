@@ -138,7 +138,7 @@ class Worker:
                     self.predictions.setdefault((name, job.lane), []).append(output.cpu())
 
     def backward(self, job: Backward) -> None:
-        """BACKWARD: add the consumers' gradients in plan order, run the stage backwards, keep its inputs' gradients."""
+        """BACKWARD: add the consumers' gradients, run the stage backwards, keep its inputs' gradients."""
         role = self._role(job.stage, job.lane)
         gradients: Gradients = job.scale
         if role.book is None:

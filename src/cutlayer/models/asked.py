@@ -3,6 +3,7 @@
 The answer is what the value is for the example. A traced value cannot give it by itself: one with the class of a tensor
 would be read as one by torch's C code. So the modules of Python whose code is followed get an `isinstance` of their own
 for as long as it is followed; for all that is no traced value it is the builtin. Code in other files is not reached.
+So too for `len` of a tensor, which may be the batch: it is the step `size(0)`, where the builtin gives a number.
 
 | code | when |
 |---|---|
@@ -26,7 +27,7 @@ from torch.fx.node import map_aggregate
 from cutlayer.errors import StageError
 from cutlayer.models.whereabouts import line
 
-__all__ = ["answering"]
+__all__ = ["answering", "scopes_of"]
 
 _OF_TORCHSCRIPT: Any = torch.jit.isinstance
 
@@ -43,9 +44,10 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
     Raises:
         StageError: E326, where a forward asks what a value is that `values` does not have.
     """
-    scopes = [scope for scope in _scopes(modules) if "isinstance" not in scope]
-    for scope in scopes:
-        scope["isinstance"] = partial(_is, tracer, values)
+    ours = {"isinstance": partial(_is, tracer, values), "len": partial(_length, tracer, values)}
+    added = [(scope, name) for scope in scopes_of(modules) for name in ours if name not in scope]
+    for scope, name in added:
+        scope[name] = ours[name]
     try:
         with (
             patch.object(torch, "is_tensor", lambda obj: _is(tracer, values, obj, Tensor)),
@@ -53,11 +55,11 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
         ):
             yield
     finally:
-        for scope in scopes:
-            del scope["isinstance"]
+        for scope, name in added:
+            del scope[name]
 
 
-def _scopes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+def scopes_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """Return the global names of all code that modules and their classes are written in, but torch's own."""
     found: dict[int, dict[str, Any]] = {}
     for module in modules:
@@ -81,6 +83,12 @@ def _is(tracer: fx.Tracer, values: Mapping[str, Any], obj: Any, kind: Any) -> bo
             code="E326",
         )
     return isinstance(values[obj.node.name], kind)
+
+
+def _length(tracer: fx.Tracer, values: Mapping[str, Any], obj: Any) -> Any:  # noqa: ANN401
+    if isinstance(obj, fx.Proxy) and obj.tracer is tracer and isinstance(values.get(obj.node.name), Tensor):
+        return tracer.create_proxy("call_method", "size", (obj, 0), {})
+    return len(obj)
 
 
 def _is_of_torchscript(values: Mapping[str, Any], obj: Any, target_type: Any) -> bool:  # noqa: ANN401

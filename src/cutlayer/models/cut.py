@@ -10,7 +10,8 @@
 | E315 | a value that would cross is not a tensor, or a size is not known after the cut |
 | E316 | a write in place whose effect the cut would lose |
 | E317 | the model's output is not one tensor |
-| E318 | the model has no parameter to train, lazy modules that were never run, or weights on the meta device |
+| E318 | the model has no parameter to train, lazy modules that were never run, weights on the meta device, or weights |
+| | that are quantised or sparse |
 | E320 | train mode and evaluation send different values across the cut |
 | E321 | the pieces do not give what the model gives |
 | E322 | a piece meets another size than the model was cut for |
@@ -24,9 +25,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import map_aggregate
 from torch.nn.parameter import is_lazy
 
 from cutlayer.errors import StageError
@@ -139,6 +143,7 @@ def _asked(
         )
     refuse_compiled(model)
     _refuse_lazy(model)
+    _refuse_unsaved(model)
     if example is not None:
         _refuse_meta(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -180,6 +185,34 @@ def _refuse_lazy(model: nn.Module) -> None:
             where=f"{type(model).__name__}, {', '.join(dict.fromkeys(lazy))}",
             expected="parameters whose shapes are known",
             remedy="call the model once on a batch before it is cut, as before an optimizer is made",
+            code="E318",
+        )
+
+
+def _refuse_unsaved(model: nn.Module) -> None:
+    """Refuse weights and buffers that no checkpoint holds and no party can hand on. Raises `StageError` (E318)."""
+    found: dict[str, str] = {}
+
+    def note(name: str, leaf: Any) -> None:  # noqa: ANN401
+        if isinstance(leaf, Tensor) and (leaf.is_quantized or leaf.layout != torch.strided):
+            found[name] = "quantised" if leaf.is_quantized else "sparse"
+
+    for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
+        map_aggregate(value, partial(note, name))
+    if found:
+        name, kind = next(iter(found.items()))
+        remedy = "train the layers in floating point (nn.EmbeddingBag.from_pretrained(layer.weight().dequantize()) "
+        remedy += "in place of a quantised one, for example), and quantise the trained model"
+        if kind == "sparse":
+            remedy = (
+                "register_buffer(..., value.to_dense()); or keep a constant as a plain attribute: self.graph = value"
+            )
+        raise StageError(
+            f"a {kind} tensor among the weights cannot be saved or handed on",
+            where=f"{type(model).__name__}, {name}",
+            expected="parameters and buffers that are dense, and not quantised",
+            got=", ".join(f"{one}: {what}" for one, what in [*found.items()][:3]),
+            remedy=remedy,
             code="E318",
         )
 

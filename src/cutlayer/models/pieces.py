@@ -236,8 +236,8 @@ def _by_batch(step: Step) -> StageError:
         "the model does something else for another batch size",
         where=str(step),
         expected="the same operations for any number of samples",
-        remedy="take the batch as x.size(0), a step of its own: len(x), int() and a loop over x give numbers that hold "
-        "for one batch size"
+        remedy="take the batch as x.size(0), a step of its own: int(), a loop over x, and len(x) in other files give "
+        "numbers that hold for one batch size; where a library's code does so, call it in a submodule of its own"
         if step.target is hold
         else "use the batch only in shapes (x.view(x.size(0), -1)), or put this into a submodule of its own",
         code="E314",

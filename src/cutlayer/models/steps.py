@@ -54,6 +54,8 @@ class Step:
 
     def __str__(self) -> str:
         """Return the call as a user knows it: the function, the submodule, the line."""
+        if self.target is hold:
+            return "a number that Python asks for" + (f" at {self.line}" if self.line else "")
         target = self.target if isinstance(self.target, str) else getattr(self.target, "__name__", str(self.target))
         kind = {"module": "submodule", "method": "method", "state": "tensor", "function": "function"}[self.op]
         inside = f" in {self.path!r}" if self.path and self.path != target else ""

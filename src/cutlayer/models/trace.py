@@ -22,6 +22,7 @@ from torch.fx.proxy import Attribute, TraceError
 from cutlayer.errors import CutlayerError, StageError
 from cutlayer.models.asked import answering
 from cutlayer.models.attributes import Attributes
+from cutlayer.models.distributions import made_as_steps
 from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
@@ -88,6 +89,7 @@ def trace(
         with (
             _ONE,
             answering(tracer, tracer.found.values, entered),
+            made_as_steps(tracer, entered),
             kept_whole(),
             _without_backward_hooks(entered),
             tracer.weights,
@@ -208,8 +210,8 @@ class _Tracer(fx.Tracer):
         stacks: Mapping[str, Parts],
         pick: Callable[[Any], Any],
     ) -> None:
-        super().__init__(autowrap_functions=_MAKERS + from_einops())
-        self._autowrap_search.append(torch)
+        super().__init__(autowrap_functions=(*_MAKERS, torch.distributions.kl_divergence, *from_einops()))
+        self._autowrap_search += [torch, torch.distributions]
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived

@@ -127,7 +127,7 @@ class Walk:
         return leg, found
 
     def backward(self, leg: Leg, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Send the gradients at what a leg got, and wait for those at what it sent: origin -> their sum in plan order.
+        """Send the gradients at what a leg got, and wait for those at what it sent: origin -> their sum.
 
         Raises:
             ProgramError: E440, the program is not there: the loop goes back twice, for another microbatch, or in a
@@ -155,9 +155,10 @@ class Walk:
         if not heard:
             self.hands.link.flush()  # the loop goes on to its optimizer
         sums: dict[str, Tensor] = {}
-        for number in sorted(heard):
-            origin = self.course.graph.edges[number].origin
-            sums[origin] = sums[origin] + heard[number] if origin in sums else heard[number]
+        for edge in self.course.graph.last_first:
+            if edge.index in heard:
+                gradient = heard[edge.index]
+                sums[edge.origin] = sums[edge.origin] + gradient if edge.origin in sums else gradient
         return sums
 
     def _due(self, leg: Leg) -> list[Send | Recv]:
