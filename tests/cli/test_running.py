@@ -362,7 +362,7 @@ def test_what_is_wrong_with_a_partys_data_is_told_to_the_others_before_the_run(d
     *_, what, _, why, do = text.splitlines()
     assert what == "E703 hospital failed: the scans are not here"
     assert why == "  why:   got E250 at hospital"
-    assert do.startswith("  do:    mount the share")
+    assert do.startswith("  do:    at hospital: mount the share")
     assert "secret" not in text
     assert "7 patients" not in text
 
