@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import cutlayer as cl
@@ -59,6 +64,48 @@ def test_the_page_on_loops_runs_as_it_stands(evaluated: bool):
     assert [row["mode"] for row in history] == ["train"] * 3 + ["evaluate"] * evaluated
     losses = [row["metrics"]["loss"] for row in history]
     assert losses[2] < 0.8 * losses[0]
+
+
+def test_two_processes_train_a_split_model_and_one_of_them_by_its_own_loop(tmp_path: Path):
+    """The weights are those of `simulate`, bit for bit."""
+    text = (ROOT / "docs" / "how-to" / "own-loop.md").read_text()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, code in re.findall(r'```python title="(\w+\.py)"\n(.*?)```', text, re.S):
+        (tmp_path / name).write_text(code.replace("7443", str(port)))
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, f"{party}.py"],
+            cwd=tmp_path,
+            env={**os.environ, **path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for party in ("cloud", "hospital")
+    ]
+    try:
+        said = [one.communicate(timeout=60)[0] for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    assert [one.returncode for one in running] == [0, 0], said
+    assert said[1].startswith("split: ")
+    here: dict[str, Any] = {}
+    exec(compile((tmp_path / "study.py").read_text(), "study.py", "exec"), here)  # noqa: S102 - our own page
+    split, x = here["split"], torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    table = cl.TensorTable(input=x, y=x[:, :3].argmax(1))
+    modules = {**split.modules("client"), "loss": nn.CrossEntropyLoss()}
+    hospital = cl.Party("hospital", modules=modules, data=table, optimizer=here["sgd"], seed=1)
+    cloud = cl.Party("cloud", modules=split.modules("server"), optimizer=here["sgd"], seed=2)
+    cl.simulate(here["plan"], [hospital, cloud])
+    trained = load_file(tmp_path / "hospital.safetensors")
+    body = load_file(tmp_path / "cloud.safetensors")
+    trained |= {name: value for name, value in body.items() if name.startswith("2.")}
+    assert all(torch.equal(value, trained[name]) for name, value in here["model"].state_dict().items())
+    assert len(trained) == len(here["model"].state_dict()) == 6
 
 
 def test_the_page_on_extending_runs_as_it_stands(capsys):

@@ -123,7 +123,7 @@ def test_what_leaves_is_shown_and_asked_once(asking: Path, call: Call, monkeypat
     shown = "\n".join(result.err)
     assert "sends   activations of head to server: float32[batch, 8], 512 bytes a batch" in shown
     assert "sends   its number of samples, once, to all parties" in shown
-    assert "keeps   data.x, data.y, its weights; no gradients are sent" in shown
+    assert "keeps   data.x, its weights; no gradients are sent" in shown
     assert "total   at most 1,184 bytes over cuts for its 37 samples" in shown
     assert "prediction of demo" in shown
     assert shown.count("May this leave?") == 1

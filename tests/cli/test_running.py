@@ -115,6 +115,21 @@ def test_join_without_a_terminal_never_asks(call: Call, demo: Path):
     assert not (demo / "runs").exists()
 
 
+def test_labels_that_can_be_read_from_gradients_are_a_warning(call: Call, demo: Path):
+    """In `run` and `join`; once they are released, as in the demo, none."""
+    release = (demo / "contract.toml").read_text()
+    release = release[release.index("[[release]]") : release.index("[training]")]
+    assert not any("warning" in line for line in call("run", *ALL, "--folder", "one").err)
+    replace_in(demo / "contract.toml", release, "")
+    warning = "warning: server can read data.y of hospital from the gradient at body->loss"
+    ran = call("run", *ALL, "--folder", "two")
+    assert (ran.code, ran.err[0].partition(": no ")[0]) == (0, warning)
+    assert ran.err[1].startswith("  do: put a stage with weights, at the party of the loss")
+    joined = call("join", "contract.toml", "hospital.toml")
+    assert joined.err[0].startswith(warning)
+    assert any(line.startswith("  tells   data.y to server: it can be read") for line in joined.err)
+
+
 @pytest.mark.parametrize("words", [("--json",), ("-q",)])
 def test_join_in_a_script_never_asks_even_at_a_terminal(
     call: Call, demo: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
@@ -347,7 +362,7 @@ def test_what_is_wrong_with_a_partys_data_is_told_to_the_others_before_the_run(d
     *_, what, _, why, do = text.splitlines()
     assert what == "E703 hospital failed: the scans are not here"
     assert why == "  why:   got E250 at hospital"
-    assert do.startswith("  do:    mount the share")
+    assert do.startswith("  do:    at hospital: mount the share")
     assert "secret" not in text
     assert "7 patients" not in text
 

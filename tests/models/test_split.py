@@ -57,6 +57,20 @@ def test_the_limit_holds_the_state_and_little_more(dtype, kind, monkeypatch):
     assert size < limit < 4 * values * max(4, dtype.itemsize) + 1.1 * 2**20
 
 
+# --- the plan's keywords ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_takes_the_keywords_of_the_topologies():
+    made = cl.split(Words(20, 4), ("norm", "body"), example=WORDS)
+    plan = made.plan(["a", "b"], "s", epochs=3, batch_size=8, preprocessing=[cl.Shared("word", at="head")])
+    assert (plan.training, plan.preprocessing) == (cl.Training(epochs=3, batch_size=8), (cl.Shared("word", at="head"),))
+    given = made.plan("a", "s", training=cl.Training(epochs=3, seed=4), batch_size=8, name="mine")
+    assert (given.training, given.name) == (cl.Training(epochs=3, seed=4, batch_size=8), "mine")
+    assert made.plan(training=None).training == made.plan().training == cl.Training()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        made.plan(epoch=3)
+
+
 # --- strides ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cutlayer.report.palette import STYLES
 from cutlayer.report.planview import draw_plan, layers
 from cutlayer.report.record import Record
 from cutlayer.report.scene import Box, Group, Label, Line, Scene, Shape, width
+from cutlayer.report.tally import exchanged, moved, totals
 from cutlayer.report.words import size
 from tests.report import synthetic
 from tests.report.conftest import Real
@@ -109,6 +111,43 @@ def test_what_stays_is_locked_in_and_what_leaves_is_named(tmp_path: Path):
     assert shown.count("weights: leave by exchange") == 7  # handed on in a relay
     assert shown.count("its weights") == 1
     assert not [text for text in shown if "raw" in text.lower()]
+
+
+def test_labels_that_can_be_read_are_not_locked_in(tmp_path: Path):
+    """The server gets the gradient at the loss: the labels do not leave, and it has them."""
+    stages = [
+        cl.Stage("head", at="hospital", inputs=["data.x"], output="float32[batch, 4]"),
+        cl.Stage("body", at="server", inputs=["head"], output="float32[batch, 3]"),
+        cl.Loss("loss", at="hospital", inputs=["body", "data.y"]),
+    ]
+    _, scene = draw(tmp_path, cl.Plan(stages))
+    (mark,) = [label for label in labels(scene) if label.text.startswith("data.y")]
+    assert (mark.text, mark.kind) == ("data.y (label): can be read", "raw")
+    assert (
+        "hospital runs head, loss; never leaves: data.x, its weights. With an open lock: data.y (label): can be read."
+        in scene.about
+    )
+
+
+def test_of_shared_preprocessing_rows_stay_and_what_is_told_leaves(tmp_path: Path):
+    shared = [cl.Shared("x", at="head"), cl.Shared("y", at="head", kind="classes")]
+    settings = {"cut": "float32[batch, 4]", "back": "float32[batch, 4]", "output": "float32[batch, 3]"}
+    _, scene = draw(tmp_path, cl.u_shaped(["a", "b"], "s", **settings, preprocessing=shared))
+    shown = texts(scene)
+    for text in ("rows of data.x", "rows of data.y (label)"):
+        assert shown.count(text) == 2
+    for text in ("data.x: means leave", "data.y: values leave"):
+        assert shown.count(text) == 2
+        assert {label.kind for label in labels(scene) if label.text == text} == {"exchange"}
+    assert "data.x" not in shown
+
+
+def test_a_line_says_that_something_of_the_data_is_told(real: Real):
+    rows = totals(moved(real.record))
+    told = [replace(rows[0], direction="exchange", exchange=("agree", f"data.{name}")) for name in ("x", "ward")]
+    state = replace(rows[0], direction="exchange", exchange=("hand_on", "head"), payload=10**9)
+    assert exchanged([state, told[0]]) == "what is told of data.x; state of head"
+    assert exchanged([state, *told]) == "what is told of 2 fields; state of head"
 
 
 def test_the_description_says_what_stays(real: Real):

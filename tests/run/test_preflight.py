@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from cutlayer.core.parts import Loss, Stage
+from cutlayer.core.plan import Plan
 from cutlayer.core.topologies import u_shaped, vanilla
 from cutlayer.data.sources import TensorTable
 from cutlayer.errors import ConfigError, ContractError, DataError, StageError
@@ -131,6 +133,22 @@ def test_all_is_well(tmp_path: Path):
     assert found[0][2].startswith("4 stages, 2 parties, 2 cuts, digest ")
     assert found[1][2].endswith("200 more days")
     assert found[3][2] == "one batch through head, tail, loss; samples: train 9"
+
+
+def test_labels_that_can_be_read_from_gradients_are_a_warning(tmp_path: Path):
+    """Not a failure: a plan by hand is its author's."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output="float32[batch, 8]"),
+        Stage("body", at="b", inputs=["head"], output="float32[batch, 4]"),
+        Stage("tail", at="a", inputs=["body"], output="float32[batch, 2]"),
+        Loss("loss", at="a", inputs=["tail", "body", "data.y"]),
+    ]
+    contract = Contract(plan=Plan(stages), coordinator="b", addresses={"b": "b.example.org:1"})
+    found = list(preflight(contract, [], now=NOW))
+    assert [finding.level for finding in found] == ["ok", "warn"]
+    assert found[1].subject == "contract"
+    assert found[1].text.startswith("b can read data.y of a from the gradient at body->loss")
+    assert found[1].do.startswith("put a stage with weights, at the party of the loss, before the loss (a tail)")
 
 
 def test_dates_of_certificates(tmp_path: Path):

@@ -51,7 +51,7 @@ def test_an_error_arrives_with_its_code_and_remedy(error: CutlayerError, kind: t
     assert type(arrived) is kind
     assert arrived.code == code
     assert error.what in arrived.what
-    assert arrived.remedy == "do"
+    assert arrived.remedy == ("at clinic: do" if code == "E703" else "do")
     if code == "E703":
         assert error.code in arrived.got
         assert "clinic" in arrived.what
@@ -125,6 +125,14 @@ def test_values_in_an_error_of_ones_own_stay_at_home(kind: type[CutlayerError]):
     error = kind("the check failed", where="row 7", expected="secret 41", got="secret 42", remedy="ask")
     told = abort_of(error, "clinic")
     assert (told.what, told.remedy) == ("the check failed", "ask")
+
+
+def test_what_to_do_about_anothers_failure_is_said_of_its_place():
+    """Not of the place where it is read: this disk is not the one that is full."""
+    full = CheckpointError("a checkpoint cannot be written", remedy="free space on the disk and resume", code="E801")
+    arrived = came(abort_of(full, "clinic"), "server")
+    assert (arrived.code, arrived.remedy) == ("E703", "at clinic: free space on the disk and resume")
+    assert came(Abort("clinic", "E801", "no", ""), "server").remedy == "look at clinic's terminal"
 
 
 def test_texts_of_others_are_fit_for_a_terminal():

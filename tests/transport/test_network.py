@@ -154,7 +154,7 @@ def test_a_failing_party_is_named_everywhere_with_code_and_remedy_but_no_values(
         assert isinstance(error, PeerError)
         assert "clinic" in error.what
         assert "E351" in error.got
-        assert error.remedy == "lower the rate"
+        assert error.remedy == "at clinic: lower the rate"
         assert "secret" not in str(error)
         assert [facts["party"] for facts in cast.heard(name, "aborted")] == ["clinic"]
 

@@ -66,7 +66,7 @@ def test_who_fails_before_the_others_come_tells_them(cast: Cast, fails: str):
     for error in results.values():
         assert (type(error), error.code) == (PeerError, "E703")
         assert error.what == f"{fails} failed: no data here"
-        assert (error.got, error.remedy) == (f"E257 at {fails}", "copy it")
+        assert (error.got, error.remedy) == (f"E257 at {fails}", f"at {fails}: copy it")
         assert "secret" not in str(error)
         assert "42" not in str(error)
     assert time.monotonic() - begin < PATIENT.close

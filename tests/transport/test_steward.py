@@ -175,7 +175,7 @@ def test_the_coordinator_hands_an_abort_on_to_all_others(cast: Cast):
     office.steward.heard("lab", message)
     assert office.said("clinic") == [message]
     assert office.said("lab") == []
-    with pytest.raises(PeerError, match=r"lab failed: a stage failed.*got E301 at lab. mend it") as caught:
+    with pytest.raises(PeerError, match=r"lab failed: a stage failed.*got E301 at lab. at lab: mend it") as caught:
         office.steward.check()
     assert caught.value.code == "E703"
 

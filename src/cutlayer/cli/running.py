@@ -15,6 +15,7 @@ from cutlayer.cli.processes import run_processes
 from cutlayer.cli.progress import RunProgress
 from cutlayer.cli.report import loggers, shown_page, written_page
 from cutlayer.core.compile import compile_plan
+from cutlayer.core.readable import READABLE_REMEDY, warnings_of
 from cutlayer.errors import ConfigError
 from cutlayer.run.config import Contract, dump_contract, parse_contract
 from cutlayer.run.launch import (
@@ -51,6 +52,7 @@ def run_here(path: Path, party_files: Sequence[Path], folder: Path | None, outpu
     text = dump_contract(contract)  # with all defaults in it
     files = [load_party_file(file) for file in party_files]
     check_names(contract, files)
+    _warn(contract, output)
     from cutlayer.run.results import results_folder
 
     kind: Kind = "processes" if processes else "simulate"
@@ -78,6 +80,7 @@ def join_run(path: Path, party_file: Path, folder: Path | None, output: Output, 
     network = checked_network(contract, file)  # what is wrong is said before anybody is asked anything
     again = folder is not None and has_checkpoint(folder)  # then the others may run, and wait for this party
     party, own = built(file, network if accept(contract, file, accepted) and not again else None)
+    _warn(contract, output)
     what = leaving(contract.plan, party.name, own)
     consent(contract, file, output, accepted, f"{what.text}\n  epoch   {what.summary()}")
     from cutlayer.run.meeting import telling
@@ -198,6 +201,12 @@ def _begin(folder: Path, contract: Contract, text: str, files: Sequence[PartyFil
     """Note in the run's folder what it was started with."""
     record = LaunchRecord(kind=kind, digest=contract.digest(), party_files=tuple(str(file.path) for file in files))
     begin_run(folder, text, record)
+
+
+def _warn(contract: Contract, output: Output) -> None:
+    """Say which data can be read from gradients, though the contract declares no release of it."""
+    for text in warnings_of(contract.plan.graph):
+        output.note(f"warning: {text}\n  do: {READABLE_REMEDY}")
 
 
 def consent(contract: Contract, file: PartyFile, output: Output, accepted: str, leaves: str) -> None:

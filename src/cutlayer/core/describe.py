@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from cutlayer.core.crossing import answers_in
 from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.parts import Loss, Shared, Stage
+from cutlayer.core.readable import readable
 
 if TYPE_CHECKING:
     from cutlayer.core.plan import Plan
 
-__all__ = ["describe", "keeps", "size_of", "what_of"]
+__all__ = ["agreed", "describe", "keeps", "size_of", "tells", "told_of", "what_of"]
 
 _WHENS = {"start": "once", "step": "each step", "round": "each round", "finish": "at the end"}
 _Pick = Callable[[str, str], bool]
@@ -48,16 +49,47 @@ def _party(plan: Plan, graph: Graph, party: str) -> list[str]:
         lines.append(f"  data    {', '.join(f'data.{name}' for name in fields)}")
     lines += [f"  sends   {text}" for text in _sends(plan, graph, party)] or ["  sends   nothing"]
     lines += [f"  gets    {text}" for text in _gets(plan, graph, party)]
+    lines += [f"  tells   {text}" for text in tells(graph, party)]
     return [*lines, f"  keeps   {', '.join(kept) or 'nothing that the above does not name'}"]
 
 
 def keeps(plan: Plan, party: str) -> list[str]:
-    """Return what never leaves a party: "data.FIELD" for fields of its data, and "its weights"."""
-    graph = plan.graph
+    """Return what never leaves a party: "data.FIELD" for fields of its data, and "its weights".
+
+    Of a field that is preprocessed together with others, "rows of data.FIELD (not ...)".
+    """
+    graph, told = plan.graph, {shared.field: told_of(shared) for shared in agreed(plan, party)}
     leaving = [edge for lane in range(graph.lanes) for edge in _values(graph, party, lane)]
-    released = {edge.source.field for edge in leaving}
-    kept = [f"data.{name}" for name in _fields(graph, party) if name not in released]
+    known = {edge.source.field for edge in leaving} | {one.field for one in readable(graph) if one.holder == party}
+    kept = [
+        f"rows of data.{name} (not {told[name]})" if name in told else f"data.{name}"
+        for name in _fields(graph, party)
+        if name not in known
+    ]
     return kept if _shares_state(plan, party) or _gives_weights(plan, party) else [*kept, "its weights"]
+
+
+def agreed(plan: Plan, party: str) -> list[Shared]:
+    """Return the preprocessing for which a party tells others something of its data."""
+    holders = [(shared, plan.graph.holders(shared.at)) for shared in plan.preprocessing]
+    return [shared for shared, those in holders if party in those and len(those) > 1]
+
+
+def told_of(shared: Shared) -> str:
+    """Return what a party tells of a field for its preprocessing."""
+    return "counts, means and deviations" if shared.kind == "scale" else "the list of values"
+
+
+def tells(graph: Graph, party: str) -> list[str]:
+    """Return what others can read of a party's data without being sent it."""
+    readers: dict[str, dict[str, None]] = {}
+    for one in readable(graph):
+        if one.holder == party:
+            where = f"the gradient at {one.edge.label}{_treated(one.edge, 'down')}"
+            allowed = " (declared release)" if one.declared else ""
+            why = f"it can be read from {where}, as no stage of this party is between{allowed}"
+            readers.setdefault(f"data.{one.field} to {{}}: {why}", {})[one.reader] = None
+    return [text.format(_joined(list(peers), "and")) for text, peers in readers.items()]
 
 
 def _fields(graph: Graph, party: str) -> list[str]:
@@ -110,10 +142,9 @@ def _results(plan: Plan, party: str) -> list[str]:
             texts.append(f"all state of {stage.name} from another of {', '.join(dict.fromkeys(stage.places))}")
         elif hub != party:
             texts.append(f"the sum of all weight gradients of {stage.name}, and once its state, from {hub}")
-    for shared in plan.preprocessing:
-        holders = plan.graph.holders(shared.at)
-        if party in holders and len(holders) > 1 and party != plan.hub:
-            texts.append(f"{_told(shared)}, of {_joined(list(holders), 'and')} together, once, from {plan.hub}")
+    for shared in agreed(plan, party) if party != plan.hub else ():
+        holders = _joined(list(plan.graph.holders(shared.at)), "and")
+        texts.append(f"{_told(shared)}, of {holders} together, once, from {plan.hub}")
     if training.clip_norm is not None and training.clip == "global" and len(plan.parties) > 1:
         whose = f"from {plan.hub}, of all together" if party != plan.hub else "from each party"
         texts.append(f"one number a step, the squared norm of gradients, {whose}")
@@ -193,10 +224,9 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
                 f"weight gradients of {stage.name}, and once its state, by way of {hub} to {others}: "
                 f"at most {stage.state_limit:,} bytes a step"
             )
-    for shared in plan.preprocessing:
-        holders = plan.graph.holders(shared.at)
-        if party in holders and len(holders) > 1:
-            texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {', '.join(holders)}")
+    for shared in agreed(plan, party):
+        holders = ", ".join(plan.graph.holders(shared.at))
+        texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {holders}")
     texts += [
         f"{extra.says}, by exchange {extra.name} with {', '.join(p for p in extra.group if p != party)}: at most "
         f"{extra.messages} messages of {extra.limit:,} bytes, {_WHENS[extra.when]}"
@@ -267,9 +297,9 @@ def _told(shared: Shared) -> str:
     few = {1: "also of one sample: then they are its values", 2: "also of two samples: then they tell both values"}
     if shared.kind == "scale":
         from_ = few.get(shared.least, f"each column of at least {shared.least} samples of a party")
-        return f"counts, means and deviations of data.{shared.field} ({from_})"
+        return f"{told_of(shared)} of data.{shared.field} ({from_})"
     rare = f"each in at least {shared.least} samples of a party" if shared.least > 1 else "also of one sample"
-    return f"the list of values of data.{shared.field} (at most {shared.limit:,}, {rare})"
+    return f"{told_of(shared)} of data.{shared.field} (at most {shared.limit:,}, {rare})"
 
 
 def _behind(least: int) -> str:

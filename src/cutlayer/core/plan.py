@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from cutlayer.core.answers import check_answers
 from cutlayer.core.crossing import Crossing, Extra, PlannedExchange, answers_in, check_extras
@@ -15,9 +16,10 @@ from cutlayer.core.parts import Answer, Loss, Release, Shared, Stage, Training
 from cutlayer.core.validate import check, check_assembly, check_shared
 from cutlayer.errors import PlanError
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "settings"]
 
 PLAN_VERSION = 1
+_OWN = ("preprocessing", "training")  # keyword arguments of `Plan` that topologies take as they are
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,16 @@ class Plan:
     def __str__(self) -> str:
         """Return the privacy review."""
         return describe(self)
+
+
+def settings(given: Mapping[str, object]) -> dict[str, Any]:
+    """Return what a plan gets of the keyword arguments of a topology: its training and preprocessing.
+
+    Either `training=Training(...)`, or what is to be otherwise than in it, such as `epochs`; or both.
+    """
+    own: dict[str, Any] = {"training": Training(), **{n: v for n, v in given.items() if n in _OWN}}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if name not in _OWN}
+    return {**own, "training": replace(own["training"] or Training(), **changes)}
 
 
 def _outputs(graph: Graph, answers: Sequence[Answer]) -> dict[str, str]:

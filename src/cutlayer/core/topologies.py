@@ -2,17 +2,16 @@
 
 Configurations after Vepakomma et al. 2018, "Split learning for health" (arXiv 1812.00564). In all of them `spec`
 texts are those of the values that cross, such as "float32[batch, 64]". Stage names: "head" is at the data, "body" in
-the middle, "tail" before the loss. Keyword arguments beyond those named go to `Training`, but for
-`preprocessing`, which is that of `Plan`: a sequence of `Shared`, such as `[Shared("x", at="head-clinic")]`.
+the middle, "tail" before the loss. Keyword arguments beyond those named go to `Training`, but for `training` and
+`preprocessing`, which are those of `Plan`: a sequence of `Shared`, such as `[Shared("x", at="head-clinic")]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from cutlayer.core.parts import Loss, Release, Stage, Training
-from cutlayer.core.plan import Plan
+from cutlayer.core.parts import Loss, Release, Stage
+from cutlayer.core.plan import Plan, settings
 from cutlayer.core.spec import TensorSpec
 from cutlayer.errors import PlanError
 
@@ -31,7 +30,7 @@ def vanilla(
         Loss("loss", at=server, inputs=["body", "data.y@head"]),
     ]
     release = Release("y", at="head", to=server, spec=label)
-    return Plan(stages, **_settings(training), releases=[release], name="vanilla")
+    return Plan(stages, **settings(training), releases=[release], name="vanilla")
 
 
 def u_shaped(client: Party, server: str, *, cut: str, back: str, output: str, **training: object) -> Plan:
@@ -42,7 +41,7 @@ def u_shaped(client: Party, server: str, *, cut: str, back: str, output: str, **
         Stage("tail", at=client, inputs=["body"], output=output),
         Loss("loss", at=client, inputs=["tail", "data.y"]),
     ]
-    return Plan(stages, **_settings(training), name="u-shaped")
+    return Plan(stages, **settings(training), name="u-shaped")
 
 
 def vertical(
@@ -62,7 +61,7 @@ def vertical(
     heads, inputs = _heads(clients, optional, absent, server)
     body = Stage("body", at=server, inputs=inputs, output=output)
     loss = Loss("loss", at=server, inputs=["body", "data.y"])
-    return Plan([*heads, body, loss], **_settings(training), name="vertical")
+    return Plan([*heads, body, loss], **settings(training), name="vertical")
 
 
 def extended_vanilla(
@@ -80,7 +79,7 @@ def extended_vanilla(
     merge = Stage("merge", at=middle, inputs=inputs, output=cut)
     body = Stage("body", at=server, inputs=["merge"], output=output)
     loss = Loss("loss", at=server, inputs=["body", "data.y"])
-    return Plan([*heads, merge, body, loss], **_settings(training), name="extended-vanilla")
+    return Plan([*heads, merge, body, loss], **settings(training), name="extended-vanilla")
 
 
 def multitask(
@@ -90,7 +89,7 @@ def multitask(
     heads, inputs = _heads(clients, optional)
     bodies = [Stage(f"body-{p}", at=p, inputs=inputs, output=spec) for p, spec in servers.items()]
     losses = [Loss(f"loss-{p}", at=p, inputs=[f"body-{p}", "data.y"]) for p in servers]
-    return Plan([*heads, *bodies, *losses], **_settings(training), name="multitask")
+    return Plan([*heads, *bodies, *losses], **settings(training), name="multitask")
 
 
 def multihop(hops: Mapping[str, str], **training: object) -> Plan:
@@ -101,7 +100,7 @@ def multihop(hops: Mapping[str, str], **training: object) -> Plan:
         Stage(f"hop-{p}", at=p, inputs=[source], output=hops[p]) for p, source in zip(parties, inputs, strict=False)
     ]
     loss = Loss("loss", at=parties[-1], inputs=[stages[-1].name, "data.y"])
-    return Plan([*stages, loss], **_settings(training), name="multihop")
+    return Plan([*stages, loss], **settings(training), name="multihop")
 
 
 def hybrid(
@@ -119,7 +118,7 @@ def hybrid(
     chain = [Stage(f"hop-{p}", at=p, inputs=i, output=hops[p]) for p, i in zip(parties, inputs, strict=False)]
     tail = Stage("tail", at=owner, inputs=[chain[-1].name], output=output)
     loss = Loss("loss", at=owner, inputs=["tail", "data.y"])
-    return Plan([*heads, *chain, tail, loss], **_settings(training), name="hybrid")
+    return Plan([*heads, *chain, tail, loss], **settings(training), name="hybrid")
 
 
 def _heads(
@@ -161,9 +160,3 @@ def _check_missing(clients: Mapping[str, str], optional: Sequence[str], absent: 
                 remedy="name them as in `clients`; a party that is absent must be optional, and one must be there",
                 code="E113",
             )
-
-
-def _settings(given: Mapping[str, object]) -> dict[str, Any]:
-    """Return what a plan gets of the keyword arguments that no topology names: its training and its preprocessing."""
-    own = {name: value for name, value in given.items() if name == "preprocessing"}
-    return {**own, "training": Training(**{name: value for name, value in given.items() if name not in own})}  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from typing import TypedDict, Unpack
 
 from torch import nn
 
-from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage, Training
-from cutlayer.core.plan import Plan
+from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage
+from cutlayer.core.plan import Plan, settings
 from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
@@ -78,8 +78,8 @@ class Split:
         *,
         label: str = "label",
         label_spec: TensorSpec | str = "int64[batch]",
-        training: Training | None = None,
         name: str = "split",
+        **training: object,
     ) -> Plan:
         """Return the plan of this split.
 
@@ -88,8 +88,9 @@ class Split:
             server: The other party.
             label: The data's field with the labels.
             label_spec: Its spec; with labels="server" the label is released to the server.
-            training: How it is trained.
             name: The plan's name.
+            **training: How it is trained, as for `cl.u_shaped`: `epochs=3, batch_size=8`, or `training=Training(...)`;
+                and `preprocessing`.
 
         Raises:
             ConfigError: E235, the label is called as an input of the model is.
@@ -118,7 +119,7 @@ class Split:
             for field in self.release
             if f"data.{field}" in sent
         ]
-        return Plan(stages, training=training, releases=releases, name=name)
+        return Plan(stages, **settings(training), releases=releases, name=name)
 
     def modules(self, place: str, *, copied: bool = False) -> dict[str, nn.Module]:
         """Return stage -> module for "client" or "server". `copied`: with parameters of their own, ties kept.

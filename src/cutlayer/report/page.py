@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlayer.core.describe import keeps
+from cutlayer.core.describe import keeps, tells
 from cutlayer.core.parts import Loss
 from cutlayer.report.numbers import metric_tables, missing, time_table
 from cutlayer.report.palette import DARK, LIGHT, STYLES
@@ -263,6 +263,7 @@ def _leaving(record: Record, party: str, rows: Sequence[Moved]) -> dict[str, Any
         "framing": f"{sum(row.framing for row in sent):,}",
         "messages": f"{sum(row.messages for row in sent):,}",
         "nothing": "Nothing left this party." if known else "Nothing was received from this party here.",
+        "read": tells(record.plan.graph, party),
         "kept": ", ".join(keeps(record.plan, party)) or "nothing that the above does not name",
     }
 

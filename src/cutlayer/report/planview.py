@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cutlayer.core.describe import keeps
+from cutlayer.core.describe import agreed, keeps
 from cutlayer.core.graph import Edge
 from cutlayer.core.parts import Loss, Stage
 from cutlayer.core.plan import Plan
+from cutlayer.core.readable import readable
 from cutlayer.report.layout import Layout, Link, Node, Rect, Route, arrange
 from cutlayer.report.record import Record
 from cutlayer.report.scene import Box, Group, Label, Line, Scene, Shape, arrow, fit, fit_name, lock, width
@@ -47,13 +48,16 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Inside:
-    """What is drawn in a party's box. `kept` and `released` are data fields and weights; stages are name, remark."""
+    """What is drawn in a party's box. `kept` and `released` are data fields and weights; stages are name, remark.
+
+    `kept` has a closed lock. `released` has an open one: the text, and its kind, "raw" or "exchange".
+    """
 
     name: str
     remark: str
     stages: tuple[tuple[str, str, bool], ...]
     kept: tuple[str, ...]
-    released: tuple[str, ...]
+    released: tuple[tuple[str, str], ...]
 
 
 def draw_plan(record: Record) -> Scene:
@@ -98,18 +102,16 @@ def layers(plan: Plan) -> dict[str, int]:
 def _about(one: Inside) -> str:
     """Return in words what is drawn in a party's box."""
     runs = ", ".join(name for name, _, _ in one.stages) or "nothing"
-    return f"{one.name} runs {runs}; never leaves: {', '.join(one.kept) or 'nothing'}"
+    open_ = [text for text, _ in one.released if text.startswith("data.")]
+    rest = f". With an open lock: {', '.join(open_)}" if open_ else ""
+    return f"{one.name} runs {runs}; never leaves: {', '.join(one.kept) or 'nothing'}{rest}"
 
 
 def _inside(record: Record, party: str) -> Inside:
     plan = record.plan
     counts = record.summary.parameters.get(party)
     held = record.summary.samples.get("train", {}).get(party)
-    labels = {edge.source.field for edge in plan.graph.edges if isinstance(plan.stage(edge.target), Loss)}
-    fields = sorted({name for lane in range(plan.lanes) for name in plan.graph.data_fields(lane).get(party, ())})
-    kept = keeps(plan, party)
-    named = {f"data.{name}": f"data.{name}{' (label)' if name in labels else ''}" for name in fields}
-    named["its weights"] = "its weights"
+    kept, released = _locks(plan, party)
     return Inside(
         name=party,
         remark=f"{held:,} training samples" if held else "no training data",
@@ -118,13 +120,35 @@ def _inside(record: Record, party: str) -> Inside:
             for stage in plan.stages
             if party in stage.places
         ),
-        kept=tuple(named.get(name, name) for name in kept),
-        released=tuple(
-            "weights: leave by exchange" if name == "its weights" else f"{text}: leaves, raw"
-            for name, text in named.items()
-            if name not in kept
-        ),
+        kept=kept,
+        released=released,
     )
+
+
+def _locks(plan: Plan, party: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Return what of a party is under a closed lock, `kept`, and under an open one, `released`."""
+    labels = {edge.source.field for edge in plan.graph.edges if isinstance(plan.stage(edge.target), Loss)}
+    fields = sorted({name for lane in range(plan.lanes) for name in plan.graph.data_fields(lane).get(party, ())})
+    whole = keeps(plan, party)
+    told = {one.field: "means leave" if one.kind == "scale" else "values leave" for one in agreed(plan, party)}
+    read = {one.field for one in readable(plan.graph) if one.holder == party}
+    kept, released = list[str](), list[tuple[str, str]]()
+    for name in fields:
+        text = f"data.{name}{' (label)' if name in labels else ''}"
+        if f"data.{name}" in whole:
+            kept.append(text)
+        elif name in read:
+            released.append((f"{text}: can be read", "raw"))
+        elif any(one.startswith(f"rows of data.{name} ") for one in whole):
+            kept.append(f"rows of {text}")
+            released.append((f"data.{name}: {told[name]}", "exchange"))
+        else:
+            released.append((f"{text}: leaves, raw", "raw"))
+    if "its weights" in whole:
+        kept.append("its weights")
+    else:
+        released.append(("weights: leave by exchange", "exchange"))
+    return tuple(kept), tuple(released)
 
 
 def _remark(stage: Stage | Loss, counts: Mapping[str, int]) -> str:
@@ -210,7 +234,7 @@ def _draw_arrow(one: Arrow, route: Route) -> list[Shape]:
 def _width(one: Inside) -> float:
     texts = [width(one.name, _NAME, bold=True), width(one.remark, _SMALL)]
     texts += [width(name, _TEXT, bold=True) + width(remark, _SMALL) + 28.0 for name, remark, _ in one.stages]
-    texts += [width(text, _TEXT) + 32.0 for text in (*one.kept, *one.released)]
+    texts += [width(text, _TEXT) + 32.0 for text in (*one.kept, *(text for text, _ in one.released))]
     return min(_BOX[1], max(_BOX[0], max(texts) + 24.0))
 
 
@@ -251,8 +275,8 @@ def _draw_party(one: Inside, box: Rect) -> list[Shape]:
         for place, text in enumerate(one.kept):
             items += _locked(box, y + 19.0 + place * _LINE, text, "keep")
         y += height + 4.0
-    for place, text in enumerate(one.released):
-        items += _locked(box, y + 2.0 + place * _LINE, text, "raw" if text.startswith("data.") else "exchange")
+    for place, (text, kind) in enumerate(one.released):
+        items += _locked(box, y + 2.0 + place * _LINE, text, kind)
     return items
 
 
@@ -272,7 +296,7 @@ def _locked(box: Rect, y: float, text: str, kind: str) -> list[Shape]:
     label = fit(text, box.width - 46.0, _TEXT)
     return [
         *lock(box.x + 18.0, y, kind, closed=closed),
-        Label(box.x + 33.0, y + 10.0, label, "ink" if closed else kind, _TEXT),
+        Label(box.x + 33.0, y + 10.0, label, "ink" if closed else kind, _TEXT, title=text),
     ]
 
 

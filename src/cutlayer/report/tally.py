@@ -8,6 +8,7 @@ from typing import Any
 
 from cutlayer.core.compile import Roster
 from cutlayer.core.cost import cut_flows
+from cutlayer.core.describe import told_of
 from cutlayer.core.graph import Edge
 from cutlayer.errors import CutlayerError
 from cutlayer.report.record import FlowRow, HistoryRow, Record, UndonePart
@@ -26,7 +27,7 @@ _EXCHANGES: Mapping[str, tuple[str, str]] = {  # name -> its words, with and wit
     "hand_on": ("state of {}, handed on", "state of {}"),
     "broadcast": ("state of {}, to begin equal", "state of {}"),
     "add_gradients": ("weight gradients of {}, to add up", "weight gradients of {}"),
-    "agree": ("what preprocessing of {} needs, to agree on", "preprocessing of {}"),
+    "agree": ("{}, to agree on a preprocessing", "what is told of {}"),
     "gather": ("weights of {}, to put the whole model together", "weights of {}"),
     "add_metrics": ("metric sums of {}", "metric sums"),
     "global_norm": ("squared norm of gradients", "norm of gradients"),
@@ -104,6 +105,7 @@ class Series:
 def moved(record: Record) -> list[Moved]:
     """Return what each party sent, by mode: as its own ledger says, or, where that is not here, its receiver's."""
     graph, planned, found = record.plan.graph, _planned(record), list[Moved]()
+    told = {f"data.{one.field}": f"{told_of(one)} of data.{one.field}" for one in record.plan.preprocessing}
     for party, ledger in record.summary.ledgers.items():
         names = {row.number: (row.name, row.stage) for row in ledger.exchanges}
         for row in ledger.flows:
@@ -115,7 +117,7 @@ def moved(record: Record) -> list[Moved]:
             found.append(
                 Moved(
                     sender=sender, receiver=receiver, mode=row.mode, direction=row.direction, edge=row.edge,
-                    what=_what(row, edge, names), spec=str(edge.wire(row.direction)) if edge else "",
+                    what=_what(row, edge, names, told), spec=str(edge.wire(row.direction)) if edge else "",
                     exchange=names.get(row.edge, ("", "")) if row.direction == "exchange" else ("", ""),
                     raw=edge is not None and bool(edge.source.field) and row.direction == "up",
                     payload=row.payload, framing=row.framing, messages=row.messages,
@@ -270,7 +272,7 @@ def _planned(record: Record) -> dict[tuple[str, str, str, str, int], int]:
     return found
 
 
-def _what(row: FlowRow, edge: Edge | None, names: Mapping[int, tuple[str, str]]) -> str:
+def _what(row: FlowRow, edge: Edge | None, names: Mapping[int, tuple[str, str]], told: Mapping[str, str]) -> str:
     if edge is not None and row.direction == "down":
         return f"gradient at {edge.label}"
     if edge is not None:
@@ -278,7 +280,7 @@ def _what(row: FlowRow, edge: Edge | None, names: Mapping[int, tuple[str, str]])
     if row.direction == "credit":
         return "credit (empty)"
     name, stage = names.get(row.edge, (f"exchange {row.edge}", ""))
-    return _words(name)[0].format(stage) if stage or "{}" not in _words(name)[0] else name
+    return _words(name)[0].format(told.get(stage, stage)) if stage or "{}" not in _words(name)[0] else name
 
 
 def _words(name: str) -> tuple[str, str]:
@@ -287,10 +289,16 @@ def _words(name: str) -> tuple[str, str]:
 
 
 def exchanged(rows: Iterable[Moved]) -> str:
-    """Return in few words what exchanges carried, such as "state of head, tail; metric sums"; the largest first."""
+    """Return in few words what exchanges carried, such as "state of head, tail; metric sums".
+
+    What is told of data comes first, then the largest.
+    """
     stages: dict[str, dict[str, None]] = {}
-    for row in sorted(rows, key=lambda row: -row.payload):
+    for row in sorted(rows, key=lambda row: (row.exchange[0] != "agree", -row.payload)):
         stages.setdefault(_words(row.exchange[0])[1], {})[row.exchange[1]] = None
+    told = stages.get(_EXCHANGES["agree"][1], {})
+    if len(told) > 1:
+        stages[_EXCHANGES["agree"][1]] = {f"{len(told)} fields": None}  # which, the boxes of a drawing say
     return "; ".join(text.format(", ".join(names)) for text, names in stages.items() if text)
 
 

@@ -92,7 +92,7 @@ class Store:
                 "a checkpoint cannot be written",
                 where=f"party {self.party}, {self._path(identifier, 'safetensors')}",
                 got=error.strerror or type(error).__name__,
-                remedy="free space on this disk and resume: the checkpoint before it is whole",
+                remedy="free space on the disk and resume: the checkpoint before it is whole",
                 code="E801",
             ) from error
         for old in self._names()[: -self.keep]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Checkpoint, Credit, Exchange, Forward, Instruction, Mode, Program, Recv
+from cutlayer.core.readable import READABLE_REMEDY, warnings_of
 from cutlayer.engine.party import Do, fulfil
 from cutlayer.engine.tensors import dtype_name, to_payload, torch_dtype
 from cutlayer.engine.worker import Parcel, Worker
@@ -59,6 +60,7 @@ def preflight(contract: Contract, files: Sequence[PartyFile], *, now: datetime) 
         "ok", "contract", f"{len(plan.stages)} stages, {len(plan.parties)} parties, {len(cuts)} cuts, "
         f"digest {contract.digest()}"
     )  # fmt: skip
+    yield from (Finding("warn", "contract", text, do=READABLE_REMEDY) for text in warnings_of(plan.graph))
     held: dict[str, Party] = {}
     for file in files:
         yield from _network(contract, file, now)

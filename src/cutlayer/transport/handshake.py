@@ -212,7 +212,7 @@ def error_of(abort: Abort, via: str, settings: NetworkSettings) -> CutlayerError
         f"{party} failed: {what}",
         where=f"told by {via}",
         got=f"{abort.code} at {party}",
-        remedy=remedy or f"look at {party}'s terminal",
+        remedy=f"at {party}: {remedy}" if remedy else f"look at {party}'s terminal",
         code="E703",
     )
     failed.origin = party
