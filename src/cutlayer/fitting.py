@@ -156,8 +156,7 @@ def fit(
     Raises:
         ConfigError: E235, the label is called as an argument of the model is; E236, a model that is not cut, an
             argument that neither `Training` nor `Party` has, or loaders that do not fit.
-        DataError: E253, the data does not give the model's inputs and something that can be a label; E255, it has no
-            length.
+        DataError: E253, the data does not give the model's inputs and a label; E255, it has no length.
         StageError, NonFiniteError: a module failed, or a value is not finite.
     """
     _check_cut(split)
