@@ -42,7 +42,7 @@ def test_every_command_has_the_common_options(call: Call, words: tuple[str, ...]
 def test_version(call: Call):
     result = call("--version")
     assert (result.code, result.out) == (0, [f"cutlayer {version('cutlayer')}"])
-    for words in (("--version", "--json"), ("--json", "--version")):
+    for words in (("--version", "--json"), ("--json", "--version"), ("--version", "--help", "--json")):
         told = call(*words)
         assert (told.code, told.json(), told.err) == (0, {"version": version("cutlayer")}, [])
 

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,16 @@ class Own:
         self.slope, self.names, self.inner = 1.0, ["a"], SimpleNamespace(deep={"deeper": [1]})
 
 
+class Counting:
+    """Does something when it is called, and counts that."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
 class Clock:
     """Has an object that use changes, such as a logger's handlers: not only plain values."""
 
@@ -54,7 +65,7 @@ class Net(nn.Module):
         self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.cooled, self.calls, self.tau = Cooled(), 0, 1.0
         self.settings, self.steps = SimpleNamespace(power=1, name="net"), [1, float("nan")]
-        self.own, self.clock = Own(), Clock()
+        self.own, self.clock, self.dice, self.count = Own(), Clock(), Random(0), Counting()
         self.register_buffer("heat", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +132,8 @@ def test_an_object_that_use_changes_is_no_change():
     model = Net()
     cut = split(model)
     model.clock.now = 1
+    model.dice.gauss(0, 1)
+    model.count()
     assert cut.plan()
 
 

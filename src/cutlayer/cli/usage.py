@@ -60,7 +60,7 @@ class Commands(TyperGroup):
         try:
             code = (
                 _version()
-                if set(words) == {"--version", "--json"}
+                if {"--version", "--json"} <= set(words) <= {"--version", "--json", "--help"}
                 else _no_command(group)
                 if "--json" in given and (group := self._lacks_command(words)) is not None
                 else _help(run, words)

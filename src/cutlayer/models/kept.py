@@ -13,6 +13,7 @@ called either: those that came or went since are refused too, but for those of `
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -200,8 +201,12 @@ def _entries(value: object) -> dict[str, Any]:
 
 
 def _holds_plain(value: object, depth: int) -> bool:
-    """Say whether an object's attributes are numbers, texts, lists and tables of such, and such objects: settings."""
-    if isinstance(value, type | nn.Module | torch.Tensor) or not (held := _entries(value)):
+    """Say whether an object's attributes are numbers, texts, lists and tables of such, and such objects: settings.
+
+    What can be called does something, and so do objects of Python's own library, such as a `random.Random`.
+    """
+    library = type(value).__module__ in sys.stdlib_module_names and not isinstance(value, Namespace | SimpleNamespace)
+    if callable(value) or library or isinstance(value, torch.Tensor) or not (held := _entries(value)):
         return False
     return all(_is_plain(item, depth - 1) for item in held.values())
 
