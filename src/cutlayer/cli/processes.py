@@ -224,14 +224,16 @@ def _stop(children: Sequence[_Child]) -> None:
 
 def _watch(children: Sequence[_Child], progress: RunProgress, output: Output) -> None:
     """Show the parties' events until all have ended. Each party's own deadlines bound how long that takes."""
-    failed_at = 0.0
+    failed_at, told = 0.0, set[str]()
     while True:
         codes = [child.process.poll() for child in children]
         for child in children:
             for event in child.events():
                 progress(str(event.pop("event")), event)
             for text in child.warnings():
-                progress("warned", {"text": text})
+                if text not in told:  # several parties may run the same code
+                    progress("warned", {"text": text})
+                told.add(text)
         if all(code == 0 for code in codes):
             return
         failed_at = failed_at or (time.monotonic() if any(codes) else 0.0)
