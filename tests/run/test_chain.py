@@ -16,7 +16,7 @@ from torch import nn
 import cutlayer as cl
 from cutlayer.core.gate import retry_after
 from cutlayer.core.serving import ways_of
-from cutlayer.errors import ConfigError, CutlayerError, LinkError, PeerError, ProgramError
+from cutlayer.errors import CertificateError, ConfigError, CutlayerError, LinkError, PeerError, ProgramError
 from cutlayer.run.chain import Asked, Lobby, read
 from cutlayer.run.prediction import SERVED, ask
 from cutlayer.run.results import write_results
@@ -428,34 +428,41 @@ def meet(ways: Ways, identity: str, role: str, server: str, counts: Mapping[str,
         return refusal(ask_for_it)
 
 
-def test_nobody_is_two_parties_of_a_request(ways: Ways):
-    """A hub that knows the number of a request does not get its client's answer."""
-    counts = {"predict": 3, "lane": 0, "request": 17}
-    with ways.serving("cloud", cloud=NEAR) as told:
-        jobs = {role: lambda role=role: meet(ways, "hub", role, "cloud", counts) for role in ("alpha", "hub")}
-        found = at_once({role: lambda job=job: job() for role, job in jobs.items()})
-        told["cloud"].wait("went", 2)
-    for error in found.values():
-        assert "E456 at cloud" in error.got
-        assert "the links of a request do not fit together" in error.what
-        assert "its own certificate" in error.remedy
+@pytest.mark.provokes("E665")
+@pytest.mark.parametrize(("identity", "role"), [("two", "one"), ("two", "three"), ("anna", "three")])
+def test_the_role_of_a_server_is_its_own_and_its_only_one(identity: str, role: str, tmp_path: Path):
+    """A server that knows the number of a request does not get the answer; no client comes in a server's place."""
+    ways = Ways(tmp_path, answered())
+    with ways.serving("four", four=NEAR) as told:
+        error = meet(ways, identity, role, "four", {"predict": 3, "lane": 0, "request": 17})
+        assert told["four"].wait("refused") == [{"identity": identity, "code": "E665", "what": error.what}]
+    assert isinstance(error, CertificateError), error
+    assert error.what == "a server's certificate and its role go together"
+    assert (error.expected, error.got) == (f"{role} as {role}, or a client as a client", f"{identity} as {role}")
+    assert "in its own role" in error.remedy
 
 
-def test_a_request_has_one_link_in_each_role(ways: Ways):
+@pytest.mark.parametrize("role", ["alpha", "hub"])
+def test_a_request_has_one_link_in_each_role(ways: Ways, role: str):
     counts = {"predict": 3, "lane": 0, "request": 18}
+    names = WARDS[:2] if role == "alpha" else ("hub", "hub")
+    jobs = {str(n): lambda name=name: meet(ways, name, role, "cloud", counts) for n, name in enumerate(names)}
     with ways.serving("cloud", cloud=NEAR) as told:
-        found = at_once({name: lambda name=name: meet(ways, name, "hub", "cloud", counts) for name in WARDS[:2]})
+        found = at_once(jobs)
         codes = sorted(facts["code"] for facts in told["cloud"].wait("went", 2))
     assert codes == ["E456", "E702"]
-    assert all(isinstance(error, PeerError) for error in found.values())
+    (error,) = [error for error in found.values() if error.code == "E703"]
+    assert "the links of a request do not fit together" in error.what
+    assert "E456 at cloud" in error.got
+    assert "ask again" in error.remedy
 
 
 @pytest.mark.provokes("E702")
-@pytest.mark.parametrize(("role", "missing"), [("alpha", "hub"), ("hub", "the client")])
-def test_who_comes_alone_is_told_who_is_missing(ways: Ways, role: str, missing: str):
+@pytest.mark.parametrize(("identity", "role", "missing"), [("anna", "alpha", "hub"), ("hub", "hub", "the client")])
+def test_who_comes_alone_is_told_who_is_missing(ways: Ways, identity: str, role: str, missing: str):
     counts = {"predict": 3, "lane": 0, "request": 19}
     with ways.serving("cloud", cloud=replace(NEAR, patience=0.5)):
-        error = meet(ways, "anna", role, "cloud", counts)
+        error = meet(ways, identity, role, "cloud", counts)
     assert (error.code, error.what) == ("E702", f"{missing} did not come with its part of a request")
     assert "look at the terminals of cloud" in error.remedy
 
@@ -463,7 +470,7 @@ def test_who_comes_alone_is_told_who_is_missing(ways: Ways, role: str, missing: 
 @pytest.mark.parametrize("lane", [1, 2**60])
 def test_a_lane_that_there_is_not_is_refused(ways: Ways, lane: int):
     with ways.serving("cloud", cloud=NEAR) as told:
-        error = meet(ways, "anna", "hub", "cloud", {"predict": 3, "lane": lane, "request": 20})
+        error = meet(ways, "hub", "hub", "cloud", {"predict": 3, "lane": lane, "request": 20})
         assert told["cloud"].wait("went")[0]["code"] == "E456"
     assert isinstance(error, PeerError)
     assert "E456 at cloud" in error.got
@@ -478,7 +485,7 @@ def test_what_is_too_much_is_refused_before_anybody_is_dialled(ways: Ways):
 def test_the_lobby_keeps_nothing_of_what_did_not_fit(ways: Ways):
     with ways.serving("cloud", cloud=replace(NEAR, patience=0.3)) as told:
         for number in range(2):
-            meet(ways, "anna", "hub", "cloud", {"predict": 3, "lane": 0, "request": number})
+            meet(ways, "hub", "hub", "cloud", {"predict": 3, "lane": 0, "request": number})
         lobby: Lobby = told["cloud"].service.lobby
         assert lobby._loans == {}
 

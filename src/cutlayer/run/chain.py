@@ -87,6 +87,7 @@ class Lobby:
         self._party, self._seconds = party, seconds
         self._changed = threading.Condition()
         self._loans: dict[tuple[Asked, str], Loan] = {}
+        self._leads: dict[Asked, Guest] = {}  # of requests for which links are lent
 
     def lend(self, asked: Asked, loan: Loan) -> None:
         """Lend a guest's link to who leads the request, and wait for its end.
@@ -111,6 +112,18 @@ class Lobby:
             raise _absent(self._party, "the client", self._seconds)
         if loan.error is not None:
             raise loan.error
+
+    def lead(self, asked: Asked, guest: Guest) -> None:
+        """Let a guest lead a request, until it is `left`. Raises `ProgramError` E456, another one leads it."""
+        with self._changed:
+            if self._leads.setdefault(asked, guest) is not guest:
+                raise _misfit(self._party, "one link in each role", f"a second one as {guest.role}")
+
+    def left(self, asked: Asked, guest: Guest) -> None:
+        """Forget the request of a guest, if it leads it."""
+        with self._changed:
+            if self._leads.get(asked) is guest:
+                del self._leads[asked]
 
     def borrow(self, asked: Asked, role: str, lead: Guest) -> Loan:
         """Wait for the link in this role of a request that another guest leads.
@@ -205,12 +218,13 @@ class Chain:
         """Let frames in. A server first waits for the other links of the request, then asks further servers.
 
         Raises:
-            ProgramError: E456, two links are of one identity. PeerError: E702, a party did not come.
+            ProgramError: E456, another link leads the request. PeerError: E702, a party did not come.
             CutlayerError: what `Network.rendezvous` raises.
         """
         if self._host is not None:
             for role in self.way.asking(self._party):
                 if role not in self._links:
+                    self._host.lobby.lead(self._asked, self._host.guest)
                     _borrow(self, self._host, role)
             _ask(self)
         for name, (link, _) in self._links.items():
@@ -303,13 +317,10 @@ def _alarm(chain: Chain, server: str) -> None:
 
 
 def _borrow(chain: Chain, host: Host, role: str) -> None:
-    """Have the link in a role lent. Nobody may be two parties of a request: it would see what neither may."""
+    """Have the link in a role lent. The hall sees to it that nobody is two parties of a request."""
     loan = host.lobby.borrow(chain._asked, role, host.guest)
-    seen = {one.guest.identity for one in chain.loans} | {host.guest.identity}
     chain.loans.append(loan)
     chain._links[role] = (loan.guest.network, loan.session)
-    if loan.guest.identity in seen:
-        raise _misfit(chain._party, "an identity for each role", f"{loan.guest.identity} in two roles")
     host.welcome(loan.guest)
 
 
@@ -317,6 +328,8 @@ def _give_back(chain: Chain, error: BaseException | None) -> None:
     for loan in chain.loans:
         loan.end(error)
     chain.loans.clear()
+    if chain._host is not None:
+        chain._host.lobby.left(chain._asked, chain._host.guest)
 
 
 def _check(link: Network) -> None:
@@ -342,6 +355,6 @@ def _misfit(party: str, expected: str, got: str) -> ProgramError:
         where=f"party {party}",
         expected=expected,
         got=got,
-        remedy="give each party its own certificate, and install the same release of cutlayer at all; then ask again",
+        remedy="ask again; if that does not help, install the same release of cutlayer at all parties",
         code="E456",
     )

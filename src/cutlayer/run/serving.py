@@ -158,10 +158,11 @@ class Service:
         self._notifier = Notifier(f"cutlayer-{party.name}-serving", notify or _silent, _overlook)
         self.tell = self._notifier.post
         self._settings = _hall_settings(network, (party.name, *self.roles), self.serving)
-        self._hall = Hall(
-            self._settings, self._gate, places=self.serving.places, receive=self._receive, notify=self._heard
-        )
         self.lobby, self.ways = Lobby(party.name, self.serving.patience), ways_of(plan)
+        places = self.serving.places
+        self._hall = Hall(
+            self._settings, self._gate, self.ways, places=places, receive=self._receive, notify=self._heard
+        )
         self.servers = pairs(self.ways, party.name, network, self.serving.patience)
         self.leave = network.deadlines.close
         self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas

@@ -1,25 +1,27 @@
 """A server's door to many clients: each gets a network of its own, with the two of them as its parties.
 
 A client comes with its own certificate, whose name is its *identity*, and plays a party's role in the plan; many
-identities may play one role, and one identity may come several times. Whoever comes must be let in by the gate. A
+identities may play one role, and one identity may come several times. The role of a server of the plan is its own, and
+its only one: it would see, as another, what the plan does not show it. Whoever comes must be let in by the gate. A
 client whose stream breaks finds its session again by its process (incarnation); a new process gets a new session.
 
 | code | error | meaning |
 | --- | --- | --- |
 | E615 | LinkError | the hall closes |
 | E645 | HandshakeError | the stream does not begin as it must, or with a party that is no client |
-| E665 | CertificateError | the certificate has no single name |
+| E665 | CertificateError | the certificate has no single name, or comes in a role that is not its own |
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from cutlayer.core.gate import Gate, closing
+from cutlayer.core.serving import Way
 from cutlayer.errors import CertificateError, CutlayerError, HandshakeError
 from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_server import Desk, Server
@@ -64,6 +66,7 @@ class Hall:
     Args:
         settings: Of the server, as its sessions are to have them, but for `parties`: here the server and all roles.
         gate: Says who may come in.
+        ways: Of the plan.
         places: Most sessions at one time, as the gate has it.
         receive: Called with each guest, from the thread of its stream, before it is greeted. Must begin its session in
             a thread of its own, which calls `leave` at its end.
@@ -77,6 +80,7 @@ class Hall:
         self,
         settings: NetworkSettings,
         gate: Gate,
+        ways: Sequence[Way],
         *,
         places: int,
         receive: Callable[[Guest], None],
@@ -87,6 +91,7 @@ class Hall:
         self.timers = Timers(f"cutlayer-{settings.party}-hall", _overlook)
         self._gate, self._receive, self._notify = gate, receive, notify
         self._server = Server(self)
+        self._servers = {name for way in ways for name in way.parties[1:]}
         self._changed = threading.Condition()
         self._guests: dict[tuple[str, str, int], Guest] = {}  # identity, role, incarnation
         self._count = 0
@@ -176,7 +181,18 @@ class Hall:
                 remedy="ask the authority of this run for a certificate with `cutlayer pki issue NAME`",
                 code="E665",
             )
-        return names[0]
+        identity = names[0]
+        if identity != hello.party and {identity, hello.party} & self._servers:
+            raise CertificateError(
+                "a server's certificate and its role go together",
+                where=f"party {self.settings.party}, link with {tidy(hello.party)}",
+                expected=f"{tidy(hello.party)} as {tidy(hello.party)}, or a client as a client",
+                got=f"{tidy(identity)} as {tidy(hello.party)}",
+                remedy="come with the certificate of this party, in its own role; a client needs one in a name that no "
+                "server of the plan has",
+                code="E665",
+            )
+        return identity
 
     def _enter(self, identity: str, hello: LinkHello) -> Guest:
         """Give a new client its place and its network; `_changed` is held."""
