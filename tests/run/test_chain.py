@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -391,6 +392,89 @@ def test_a_client_that_is_lost_frees_all_places(ways: Ways):
     finally:
         for cable in cables.values():
             cable.close()
+
+
+@pytest.mark.parametrize("place", ["ways", "returning"])
+def test_a_client_that_is_lost_frees_its_place_while_others_are_waited_for(place: str, request: pytest.FixtureRequest):
+    """Only its link to one server goes, which then waits for another party: the cloud for the hub, or the reverse."""
+    ways: Ways = request.getfixturevalue(place)
+    server = "cloud" if place == "ways" else "hub"
+    cable, halt, began = Cable(ways.addresses[server]), threading.Event(), threading.Event()
+    wait = replace(ALONE, patience=0.5, idle=20)
+
+    def hang(_module: object, _inputs: object) -> None:
+        began.set()
+        halt.wait(20)
+
+    try:
+        with ways.serving(all=wait) as told:
+            other = "hub" if place == "ways" else "cloud"
+            for stage in told[other].service._worker.site.stages.values():
+                stage.module.register_forward_pre_hook(hang)
+            client = ways.asking("anna", rows(3), wait=8, addresses={**ways.addresses, server: cable.address})
+            with ThreadOf(client) as running:
+                assert began.wait(10)
+                told[server].wait("came")
+                cable.cut()
+                went = told[server].wait("went")[0]
+                assert (went["identity"], went["code"]) == ("anna", "E701")
+                assert went["seconds"] < 6
+                halt.set()
+                running.error()
+    finally:
+        halt.set()
+        cable.close()
+
+
+def test_a_lent_link_that_is_lost_ends_the_request(ways: Ways):
+    """The hub's link to the cloud goes without a word, while the cloud waits for the client."""
+    cable, before = Cable(ways.addresses["cloud"]), dict(ways.addresses)
+    data = Halting(rows(24), free=8)
+    limits = replace(ALONE, patience=0.5, idle=30)
+    try:
+        with ways.serving("cloud", cloud=limits) as told:
+            ways.addresses["cloud"] = cable.address
+            with ways.serving("hub", hub=replace(limits, patience=8)):
+                asked = ways.asking("anna", data, wait=8, addresses=before)
+                with ThreadOf(asked) as client:
+                    assert data.there.wait(10)
+                    told["cloud"].wait("came", 2)
+                    cable.cut()
+                    went = told["cloud"].wait("went", 2)
+                    assert {(one["identity"], one["code"]) for one in went} == {("anna", "E701"), ("hub", "E701")}
+                    assert max(one["seconds"] for one in went) < 6
+                    data.go.set()
+                    assert client.error().what.startswith("hub was lost")
+    finally:
+        data.go.set()
+        ways.addresses.update(before)
+        cable.close()
+
+
+def test_a_server_waits_for_the_next_no_longer_than_for_a_client(ways: Ways):
+    hub = replace(ways.case.build("hub"), data=None)
+    for limits, most in ((cl.Serving(idle=5, deadline=7), 7), (cl.Serving(idle=50, deadline=7), 50)):
+        service = Service(ways.plan, hub, network=ways.settings("hub", "hub"), weights=ways.weights, serving=limits)
+        assert service.servers["cloud"].deadlines.receive == most
+
+
+def test_a_service_that_closes_leaves_no_session_behind(returning: Ways):
+    """The next server hangs in a forward, with several requests of this one under way."""
+    halt = threading.Event()
+    with returning.serving("cloud", cloud=NEAR) as far:
+        for stage in far["cloud"].service._worker.site.stages.values():
+            stage.module.register_forward_pre_hook(lambda *_: halt.wait(20) and None)
+        with ExitStack() as clients:
+            with returning.serving("hub", hub=replace(NEAR, drain=0.2)) as told:
+                running = [clients.enter_context(ThreadOf(returning.asking(n, rows(1), wait=2))) for n in WARDS]
+                told["hub"].wait("came", 3)
+                far["cloud"].wait("came", 3)
+                begin = time.monotonic()
+            assert time.monotonic() - begin < 3
+            assert {facts["code"] for facts in told["hub"].wait("went", 3)} == {"E615"}
+            assert not [one.name for one in threading.enumerate() if one.name.startswith("cutlayer-hub-session")]
+            assert {one.error().code for one in running} == {"E615"}
+            halt.set()
 
 
 def test_services_that_close_answer_what_is_under_way(ways: Ways):

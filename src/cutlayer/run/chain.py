@@ -178,6 +178,8 @@ class Chain:
         self._links: dict[str, tuple[Network, int]] = {}  # of this request: the link, and its number of the session
         self.loans: list[Loan] = []
         self.way = next((way for way in ways if way.client == party), ways[0])
+        if host is not None:
+            host.guest.alarms.append(partial(_alarm, self, host.guest.role))
 
     def __enter__(self) -> Self:
         """Return the chain."""
@@ -300,14 +302,16 @@ def _ask(chain: Chain) -> None:
             link.close()
         if link is None or link.failed:
             link = chain._dialled[server] = chain._dial(server, partial(_alarm, chain, server))
+            for other, _ in chain._links.values():
+                _check(other)  # its alarm came before there was this link to end
         start = link.rendezvous(Ready(chain._asked.counts(chain.way), ()))
         chain._links[server] = (link, start.session)
         _check(link)  # from here on the alarm tells the others
 
 
-def _alarm(chain: Chain, server: str) -> None:
+def _alarm(chain: Chain, party: str) -> None:
     """A link has failed: who waits at another one for the same request is to know why. One that rests harms nobody."""
-    link, _ = chain._links.get(server, (None, 0))
+    link, _ = chain._links.get(party, (None, 0))
     if link is None:
         return
     try:
@@ -321,11 +325,14 @@ def _borrow(chain: Chain, host: Host, role: str) -> None:
     loan = host.lobby.borrow(chain._asked, role, host.guest)
     chain.loans.append(loan)
     chain._links[role] = (loan.guest.network, loan.session)
+    loan.guest.alarms.append(partial(_alarm, chain, role))
+    _check(loan.guest.network)  # from here on the alarm tells the others
     host.welcome(loan.guest)
 
 
 def _give_back(chain: Chain, error: BaseException | None) -> None:
     for loan in chain.loans:
+        loan.guest.alarms.clear()
         loan.end(error)
     chain.loans.clear()
     if chain._host is not None:

@@ -246,9 +246,9 @@ def dialled(servers: Mapping[str, NetworkSettings], notify: Notify, server: str,
     """Open the network with a server; `alarm` is called if it fails."""
 
     def tell(event: str, facts: Mapping[str, Any]) -> None:
-        notify(event, facts)
         if event == "aborted":
-            alarm()
+            alarm()  # first: the other servers are told whatever becomes of `notify`
+        notify(event, facts)
 
     return Network(servers[server], tell).__enter__()
 

@@ -163,7 +163,7 @@ class Service:
         self._hall = Hall(
             self._settings, self._gate, self.ways, places=places, receive=self._receive, notify=self._heard
         )
-        self.servers = pairs(self.ways, party.name, network, self.serving.patience)
+        self.servers = pairs(self.ways, party.name, _bounded(network, self.serving), self.serving.patience)
         self.leave = network.deadlines.close
         self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas
         self._tallies: dict[str, Tally] = {}
@@ -190,8 +190,9 @@ class Service:
         """Let nobody in any more, wait for requests as long as they may take, and end everything."""
         self._hall.close(0.0 if error is not None else self.serving.drain)
         self._batcher.close()
+        deadline = time.monotonic() + self._settings.deadlines.close
         for thread in list(self._threads):
-            thread.join(self._settings.deadlines.close)
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._ended = time.monotonic()
         self._notifier.close(self._settings.deadlines.close)
 
@@ -369,6 +370,11 @@ def _hall_settings(network: NetworkSettings, parties: tuple[str, ...], serving: 
         task="served",
         deadlines=deadlines,
     )
+
+
+def _bounded(network: NetworkSettings, serving: Serving) -> NetworkSettings:
+    """Return the settings with which a server asks others: it waits for their values as for a client, or a stage."""
+    return replace(network, deadlines=replace(network.deadlines, receive=max(serving.idle, serving.deadline)))
 
 
 def _silent(_event: str, _facts: Mapping[str, object]) -> None:

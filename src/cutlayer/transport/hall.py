@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cutlayer.core.gate import Gate, closing
@@ -47,12 +47,14 @@ class Guest:
         identity: The name of its certificate; without certificates, that of its role.
         role: The party of the plan that it plays.
         network: The two parties' own network.
+        alarms: Called if it fails.
     """
 
     number: int
     identity: str
     role: str
     network: Network
+    alarms: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def resting(self) -> bool:
@@ -203,7 +205,15 @@ class Hall:
         self._count += 1
         pair = [name for name in self.settings.parties if name in (server, hello.party)]
         settings = replace(self.settings, parties=tuple(pair))
-        guest = Guest(self._count, identity, hello.party, Network(settings, self._notify, listens=False))
+        alarms: list[Callable[[], None]] = []
+
+        def tell(event: str, facts: Mapping[str, object]) -> None:
+            if event == "aborted":
+                for alarm in alarms.copy():  # meanwhile a request may end
+                    alarm()
+            self._notify(event, facts)
+
+        guest = Guest(self._count, identity, hello.party, Network(settings, tell, listens=False), alarms)
         self._guests[identity, hello.party, hello.incarnation] = guest
         self._receive(guest)
         return guest
