@@ -294,6 +294,22 @@ def test_a_quota_at_the_last_holds_for_the_client_too(ways: Ways):
         assert torch.equal(ways.asking("anna", rows(4))(), ways.expected(rows(4)))
 
 
+def test_who_is_refused_has_used_nothing_up_for_any_of_those_who_ask(ways: Ways):
+    """The cloud counts for the client and the hub together, and only once both are there."""
+    limits = replace(ALONE, window=300, quotas={"anna": cl.Quota(samples=10), "hub": cl.Quota(samples=7)})
+    with ways.serving("cloud", cloud=replace(limits, patience=0.3)) as told:
+        for number in range(3):
+            counts = {"predict": 4, "lane": 0, "request": number}
+            assert meet(ways, "anna", "alpha", "cloud", counts).code == "E702"  # the hub does not come
+        with ways.serving("hub"):
+            assert torch.equal(ways.asking("anna", rows(4))(), ways.expected(rows(4)))
+            for _ in range(3):
+                assert "'hub' has used up its quota" in refusal(ways.asking("anna", rows(4))).what
+            assert torch.equal(ways.asking("anna", rows(3))(), ways.expected(rows(3)))
+        assert told["cloud"].service.served().identities["anna"].samples == 7
+        assert sum(facts["samples"] for facts in told["cloud"].wait("came", 4)) == 14
+
+
 def test_a_server_in_the_middle_has_so_many_sessions_at_the_next(returning: Ways):
     data = Halting(rows(9), free=4)
     limits = replace(ALONE, quota=cl.Quota(sessions=1))

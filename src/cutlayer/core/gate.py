@@ -105,7 +105,7 @@ class Gate:
                 remedy=f"ask again in {_AGAIN} s",
                 code="E612",
             )
-        self._charge(identity, 0, 0, now)  # who has used up all gets no place to say that it wants more
+        self.check(identity, 0, 0, now)  # who has used up all gets no place to say that it wants more
         self._inside[identity] += 1
 
     def leave(self, identity: str) -> None:
@@ -121,25 +121,27 @@ class Gate:
             raise self._too_much(identity, "samples", samples, longest, "in one prediction")
 
     def charge(self, identity: str, requests: int, samples: int, now: float) -> None:
-        """Count what a prediction asks for, all of it before it begins.
+        """Count what a prediction asks for, all of it before it begins. Raises what `check` raises."""
+        self.check(identity, requests, samples, now)
+        quota = self._serving.quota_of(identity)
+        if quota.requests or quota.samples:
+            self._used.setdefault(identity, _Used()).note(now, (requests, samples))
+
+    def check(self, identity: str, requests: int, samples: int, now: float) -> None:
+        """Say whether so much could be charged now.
 
         Raises:
             LinkError: E614, it is more than the identity may ask for now, or ever.
         """
-        quota = self._serving.quota_of(identity)
+        quota, window = self._serving.quota_of(identity), self._serving.window
         for what, amount, most in (("requests", requests, quota.requests), ("samples", samples, quota.samples)):
             if most and amount > most:
-                raise self._too_much(identity, what, amount, most, f"in {self._serving.window:g} s")
-        self._charge(identity, requests, samples, now)
-
-    def _charge(self, identity: str, requests: int, samples: int, now: float) -> None:
-        quota, window = self._serving.quota_of(identity), self._serving.window
-        if not (quota.requests or quota.samples):
+                raise self._too_much(identity, what, amount, most, f"in {window:g} s")
+        used = self._used.get(identity)
+        if used is None:
             return
-        used = self._used.setdefault(identity, _Used())
         used.forget(now - window)
-        asked, most = (requests, samples), (quota.requests, quota.samples)
-        wait = used.until_free(asked, most, now - window)
+        wait = used.until_free((requests, samples), (quota.requests, quota.samples), now - window)
         if wait > 0:
             raise self._refused(
                 f"{identity!r} has used up its quota",
@@ -148,10 +150,8 @@ class Gate:
                 remedy=f"ask again in {ceil(wait)} s",
                 code="E614",
             )
-        if requests or samples:
-            used.note(now, asked)
         if not used.entries:
-            del self._used[identity]
+            self._used.pop(identity, None)
 
     def _too_much(self, identity: str, what: str, amount: int, most: int, span: str) -> LinkError:
         return self._refused(

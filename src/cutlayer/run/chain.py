@@ -147,12 +147,13 @@ class Lobby:
 class Host:
     """What the chain of a server needs besides: the guest that leads, and where the others are.
 
-    `welcome` is called with each of the others, and may refuse it; `leave` is how long taking leave may take.
+    `welcome` is called with all guests of a request, this one first, and may refuse it; `leave` is how long taking leave
+    may take.
     """
 
     guest: Guest
     lobby: Lobby
-    welcome: Callable[[Guest], None]
+    welcome: Callable[[Sequence[Guest]], None]
     leave: float
 
 
@@ -228,6 +229,7 @@ class Chain:
                 if role not in self._links:
                     self._host.lobby.lead(self._asked, self._host.guest)
                     _borrow(self, self._host, role)
+            self._host.welcome([self._host.guest, *(loan.guest for loan in self.loans)])
             _ask(self)
         for name, (link, _) in self._links.items():
             link.open(admission, {name: bounds[name]} if name in bounds else {})
@@ -327,7 +329,6 @@ def _borrow(chain: Chain, host: Host, role: str) -> None:
     chain._links[role] = (loan.guest.network, loan.session)
     loan.guest.alarms.append(partial(_alarm, chain, role))
     _check(loan.guest.network)  # from here on the alarm tells the others
-    host.welcome(loan.guest)
 
 
 def _give_back(chain: Chain, error: BaseException | None) -> None:

@@ -15,7 +15,7 @@ import copy
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -241,24 +241,28 @@ class Service:
         """Return a worker for what a guest asks for, its requests and its samples.
 
         Raises:
-            LinkError: E614, it is more than the guest's quota. DataError: the numbers of samples do not fit the plan.
+            LinkError: E614, it is longer than any may be. DataError: the numbers of samples do not fit the plan.
         """
         samples = roster.samples.get("predict", {}).get(way.client, 0)
         self._gate.measure(guest.identity, samples)
         programs = served_programs(self.plan, roster, way.parties)
         requests = requests_in(programs[self.party.name]["predict"])
-        self.welcome(guest, requests, samples)
         site, seats = copy.copy(self._worker.site), dict[Place, Any](self._batcher.seats())
         site.stages = seats  # the site is shared; its stages are reached through the batcher only
         parts = replace(self._worker.parts, seed=secrets.randbits(63))  # noise that comes twice could be subtracted
         return Worker(self.plan, parts, site), requests, samples
 
-    def welcome(self, guest: Guest, requests: int, samples: int) -> None:
-        """Count what a guest takes part in against its quota. Raises `LinkError` E614 if that is too much."""
+    def welcome(self, guests: Sequence[Guest], requests: int, samples: int) -> None:
+        """Count a prediction against the quotas of all who ask for it. Raises `LinkError` E614; then none has paid."""
+        now = time.monotonic()
         with self._lock:
-            self._gate.charge(guest.identity, requests, samples, time.monotonic())
-        facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
-        self.tell("came", {**facts, "requests": requests})
+            for guest in guests[1:]:
+                self._gate.check(guest.identity, requests, samples, now)
+            for guest in guests:
+                self._gate.charge(guest.identity, requests, samples, now)
+        for guest in guests:
+            facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
+            self.tell("came", {**facts, "requests": requests})
 
 
 class _Session:
@@ -321,15 +325,15 @@ class _Session:
         tally.sent, tally.received = tally.sent + self._done.sent, tally.received + self._done.received
 
     def _build(self, _plan: Plan, _party: Party, roster: Roster) -> Worker:
-        """Let a prediction begin."""
+        """Make ready for a prediction; once its links are all there, it is let begin."""
         self._worker, *asked = self._service.worker_for(self._guest, roster, self._chain.way)
         self._asked = (asked[0], asked[1])
-        self.samples += asked[1]
         return self._worker
 
-    def _welcome(self, guest: Guest) -> None:
-        """Count a prediction against the quota of another guest that takes part in it."""
-        self._service.welcome(guest, *self._asked)
+    def _welcome(self, guests: Sequence[Guest]) -> None:
+        """Let a prediction begin, with all who ask for it."""
+        self._service.welcome(guests, *self._asked)
+        self.samples += self._asked[1]
 
     def _told(self, event: str, _facts: Mapping[str, object]) -> None:
         """Count a prediction as soon as its program has come to its end, whatever becomes of the session."""
