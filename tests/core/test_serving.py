@@ -43,6 +43,33 @@ def test_why_a_plan_cannot_be_served(plan: cl.Plan, server: str, reason: str):
         server_of(plan, client)
 
 
+@pytest.mark.provokes("E453")
+def test_replicas_whose_servers_stand_in_other_orders_are_refused():
+    """Who comes first in one replica leads its requests at the cloud; it cannot be lent in the other one."""
+    both = ["alpha", "beta"]
+
+    def plan(near: list[str], following: list[str]) -> cl.Plan:
+        stages = [
+            cl.Stage("head", at=both, inputs=["data.x"], output="float32[batch, 8]"),
+            cl.Stage("near", at=near, inputs=["head"], output="float32[batch, 7]"),
+            cl.Stage("next", at=following, inputs=["near"], output="float32[batch, 6]"),
+            cl.Stage("far", at="cloud", inputs=["near", "next"], output="float32[batch, 5]"),
+            cl.Stage("back", at=near, inputs=["far"], output="float32[batch, 4]"),
+            cl.Stage("tail", at=both, inputs=["back"], output="float32[batch, 3]"),
+            cl.Loss("loss", at=both, inputs=["tail", "data.y"]),
+        ]
+        return cl.Plan(stages, training=cl.Training(order="parallel"))
+
+    assert clients_of(plan(["hub", "hub"], ["mid", "mid"]), "cloud") == ("hub", "mid")
+    crossed = plan(["hub", "mid"], ["mid", "hub"])
+    for ask in (lambda: clients_of(crossed, "cloud"), lambda: server_of(crossed, "alpha")):
+        with pytest.raises(ProgramError) as caught:
+            ask()
+        assert caught.value.code == "E453"
+        assert caught.value.got == "hub asks cloud first in one replica, and after another in the next"
+        assert caught.value.remedy == "let the servers of all replicas stand in the same order"
+
+
 def test_a_server_with_data_of_its_own_is_refused():
     stages = [
         cl.Stage("head", at="alpha", inputs=["data.x"], output="float32[batch, 8]"),

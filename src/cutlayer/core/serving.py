@@ -15,6 +15,7 @@ a stage at the client takes them, so that the way of an answer is a cut as any o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cutlayer.core.answers import answer_stage, holders, obstacle, runners, served_graph
@@ -131,8 +132,13 @@ def clients_of(plan: Plan, server: str) -> tuple[str, ...]:
             code="E454",
         )
     asking: set[str] = set()
+    ways: list[Way] = []
     for lane in lanes:
         reason, remedy = obstacle(graph, active, lane, server)
+        if not reason:
+            ways.append(_way(graph, active, lane))
+            asking.update(ways[-1].asking(server))
+            reason, remedy = _crossed(ways)
         if reason:
             raise ProgramError(
                 f"a prediction of the plan {plan.name!r} cannot be served",
@@ -142,8 +148,19 @@ def clients_of(plan: Plan, server: str) -> tuple[str, ...]:
                 remedy=remedy or "predict with all parties: cutlayer predict --join at each",
                 code="E453",
             )
-        asking.update(_way(graph, active, lane).asking(server))
     return tuple(party for party in plan.parties if party in asking)
+
+
+def _crossed(ways: Sequence[Way]) -> tuple[str, str]:
+    """Return why replicas' ways do not go together, and what to do: the first to ask a server leads there, always."""
+    for server in dict.fromkeys(name for way in ways for name in way.parties):
+        asking = [way.asking(server) for way in ways]
+        firsts = {names[0] for names in asking if names}
+        twice = sorted(firsts & {name for names in asking for name in names[1:]})
+        if twice:
+            reason = f"{twice[0]} asks {server} first in one replica, and after another in the next"
+            return reason, "let the servers of all replicas stand in the same order"
+    return "", ""
 
 
 def server_of(plan: Plan, client: str) -> str:
