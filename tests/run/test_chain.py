@@ -77,6 +77,35 @@ def back() -> plans.Case:
     return built(stages, {"head": (6, 8), "near": (8, 7), "far": (7, 5), "homeward": (5, 4), "tail": (4, 3)})
 
 
+class Both(nn.Module):
+    """Takes the values of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = plans._block(8, 5, 1), plans._block(7, 5, 2)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.one(one) + self.other(other)
+
+
+def forked() -> plans.Case:
+    """The cloud takes values of the client and of the hub."""
+    stages = [
+        cl.Stage("head", at="alpha", inputs=["data.x"], output="float32[batch, 8]"),
+        cl.Stage("near", at="hub", inputs=["head"], output="float32[batch, 7]"),
+        cl.Stage("far", at="cloud", inputs=["head", "near"], output="float32[batch, 5]"),
+        cl.Stage("tail", at="alpha", inputs=["far"], output="float32[batch, 3]"),
+        cl.Loss("loss", at="alpha", inputs=["tail", "data.y"]),
+    ]
+    case = built(stages, {"head": (6, 8), "near": (8, 7), "tail": (5, 3)})
+
+    def build(name: str) -> cl.Party:
+        party = case.build(name)
+        return replace(party, modules={"far": Both()}) if name == "cloud" else party
+
+    return replace(case, build=build)
+
+
 def answered() -> plans.Case:
     """Four parties in a chain, the labels at the last one, whose outputs the first one may have."""
     case = plans.hops(epochs=1)
@@ -442,8 +471,9 @@ def test_a_client_that_is_lost_frees_its_place_while_others_are_waited_for(place
         cable.close()
 
 
-def test_a_lent_link_that_is_lost_ends_the_request(ways: Ways):
+def test_a_lent_link_that_is_lost_ends_the_request(tmp_path: Path):
     """The hub's link to the cloud goes without a word, while the cloud waits for the client."""
+    ways = Ways(tmp_path, forked())
     cable, before = Cable(ways.addresses["cloud"]), dict(ways.addresses)
     data = Halting(rows(24), free=8)
     limits = replace(ALONE, patience=0.5, idle=30)

@@ -147,8 +147,8 @@ class Lobby:
 class Host:
     """What the chain of a server needs besides: the guest that leads, and where the others are.
 
-    `welcome` is called with all guests of a request, this one first, and may refuse it; `leave` is how long taking leave
-    may take.
+    `welcome` is called with all guests of a request, this one first, and may refuse it; `leave` is how long it may take
+    to take leave.
     """
 
     guest: Guest
