@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import cutlayer as cl
 from cutlayer.core.compile import Roster, compile_plan
 from cutlayer.core.program import Credit, Exchange, Forward, Recv, Send
-from cutlayer.core.serving import clients_of, requests_in, served_plan, served_programs, server_of, ways_of
+from cutlayer.core.serving import Way, behind, clients_of, requests_in, served_plan, served_programs, server_of, ways_of
 from cutlayer.errors import ProgramError
 from tests.run import plans
 
@@ -41,6 +43,16 @@ def test_why_a_plan_cannot_be_served(plan: cl.Plan, server: str, reason: str):
     client = next(name for name in plan.parties if name != server)
     with pytest.raises(ProgramError, match=r"E453|E454"):
         server_of(plan, client)
+
+
+def test_whose_words_a_party_may_hand_on():
+    """Those of parties that it is connected with not by way of who hears it."""
+    way = Way(("one", "two", "three", "four"), frozenset({("one", "two"), ("two", "three"), ("three", "four")}))
+    assert behind([way], "three", "two") == {"four"}
+    assert behind([way], "two", "three") == {"one"}
+    assert behind([way], "one", "two") == behind([way], "four", "two") == set()
+    ring = replace(way, links=way.links | {("one", "four")})
+    assert behind([way, ring], "one", "two") == {"three", "four"}
 
 
 @pytest.mark.provokes("E453")

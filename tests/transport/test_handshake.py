@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_what_no_check_foresaw_is_said_by_its_kind():
 @pytest.mark.parametrize("error", [PeerError("no", remedy="r", code="E702"), LinkError("no", remedy="r", code="E614")])
 def test_what_another_reported_is_handed_on_as_its_own(cast: Cast, error: CutlayerError):
     """Along a chain each party tells the one before it: where it began stays known."""
-    settings = cast.settings("beta")
+    settings = replace(cast.settings("beta"), behind=frozenset({"cloud", "hub"}))
     first = error_of(abort_of(error, "cloud"), "cloud", settings)
     second = error_of(abort_of(first, "hub"), "hub", settings)
     assert (first.where, second.where) == ("reported by cloud", "reported by cloud, told by hub")
@@ -184,7 +185,7 @@ def test_what_another_reported_is_handed_on_as_its_own(cast: Cast, error: Cutlay
 
 
 def test_a_failure_that_another_told_keeps_its_place(cast: Cast):
-    settings = cast.settings("beta")
+    settings = replace(cast.settings("beta"), behind=frozenset({"cloud", "hub"}))
     first = error_of(abort_of(ProgramError("no", remedy="r", code="E450"), "cloud"), "cloud", settings)
     second = error_of(abort_of(first, "hub"), "hub", settings)
     assert (second.code, second.what, second.got) == ("E703", "cloud failed: no", "E450 at cloud")

@@ -29,6 +29,7 @@ from cutlayer.errors import ProgramError
 __all__ = [
     "Way",
     "answer_stages",
+    "behind",
     "clients_of",
     "requests_in",
     "served_plan",
@@ -64,6 +65,19 @@ class Way:
     def asking(self, party: str) -> tuple[str, ...]:
         """Return the parties that ask `party`, in order."""
         return tuple(other for other in self.parties if (other, party) in self.links)
+
+
+def behind(ways: Sequence[Way], peer: str, party: str) -> frozenset[str]:
+    """Return the parties whose errors `peer` may hand on to `party`: whom it is linked with not by way of `party`."""
+    found: set[str] = set()
+    for way in ways:
+        links = way.links | {(second, first) for first, second in way.links}
+        seen, new = {party}, {peer} if (peer, party) in links else set()
+        while new:
+            seen |= new
+            new = {second for first, second in links if first in new} - seen
+        found |= seen
+    return frozenset(found - {peer, party})
 
 
 def ways_of(plan: Plan) -> tuple[Way, ...]:

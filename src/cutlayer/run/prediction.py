@@ -27,7 +27,7 @@ from cutlayer.core.compile import Roster
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Mode, Program
-from cutlayer.core.serving import Way, served_plan, served_programs, server_of, ways_of
+from cutlayer.core.serving import Way, behind, served_plan, served_programs, server_of, ways_of
 from cutlayer.engine.agree import Agreed, Entry
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.engine.worker import Worker
@@ -230,6 +230,7 @@ def pairs(ways: Sequence[Way], party: str, network: NetworkSettings, wait: float
             listen="",
             run=network.run + SERVED,
             task="served",
+            behind=behind(ways, server, party),
             deadlines=replace(network.deadlines, join=wait, patience=wait),
             identity=network.credentials.party if network.credentials is not None else "",
         )

@@ -275,6 +275,7 @@ class _Session:
         self._worker: Worker | None = None  # of the prediction that is under way, or was the last
         self._asked = (0, 0)  # its requests and samples
         self._done, self._predictions = Tally(), 0
+        self._refused = False  # by this server itself
         self.samples = 0
 
     def run(self, *, leads: bool) -> tuple[str, str]:
@@ -290,6 +291,7 @@ class _Session:
                     self._lend()
         except CutlayerError as error:
             dismissed = error.code == "E615" and self._guest.resting  # nothing was under way: it ended well
+            self._refused = error.code in _REFUSALS and not error.origin
             return ("", "") if dismissed else (error.code, error.what)
         except Exception:  # the client was told E390; what a module said of its values stays in this process
             return "E390", ""
@@ -319,8 +321,8 @@ class _Session:
         """Count the session, which has ended with this code, and its predictions."""
         good = self._predictions > 0 and not code
         tally.sessions += good
-        tally.refused += not good and code in _REFUSALS
-        tally.failed += not good and code not in _REFUSALS
+        tally.refused += not good and self._refused
+        tally.failed += not good and not self._refused
         tally.requests, tally.samples = tally.requests + self._done.requests, tally.samples + self._done.samples
         tally.sent, tally.received = tally.sent + self._done.sent, tally.received + self._done.received
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cutlayer.core.gate import Gate, closing
-from cutlayer.core.serving import Way
+from cutlayer.core.serving import Way, behind
 from cutlayer.errors import CertificateError, CutlayerError, HandshakeError
 from cutlayer.transport.control import Abort, LinkHello
 from cutlayer.transport.grpc_server import Desk, Server
@@ -93,7 +93,7 @@ class Hall:
         self.timers = Timers(f"cutlayer-{settings.party}-hall", _overlook)
         self._gate, self._receive, self._notify = gate, receive, notify
         self._server = Server(self)
-        self._servers = {name for way in ways for name in way.parties[1:]}
+        self._ways, self._servers = ways, {name for way in ways for name in way.parties[1:]}
         self._changed = threading.Condition()
         self._guests: dict[tuple[str, str, int], Guest] = {}  # identity, role, incarnation
         self._count = 0
@@ -204,7 +204,8 @@ class Hall:
         self._gate.enter(identity, time.monotonic())
         self._count += 1
         pair = [name for name in self.settings.parties if name in (server, hello.party)]
-        settings = replace(self.settings, parties=tuple(pair))
+        others = behind(self._ways, hello.party, server)
+        settings = replace(self.settings, parties=tuple(pair), behind=others)
         alarms: list[Callable[[], None]] = []
 
         def tell(event: str, facts: Mapping[str, object]) -> None:

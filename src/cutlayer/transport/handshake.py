@@ -197,8 +197,11 @@ def error_of(abort: Abort, via: str, settings: NetworkSettings) -> CutlayerError
 
     Errors of the network itself (E64x, E66x, E70x) and refusals of a service (E612 to E615) keep their class and
     code, and what was expected and got; others become `PeerError` E703. What to do when a party stopped is known here.
+    In the name of a party that `via` has no link with, it is `via`'s own word.
     """
-    what, remedy, party = tidy(abort.what), tidy(abort.remedy), tidy(abort.party)
+    what, remedy, party = tidy(abort.what), tidy(abort.remedy), via
+    if abort.party in {*settings.others, *settings.behind}:
+        party = abort.party
     remedy = when_left(settings, party) if abort.code == "E704" else remedy
     kind = _kind_of(abort.code)
     if kind is not None:

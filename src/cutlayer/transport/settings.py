@@ -83,6 +83,7 @@ class NetworkSettings:
         limit: The most bytes of payload that this party relays for others in one piece.
         task: What the network is for; errors say what to do accordingly. Only a training is resumed. "served": the
             coordinator serves a stage, and the other party asks it.
+        behind: Parties besides `parties` whose errors these hand on.
         deadlines, rhythm, limits: Times and bounds.
     """
 
@@ -101,6 +102,7 @@ class NetworkSettings:
     rhythm: Rhythm = Rhythm()
     limits: Limits = field(default_factory=Limits)
     task: Literal["training", "prediction", "served"] = "training"
+    behind: frozenset[str] = frozenset()
 
     @property
     def others(self) -> tuple[str, ...]:
