@@ -17,11 +17,20 @@ from torch import nn
 import cutlayer as cl
 from cutlayer.core.gate import retry_after
 from cutlayer.core.serving import ways_of
-from cutlayer.errors import CertificateError, ConfigError, CutlayerError, LinkError, PeerError, ProgramError
+from cutlayer.errors import (
+    CertificateError,
+    ConfigError,
+    CutlayerError,
+    DeadlineError,
+    LinkError,
+    PeerError,
+    ProgramError,
+)
 from cutlayer.run.chain import Asked, Lobby, read
-from cutlayer.run.prediction import SERVED, ask
+from cutlayer.run.prediction import SERVED, ask, asking, dialled
 from cutlayer.run.results import write_results
 from cutlayer.run.serving import Service
+from cutlayer.transport.control import Abort
 from cutlayer.transport.network import Network, NetworkSettings, Ready
 from cutlayer.transport.pki import create_authority, issue
 from cutlayer.transport.tls import load_credentials
@@ -299,6 +308,29 @@ def test_a_server_asks_anew_where_the_next_has_let_it_go(returning: Ways):
     assert torch.equal(second, returning.expected(rows(3, 2)))
 
 
+def test_a_server_that_lets_go_just_when_it_is_asked_again_is_dialled_anew(returning: Ways):
+    """Its last word crosses the next request: nothing of that has run, and nobody is told."""
+    with returning.serving(cloud=ALONE) as told:
+        network = returning.settings("anna", "alpha")
+        with cl.connect(
+            returning.plan, returning.party(None), network=network, weights=returning.weights, wait=10
+        ) as connection:
+            connection.predict(cl.TensorTable(x=rows(3, 1)))
+            (guest,) = told["hub"].service._hall._guests.values()
+            (far,) = told["cloud"].service._hall._guests.values()
+            (chain,) = [alarm.args[0] for alarm in guest.alarms]
+            link = chain._dialled["cloud"]
+            rendezvous = link.rendezvous
+
+            def late(ready: Ready) -> Any:
+                far.network.abort(DeadlineError("nothing came", remedy="ask again", code="E621"))
+                return rendezvous(ready)
+
+            link.rendezvous = late
+            found = only(connection.predict(cl.TensorTable(x=rows(3, 2))))
+    assert torch.equal(found, returning.expected(rows(3, 2)))
+
+
 # --- what they may ask for -------------------------------------------------------------------------------------------
 
 
@@ -523,6 +555,27 @@ def test_a_service_that_closes_leaves_no_session_behind(returning: Ways):
             halt.set()
 
 
+def test_all_servers_hear_of_a_link_that_failed_whatever_becomes_of_notify():
+    heard = []
+
+    def notify(event: str, _facts: Mapping[str, Any]) -> None:
+        heard.append(event)
+        raise RuntimeError("of the caller")
+
+    settings = NetworkSettings(
+        party="alpha",
+        parties=("hub", "alpha"),
+        coordinator="hub",
+        addresses={"hub": "127.0.0.1:9"},
+        run="r",
+        digest="d",
+    )
+    link = dialled({"hub": settings}, notify, "hub", lambda: heard.append("alarm"))
+    link.abort(LinkError("x", code="E615"))
+    link.close()
+    assert heard == ["alarm", "aborted"]
+
+
 def test_services_that_close_answer_what_is_under_way(ways: Ways):
     data = Halting(rows(9), free=4)
     with ThreadOf(ways.asking("anna", data)) as client:
@@ -595,6 +648,25 @@ def test_who_comes_alone_is_told_who_is_missing(ways: Ways, identity: str, role:
         error = meet(ways, identity, role, "cloud", counts)
     assert (error.code, error.what) == ("E702", f"{missing} did not come with its part of a request")
     assert "look at the terminals of cloud" in error.remedy
+
+
+@pytest.mark.parametrize("named", ["cloud", "hub", "nobody"])
+def test_nobody_puts_words_in_the_mouth_of_another(returning: Ways, named: str):
+    """A client says that a party has refused it which it cannot have heard; the hub takes it for the client's word."""
+    with returning.serving(all=NEAR) as told:
+        settings = asking(returning.plan, "alpha", returning.settings("anna", "alpha"), 5)["hub"]
+        with Network(settings, lambda *_: None) as link:
+            link.rendezvous(Ready({"predict": 3, "lane": 0, "request": 22}, ()))
+            told["cloud"].wait("came")
+            (guest,) = told["hub"].service._hall._guests.values()
+            link._steward.fail(LinkError("x", code="E614"), tell=Abort(named, "E614", "'hub' has used it up", "pay me"))
+            told["hub"].wait("went")
+            told["cloud"].wait("went")
+        error = guest.network._steward.failure
+        assert (error.code, error.where, error.origin) == ("E614", "reported by alpha", "alpha")
+        for name, identity in (("hub", "anna"), ("cloud", "hub")):
+            tally = told[name].service.served().identities[identity]
+            assert (tally.failed, tally.refused) == (1, 0)
 
 
 @pytest.mark.parametrize("lane", [1, 2**60])

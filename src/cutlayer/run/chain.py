@@ -299,16 +299,27 @@ def read(ways: Sequence[Way], party: str, role: str, start: Start) -> tuple[Aske
 def _ask(chain: Chain) -> None:
     """Meet all servers that the party asks."""
     for server in chain.way.asked_by(chain._party):
-        link = chain._dialled.get(server)
-        if link is not None and link.failed:
-            link.close()
-        if link is None or link.failed:
-            link = chain._dialled[server] = chain._dial(server, partial(_alarm, chain, server))
-            for other, _ in chain._links.values():
-                _check(other)  # its alarm came before there was this link to end
-        start = link.rendezvous(Ready(chain._asked.counts(chain.way), ()))
+        ready, known = Ready(chain._asked.counts(chain.way), ()), chain._dialled.get(server)
+        link = known if known is not None and not known.failed else _dial(chain, server)
+        try:
+            start = link.rendezvous(ready)
+        except PeerError as error:
+            if link is not known or error.got != f"E621 at {server}":
+                raise
+            link = _dial(chain, server)  # it has just let this party go, as it was idle: nothing of the request has run
+            start = link.rendezvous(ready)
         chain._links[server] = (link, start.session)
         _check(link)  # from here on the alarm tells the others
+
+
+def _dial(chain: Chain, server: str) -> Network:
+    """Dial a server, in place of a link that has failed."""
+    if server in chain._dialled:
+        chain._dialled[server].close()
+    link = chain._dialled[server] = chain._dial(server, partial(_alarm, chain, server))
+    for other, _ in chain._links.values():
+        _check(other)  # its alarm came before there was this link to end
+    return link
 
 
 def _alarm(chain: Chain, party: str) -> None:
