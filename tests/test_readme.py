@@ -74,7 +74,7 @@ def test_two_processes_train_a_split_model_and_one_of_them_by_its_own_loop(tmp_p
         port = free.getsockname()[1]
     for name, code in re.findall(r'```python title="(\w+\.py)"\n(.*?)```', text, re.S):
         (tmp_path / name).write_text(code.replace("7443", str(port)))
-    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "PRIVATE_SEED": "5"}
     running = [
         subprocess.Popen(
             [sys.executable, f"{party}.py"],
@@ -98,6 +98,10 @@ def test_two_processes_train_a_split_model_and_one_of_them_by_its_own_loop(tmp_p
     split, x = here["split"], torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     table = cl.TensorTable(input=x, y=x[:, :3].argmax(1))
     modules = {**split.modules("client"), "loss": nn.CrossEntropyLoss()}
+    known = here["model"][4].weight.clone()
+    torch.manual_seed(5)
+    here["model"][4].reset_parameters()
+    assert not torch.equal(here["model"][4].weight, known)
     hospital = cl.Party("hospital", modules=modules, data=table, optimizer=here["sgd"], seed=1)
     cloud = cl.Party("cloud", modules=split.modules("server"), optimizer=here["sgd"], seed=2)
     cl.simulate(here["plan"], [hospital, cloud])

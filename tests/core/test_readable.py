@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from torch import nn
 
 from cutlayer.core.crossing import Crossing
 from cutlayer.core.describe import keeps
-from cutlayer.core.parts import Loss, Release, Shared, Stage
+from cutlayer.core.parts import Loss, Release, Shared, Stage, Training
 from cutlayer.core.plan import Plan
-from cutlayer.core.readable import readable, warnings_of
+from cutlayer.core.readable import READABLE_REMEDY, readable, warnings_of
 from cutlayer.core.topologies import u_shaped, vanilla
 from cutlayer.data.sources import TensorTable
 from cutlayer.run.party import Party
@@ -31,7 +33,7 @@ def bare(*, at: str | Sequence[str] = "hospital", releases: Sequence[Release] = 
 
 
 def found(plan: Plan) -> list[tuple[str, str, str, str]]:
-    return [(one.holder, one.field, one.reader, one.edge.label) for one in readable(plan.graph)]
+    return [(one.holder, one.field, one.reader, one.edge.label) for one in readable(plan)]
 
 
 def tells(plan: Plan) -> list[str]:
@@ -71,14 +73,14 @@ def test_the_plan_says_so_and_does_not_keep_it():
     ]
     assert keeps(plan, "hospital") == ["data.x", "its weights"]
     assert "  keeps   data.x, its weights" in str(plan).splitlines()
-    assert warnings_of(plan.graph) == [
+    assert warnings_of(plan) == [
         "server can read data.y of hospital from the gradient at body->loss: no stage of another party is between"
     ]
 
 
 def test_ordinary_plans_say_nothing_of_it():
     for make in TOPOLOGIES.values():
-        assert readable(make().graph) == ()
+        assert readable(make()) == ()
         assert tells(make()) == []
     several = [
         u_shaped(["a", "b"], "server", cut=float32(4), back=float32(4), output=C),
@@ -90,12 +92,12 @@ def test_ordinary_plans_say_nothing_of_it():
 def test_a_label_that_is_released_to_the_reader_is_told_as_declared():
     """The release is not used on the wire, so that the label is still not said to be kept."""
     plan = bare(releases=[Release("y", at="head", to="server", spec="int64[batch]")])
-    assert [one.declared for one in readable(plan.graph)] == [True]
+    assert [one.declared for one in readable(plan)] == [True]
     assert tells(plan)[0].endswith("is between (declared release)")
-    assert warnings_of(plan.graph) == []
+    assert warnings_of(plan) == []
     assert keeps(plan, "hospital") == ["data.x", "its weights"]
     other = bare(releases=[Release("y", at="server", to="server", spec="int64[batch]")])
-    assert [one.declared for one in readable(other.graph)] == [False]
+    assert [one.declared for one in readable(other)] == [False]
 
 
 def test_a_label_that_the_reader_is_sent_is_not_named_again():
@@ -171,8 +173,94 @@ def test_each_lane_is_told(names: list[str]):
 
 
 def test_what_is_done_to_the_gradient_is_said():
+    """In the plan and in the warning; and the remedy names it."""
     noisy = Crossing("body", gradient_defences=[{"name": "gaussian", "deviation": 0.1}])
-    assert "from the gradient at body->loss (after gaussian(deviation=0.1))" in tells(bare().with_extras(noisy))[0]
+    plan, said = bare().with_extras(noisy), "from the gradient at body->loss (after gaussian(deviation=0.1)"
+    assert f"{said})" in tells(plan)[0]
+    (warning,) = warnings_of(plan)
+    assert f"{said}): no stage" in warning
+    assert "gradient_defences" in READABLE_REMEDY
+
+
+def shaped(*at: str, **more: Any) -> Plan:
+    return u_shaped(at, "server", cut=float32(4), back=float32(4), output=C, **more)
+
+
+def test_a_tail_that_the_reader_runs_too_hides_nothing():
+    """Its replicas have the same weights, whatever the order."""
+    for order in ("relay", "parallel"):
+        plan = shaped("a", "server", order=order)
+        assert found(plan) == [("a", "y", "server", "body->tail")]
+        assert tells(plan) == [
+            "  tells   data.y to server: it can be read from the gradient at body->tail, as server runs tail too"
+        ]
+        assert keeps(plan, "a") == ["data.x"]
+        assert warnings_of(plan) == [
+            "server can read data.y of a from the gradient at body->tail: server runs tail too"
+        ]
+        assert keeps(plan, "server") == ["data.x", "data.y"]
+
+
+def test_a_tail_whose_weight_gradients_go_by_way_of_the_reader_hides_nothing():
+    plan = shaped("a", "b", order="parallel", hub="server")
+    assert found(plan) == [(name, "y", "server", "body->tail") for name in ("a", "b")]
+    (line,) = set(tells(plan))
+    assert line.endswith("from the gradient at body->tail, as weight gradients of tail go by way of server")
+    assert keeps(plan, "a") == ["data.x"]
+    assert found(shaped("a", "b", order="relay", hub="server")) == []  # state is handed on from party to party
+    assert found(shaped("a", "b", order="parallel")) == []
+    assert found(shaped("a", order="parallel", hub="server")) == []  # one replica: nothing to add up
+    assert found(shaped("a", "a", order="parallel", hub="server")) == [("a", "y", "server", "body->tail")]
+
+
+def test_a_frozen_tail_has_no_weight_gradients_to_go_by_way_of_the_hub():
+    stages = [replace(one, frozen=True) if one.name == "tail" else one for one in shaped("a", "b").stages]
+    assert found(Plan(stages, training=Training(order="parallel", hub="server"))) == []
+
+
+def test_a_tail_that_the_reader_gets_at_the_end_hides_nothing():
+    """It may have kept the last gradients."""
+    base = shaped("a")
+    plan = Plan(base.stages, assemble_at=["server"])
+    assert tells(plan) == [
+        "  tells   data.y to server: it can be read from the gradient at body->tail, "
+        "as server gets the weights of tail at the end"
+    ]
+    assert keeps(plan, "a") == ["data.x"]
+    assert found(Plan(base.stages, assemble_at=["a"])) == []
+
+
+def test_all_stages_between_must_be_known_to_the_reader():
+    """One that is not hides the label; which stages are known is said of each."""
+    stages = [
+        Stage("head", at=["a", "server"], inputs=["data.x"], output=float32(4)),
+        Stage("body", at="server", inputs=["head"], output=float32(4)),
+        Stage("neck", at=["a", "server"], inputs=["body"], output=float32(4)),
+        Stage("tail", at=["a", "server"], inputs=["neck"], output=C),
+        Loss("loss", at=["a", "server"], inputs=["tail", "data.y"]),
+    ]
+    (line,) = tells(Plan(stages))
+    assert line.endswith("at body->neck, as server runs neck too and server runs tail too")
+    for hidden in (2, 3):
+        other = [*stages]
+        other[hidden] = replace(other[hidden], at="c")
+        assert "server" not in [one.reader for one in readable(Plan(other))]
+
+
+def test_a_value_that_goes_on_past_the_tail_is_followed_each_way():
+    """Through the stage that is known, not through the other; behind a stage of the reader its own gradient counts."""
+    stages = [
+        Stage("head", at=["a", "server"], inputs=["data.x"], output=float32(4)),
+        Stage("body", at="server", inputs=["head"], output=float32(4)),
+        Stage("known", at=["a", "server"], inputs=["body"], output=C),
+        Stage("private", at="c", inputs=["body"], output=C),
+        Stage("again", at="server", inputs=["known"], output=C),
+        Stage("last", at="c", inputs=["again"], output=C),
+        Loss("one", at=["a", "server"], inputs=["known", "data.y"]),
+        Loss("two", at="c", inputs=["private", "data.z"]),
+        Loss("three", at="c", inputs=["last", "data.z"]),
+    ]
+    assert found(Plan(stages)) == [("a", "y", "server", "body->known")]
 
 
 def test_of_shared_preprocessing_rows_stay():

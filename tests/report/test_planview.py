@@ -129,6 +129,27 @@ def test_labels_that_can_be_read_are_not_locked_in(tmp_path: Path):
     )
 
 
+def test_all_that_leaves_of_a_field_is_drawn_raw_first(tmp_path: Path):
+    """Labels released to one party, told for preprocessing, and readable by another party."""
+    stages = [
+        cl.Stage("own", at="a", inputs=["data.x"], output="float32[batch, 3]"),
+        cl.Loss("first", at="b", inputs=["own", "data.y"]),
+        cl.Stage("other", at="c", inputs=["data.z"], output="float32[batch, 3]"),
+        cl.Loss("second", at="c", inputs=["other", "data.y@b"]),
+    ]
+    _, scene = draw(tmp_path, cl.Plan(stages, releases=[cl.Release("y", at="b", to="c", spec="int64[batch]")]))
+    drawn = [label.text for label in labels(scene) if label.text.startswith("data.y")]
+    assert drawn == ["data.y (label): leaves, raw", "data.y (label): can be read"]
+    stages = [
+        cl.Stage("head", at=["a", "b"], inputs=["data.x"], output="float32[batch, 3]"),
+        cl.Stage("body", at="s", inputs=["head"], output="float32[batch, 3]"),
+        cl.Loss("loss", at=["a", "b"], inputs=["body", "data.y"]),
+    ]
+    _, scene = draw(tmp_path, cl.Plan(stages, preprocessing=[cl.Shared("y", at="loss", kind="classes")]))
+    drawn = [(label.text, label.kind) for label in labels(scene) if label.text.startswith("data.y")]
+    assert drawn == [("data.y (label): can be read", "raw"), ("data.y: values leave", "exchange")] * 2
+
+
 def test_of_shared_preprocessing_rows_stay_and_what_is_told_leaves(tmp_path: Path):
     shared = [cl.Shared("x", at="head"), cl.Shared("y", at="head", kind="classes")]
     settings = {"cut": "float32[batch, 4]", "back": "float32[batch, 4]", "output": "float32[batch, 3]"}

@@ -205,7 +205,7 @@ def _begin(folder: Path, contract: Contract, text: str, files: Sequence[PartyFil
 
 def _warn(contract: Contract, output: Output) -> None:
     """Say which data can be read from gradients, though the contract declares no release of it."""
-    for text in warnings_of(contract.plan.graph):
+    for text in warnings_of(contract.plan):
         output.note(f"warning: {text}\n  do: {READABLE_REMEDY}")
 
 

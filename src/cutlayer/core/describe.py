@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cutlayer.core.crossing import answers_in
 from cutlayer.core.graph import Edge, Graph
 from cutlayer.core.parts import Loss, Shared, Stage
-from cutlayer.core.readable import readable
+from cutlayer.core.readable import readable, treated
 
 if TYPE_CHECKING:
     from cutlayer.core.plan import Plan
@@ -49,7 +49,7 @@ def _party(plan: Plan, graph: Graph, party: str) -> list[str]:
         lines.append(f"  data    {', '.join(f'data.{name}' for name in fields)}")
     lines += [f"  sends   {text}" for text in _sends(plan, graph, party)] or ["  sends   nothing"]
     lines += [f"  gets    {text}" for text in _gets(plan, graph, party)]
-    lines += [f"  tells   {text}" for text in tells(graph, party)]
+    lines += [f"  tells   {text}" for text in tells(plan, party)]
     return [*lines, f"  keeps   {', '.join(kept) or 'nothing that the above does not name'}"]
 
 
@@ -60,7 +60,7 @@ def keeps(plan: Plan, party: str) -> list[str]:
     """
     graph, told = plan.graph, {shared.field: told_of(shared) for shared in agreed(plan, party)}
     leaving = [edge for lane in range(graph.lanes) for edge in _values(graph, party, lane)]
-    known = {edge.source.field for edge in leaving} | {one.field for one in readable(graph) if one.holder == party}
+    known = {edge.source.field for edge in leaving} | {one.field for one in readable(plan) if one.holder == party}
     kept = [
         f"rows of data.{name} (not {told[name]})" if name in told else f"data.{name}"
         for name in _fields(graph, party)
@@ -80,14 +80,15 @@ def told_of(shared: Shared) -> str:
     return "counts, means and deviations" if shared.kind == "scale" else "the list of values"
 
 
-def tells(graph: Graph, party: str) -> list[str]:
+def tells(plan: Plan, party: str) -> list[str]:
     """Return what others can read of a party's data without being sent it."""
     readers: dict[str, dict[str, None]] = {}
-    for one in readable(graph):
+    for one in readable(plan):
         if one.holder == party:
-            where = f"the gradient at {one.edge.label}{_treated(one.edge, 'down')}"
+            where = f"the gradient at {one.edge.label}{treated(one.edge, 'down')}"
             allowed = " (declared release)" if one.declared else ""
-            why = f"it can be read from {where}, as no stage of this party is between{allowed}"
+            reason = one.through or "no stage of this party is between"
+            why = f"it can be read from {where}, as {reason}{allowed}"
             readers.setdefault(f"data.{one.field} to {{}}: {why}", {})[one.reader] = None
     return [text.format(_joined(list(peers), "and")) for text, peers in readers.items()]
 
@@ -166,7 +167,7 @@ def _flows(plan: Plan, graph: Graph, mine: _Pick) -> _Flows:
                 what = (what_of(edge), size_of(edge, "up", batch))
                 _note(found, what, lane, target if mine(origin, "") else origin)
             if edge.trained and mine(target, origin):
-                what = (f"gradient at {edge.label}{_treated(edge, 'down')}", size_of(edge, "down", batch))
+                what = (f"gradient at {edge.label}{treated(edge, 'down')}", size_of(edge, "down", batch))
                 _note(found, what, lane, origin if mine(target, "") else target)
     return found
 
@@ -175,11 +176,6 @@ def size_of(edge: Edge, direction: str, batch: int) -> str:
     """Return "SPEC, N bytes a batch" of what is on the wire; empty for a field that is not released."""
     spec = edge.wire(direction)
     return f"{spec}, {'at most ' if spec.free else ''}{spec.nbytes(batch):,} bytes a batch" if spec else ""
-
-
-def _treated(edge: Edge, direction: str) -> str:
-    words = edge.crossing.words(direction) if edge.crossing else ""
-    return f" ({words})" if words else ""
 
 
 def _note(found: _Flows, key: tuple[str, str], lane: int, peer: str) -> None:
@@ -192,7 +188,7 @@ def what_of(edge: Edge) -> str:
     """Return what the value of an edge is, and what is done to it before it leaves."""
     if edge.source.field:
         return f"RAW data.{edge.source.field} (declared release)"
-    return f"activations of {edge.origin}{_treated(edge, 'up')}"
+    return f"activations of {edge.origin}{treated(edge, 'up')}"
 
 
 def _line(what: tuple[str, str], word: str, peers: dict[int, list[str]]) -> str:

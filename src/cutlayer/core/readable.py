@@ -1,35 +1,44 @@
-"""Which data can be read from gradients: seen from the graph alone.
+"""Which data can be read from gradients: seen from the plan alone.
 
 The gradient at a loss's input is computed from that input and the labels, so whoever gives the input and gets the
 gradient can read them: with cross-entropy it is what was predicted, minus one at the label. A stage with weights that
-the giver does not have must be between. What is inside a stage is not seen here.
+the giver does not have must be between: it can undo one whose weights it has, and gets there as well. It has those of a
+stage that it runs too, since replicas are equal; of one whose weight gradients it adds up (with what it sent there and
+got back, they tell what it would get behind it); and of all stages if the model is assembled at it, at the end.
+
+What is inside a stage is not seen here, nor which weights are known to all since they come from one file or seed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cutlayer.core.graph import Edge, Graph
-from cutlayer.core.parts import Loss
+from cutlayer.core.parts import Loss, Stage
 
-__all__ = ["READABLE_REMEDY", "Readable", "readable", "warnings_of"]
+if TYPE_CHECKING:
+    from cutlayer.core.plan import Plan
+
+__all__ = ["READABLE_REMEDY", "Readable", "readable", "treated", "warnings_of"]
 
 READABLE_REMEDY: Final = (
-    "put a stage with weights, at the party of the loss, before the loss (a tail); or, if it may be known, declare "
-    "a release of it"
+    "put a stage with weights, at the party of the loss, before the loss (a tail), which the reader neither runs, nor "
+    "is the hub of, nor gets by assemble_at; or blur the gradient (gradient_defences of a crossing: it is told, and "
+    "this warning stays); or, if the field may be known, declare a release of it"
 )
 
 
 @dataclass(frozen=True)
 class Readable:
-    """A field that a party can read from the gradient that it gets at an input of a loss.
+    """A field that a party can read from a gradient that it gets, at an input of a loss or of a stage before it.
 
     Attributes:
         field: Name of the data field, usually a label.
         holder: The party that holds it.
         reader: The party that gets the gradient; the field is not sent to it.
-        edge: The loss's input.
+        edge: Where the gradient is: the input of a loss, or of the first stage before it.
+        through: Why the stages between hide nothing from the reader, in words; empty: there is none.
         declared: Whether a release allows the reader to have the field.
     """
 
@@ -37,33 +46,71 @@ class Readable:
     holder: str
     reader: str
     edge: Edge
+    through: str
     declared: bool
 
 
-def readable(graph: Graph) -> tuple[Readable, ...]:
+def readable(plan: Plan) -> tuple[Readable, ...]:
     """Return what each party can read of others' data in gradients, in plan order; once, if in several lanes."""
-    found: dict[Readable, None] = {}
+    graph, found = plan.graph, dict[Readable, None]()
     for lane in range(graph.lanes):
         for edge in graph.edges:
-            if not (edge.trained and isinstance(graph.by_name[edge.target], Loss) and graph.is_cut(edge, lane)):
-                continue
             reader = graph.origin(edge, lane)
-            for taken in graph.inputs_of[edge.target]:
-                holder, field = graph.origin(taken, lane), taken.source.field
-                if field and holder != reader and not _sent(graph, lane, field, (holder, reader)):
-                    declared = _declared(graph, lane, field, (holder, reader))
-                    found[Readable(field, holder, reader, edge, declared)] = None
+            if not graph.is_cut(edge, lane):
+                continue
+            for loss, reasons in _reached(plan, graph, lane, edge, reader).items():
+                for taken in graph.inputs_of[loss]:
+                    holder, field = graph.origin(taken, lane), taken.source.field
+                    if field and holder != reader and not _sent(graph, lane, field, (holder, reader)):
+                        declared = _declared(graph, lane, field, (holder, reader))
+                        found[Readable(field, holder, reader, edge, " and ".join(reasons), declared)] = None
     return tuple(found)
 
 
-def warnings_of(graph: Graph) -> list[str]:
+def warnings_of(plan: Plan) -> list[str]:
     """Return in words what can be read and is not declared: the plan's author may not know it."""
     return [
-        f"{one.reader} can read data.{one.field} of {one.holder} from the gradient at {one.edge.label}: "
-        "no stage of another party is between"
-        for one in readable(graph)
+        f"{one.reader} can read data.{one.field} of {one.holder} from the gradient at {one.edge.label}"
+        f"{treated(one.edge, 'down')}: {one.through or 'no stage of another party is between'}"
+        for one in readable(plan)
         if not one.declared
     ]
+
+
+def treated(edge: Edge, direction: str) -> str:
+    """Return " (WORDS)" of what is done to what crosses an edge in a direction; empty: nothing."""
+    words = edge.crossing.words(direction) if edge.crossing else ""
+    return f" ({words})" if words else ""
+
+
+def _reached(plan: Plan, graph: Graph, lane: int, cut: Edge, reader: str) -> dict[str, tuple[str, ...]]:
+    """Return each loss behind a cut from which gradients come to the reader through no stage but ones it can undo.
+
+    With it, why it can undo those between. What comes back through a stage of the reader's own crosses to it there.
+    """
+    waiting: list[tuple[Edge, tuple[str, ...]]] = [(cut, ())]
+    seen, found = set[str](), dict[str, tuple[str, ...]]()
+    for edge, reasons in waiting:
+        name = edge.target
+        if not edge.trained or name in seen:
+            continue
+        seen.add(name)
+        if isinstance(graph.by_name[name], Loss):
+            found[name] = reasons
+        elif graph.place(name, lane) != reader and (reason := _undone(plan, graph.by_name[name], reader)):
+            waiting += [(following, (*reasons, reason)) for following in graph.consumers_of[name]]
+    return found
+
+
+def _undone(plan: Plan, stage: Stage | Loss, reader: str) -> str:
+    """Return why a party can undo another's stage, in words; empty: it does not have its weights."""
+    name = stage.name
+    if reader in stage.places:
+        return f"{reader} runs {name} too"
+    added = plan.training.order == "parallel" and plan.lanes > 1 and stage.replicated and not stage.frozen
+    if added and plan.hub_of(name) == reader:
+        return f"weight gradients of {name} go by way of {reader}"
+    return f"{reader} gets the weights of {name} at the end" if reader in plan.assemble_at else ""
 
 
 def _sent(graph: Graph, lane: int, field: str, way: tuple[str, str]) -> bool:

@@ -263,7 +263,7 @@ def _leaving(record: Record, party: str, rows: Sequence[Moved]) -> dict[str, Any
         "framing": f"{sum(row.framing for row in sent):,}",
         "messages": f"{sum(row.messages for row in sent):,}",
         "nothing": "Nothing left this party." if known else "Nothing was received from this party here.",
-        "read": tells(record.plan.graph, party),
+        "read": tells(record.plan, party),
         "kept": ", ".join(keeps(record.plan, party)) or "nothing that the above does not name",
     }
 

@@ -127,23 +127,24 @@ def _inside(record: Record, party: str) -> Inside:
 
 def _locks(plan: Plan, party: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Return what of a party is under a closed lock, `kept`, and under an open one, `released`."""
-    labels = {edge.source.field for edge in plan.graph.edges if isinstance(plan.stage(edge.target), Loss)}
-    fields = sorted({name for lane in range(plan.lanes) for name in plan.graph.data_fields(lane).get(party, ())})
+    graph = plan.graph
+    labels = {edge.source.field for edge in graph.edges if isinstance(plan.stage(edge.target), Loss)}
+    fields = sorted({name for lane in range(plan.lanes) for name in graph.data_fields(lane).get(party, ())})
     whole = keeps(plan, party)
     told = {one.field: "means leave" if one.kind == "scale" else "values leave" for one in agreed(plan, party)}
-    read = {one.field for one in readable(plan.graph) if one.holder == party}
+    read = {one.field for one in readable(plan) if one.holder == party}
+    cuts = [(edge, lane) for lane in range(plan.lanes) for edge in graph.cuts(lane)]
+    sent = {edge.source.field for edge, lane in cuts if graph.origin(edge, lane) == party}
     kept, released = list[str](), list[tuple[str, str]]()
     for name in fields:
         text = f"data.{name}{' (label)' if name in labels else ''}"
         if f"data.{name}" in whole:
             kept.append(text)
-        elif name in read:
-            released.append((f"{text}: can be read", "raw"))
         elif any(one.startswith(f"rows of data.{name} ") for one in whole):
             kept.append(f"rows of {text}")
-            released.append((f"data.{name}: {told[name]}", "exchange"))
-        else:
-            released.append((f"{text}: leaves, raw", "raw"))
+        released += [(f"{text}: leaves, raw", "raw")] if name in sent else []
+        released += [(f"{text}: can be read", "raw")] if name in read else []
+        released += [(f"data.{name}: {told[name]}", "exchange")] if name in told else []
     if "its weights" in whole:
         kept.append("its weights")
     else:

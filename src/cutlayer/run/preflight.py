@@ -60,7 +60,7 @@ def preflight(contract: Contract, files: Sequence[PartyFile], *, now: datetime) 
         "ok", "contract", f"{len(plan.stages)} stages, {len(plan.parties)} parties, {len(cuts)} cuts, "
         f"digest {contract.digest()}"
     )  # fmt: skip
-    yield from (Finding("warn", "contract", text, do=READABLE_REMEDY) for text in warnings_of(plan.graph))
+    yield from (Finding("warn", "contract", text, do=READABLE_REMEDY) for text in warnings_of(plan))
     held: dict[str, Party] = {}
     for file in files:
         yield from _network(contract, file, now)
