@@ -27,7 +27,7 @@ from torch.fx.node import map_aggregate
 from cutlayer.errors import StageError
 from cutlayer.models.whereabouts import line
 
-__all__ = ["answering", "scopes_of"]
+__all__ = ["answering"]
 
 _OF_TORCHSCRIPT: Any = torch.jit.isinstance
 
@@ -45,7 +45,7 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
         StageError: E326, where a forward asks what a value is that `values` does not have.
     """
     ours = {"isinstance": partial(_is, tracer, values), "len": partial(_length, tracer, values)}
-    added = [(scope, name) for scope in scopes_of(modules) for name in ours if name not in scope]
+    added = [(scope, name) for scope in _scopes_of(modules) for name in ours if name not in scope]
     for scope, name in added:
         scope[name] = ours[name]
     try:
@@ -59,7 +59,7 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
             del scope[name]
 
 
-def scopes_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+def _scopes_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """Return the global names of all code that modules and their classes are written in, but torch's own."""
     found: dict[int, dict[str, Any]] = {}
     for module in modules:
@@ -87,7 +87,9 @@ def _is(tracer: fx.Tracer, values: Mapping[str, Any], obj: Any, kind: Any) -> bo
 
 def _length(tracer: fx.Tracer, values: Mapping[str, Any], obj: Any) -> Any:  # noqa: ANN401
     if isinstance(obj, fx.Proxy) and obj.tracer is tracer and isinstance(values.get(obj.node.name), Tensor):
-        return tracer.create_proxy("call_method", "size", (obj, 0), {})
+        size = tracer.create_proxy("call_method", "size", (obj, 0), {})
+        tracer.lengths.add(size.node.name)  # type: ignore[attr-defined]
+        return tracer.proxy(size.node)
     return len(obj)
 
 

@@ -1,21 +1,19 @@
 """Distributions that a forward makes (`torch.distributions`): making one is a step, and so is each of its methods.
 
-Followed, their code would decide by the values of their parameters, to check these. So the names of their classes, in
-the modules of Python whose code is followed, stand for classes that note the call, for as long as it is followed; and
-a distribution that a module keeps, for one whose methods are steps.
+Followed, their code would decide by the values of their parameters, to check these. So as long as a model is followed,
+`Distribution` has a `__new__` that notes the call as a step, and a `__getattribute__` by which what is asked of a
+distribution that the model keeps is a step too. The classes, and the distributions themselves, stay what they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from unittest.mock import patch
 
-import torch
 from torch import nn
 from torch.distributions import Distribution
-
-from cutlayer.models.asked import scopes_of
 
 __all__ = ["made_as_steps"]
 
@@ -33,55 +31,36 @@ class _Tracer(Protocol):
 
 
 @contextmanager
-def made_as_steps(tracer: _Tracer, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let what the code of `modules` does with distributions and their classes be steps of `tracer`."""
-    replaced = [
-        (scope, name, value)
-        for scope in [vars(torch.distributions), *scopes_of(modules), *map(vars, modules)]
-        for name, value in scope.items()
-        if isinstance(value, Distribution) or (type(value) is type and issubclass(value, Distribution))
-    ]
-    for scope, name, value in replaced:
-        if isinstance(value, type):
-            scope[name] = _Noting(value.__name__, (value,), {"kind": value, "tracer": tracer})
-        else:
-            scope[name] = _Kept(value, tracer)
+def made_as_steps(tracer: _Tracer) -> Iterator[None]:
+    """Let what followed code does with distributions and their classes be steps of `tracer`."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Note the call; what is no instance of the class is not initialised. Make one within a step."""
+        if not tracer.record.away:
+            return tracer.create_proxy("call_function", cls, args, kwargs)
+        return _made(cls, *args, **kwargs)
+
+    def attribute(self: Distribution, name: str) -> Any:  # noqa: ANN401
+        inside = name.startswith("__") or issubclass(type(self), nn.Module)
+        if inside or tracer.record.away:
+            return super(Distribution, self).__getattribute__(name)
+        return getattr(tracer.create_proxy("call_function", kept, (self,), {}), name)
+
+    before = vars(Distribution).get("__new__", staticmethod(_made))
     try:
-        yield
+        Distribution.__new__ = staticmethod(new)  # type: ignore[method-assign]
+        with patch.object(Distribution, "__getattribute__", attribute):
+            yield
     finally:
-        for scope, name, value in replaced:
-            scope[name] = value
+        Distribution.__new__ = before  # type: ignore[method-assign]
+
+
+def _made(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Make a distribution, as without a `__new__`; it stays, for Python calls no class whose `__new__` was deleted."""
+    following = super(Distribution, cls).__new__  # type: ignore[misc]
+    return following(cls) if following is object.__new__ else following(cls, *args, **kwargs)
 
 
 def kept(value: Distribution) -> Distribution:
     """Return a distribution that a module keeps: the step that its methods begin from."""
     return value
-
-
-class _Kept:
-    """Stands for a distribution that a module keeps."""
-
-    def __init__(self, value: Distribution, tracer: _Tracer) -> None:
-        self._value, self._tracer = value, tracer
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if self._tracer.record.away:
-            return getattr(self._value, name)
-        return getattr(self._tracer.create_proxy("call_function", kept, (self._value,), {}), name)
-
-
-class _Noting(type):
-    """The class of a class that stands for `kind`."""
-
-    kind: type
-    tracer: _Tracer
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Note the call as a step; make a distribution where a step is carried out."""
-        if cls.tracer.record.away:
-            return cls.kind(*args, **kwargs)
-        return cls.tracer.create_proxy("call_function", cls.kind, args, kwargs)
-
-    def __instancecheck__(cls, obj: object) -> bool:
-        """Answer for the class that it stands for."""
-        return isinstance(obj, cls.kind)

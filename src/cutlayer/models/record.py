@@ -67,6 +67,14 @@ class Recorder:
         """Whether a call is none of the trace's: it is made within a step, or in another thread."""
         return self.running or get_ident() != self.thread
 
+    def attribute(self, value: Any, name: str) -> Any:  # noqa: ANN401
+        """Return an attribute of a step's value; what it runs is none of the trace's."""
+        before, self.running = self.running, True
+        try:
+            return getattr(value, name)
+        finally:
+            self.running = before
+
     def note(self, node: fx.Node, path: str) -> None:
         """Note where in the model and in the user's code a step is."""
         self.details[node.name] = (path, line(), contexts(self.ambient))

@@ -7,7 +7,6 @@ With an example, each step is computed at once while tracing. So sizes are known
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +26,11 @@ from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
 from cutlayer.models.kinds import is_derived
 from cutlayer.models.names import nearest
+from cutlayer.models.proxies import Value
 from cutlayer.models.record import Recorder, Trace
 from cutlayer.models.stacks import Parts
 from cutlayer.models.steps import every_module, hold
-from cutlayer.models.weights import Weights, held_again, set_on
+from cutlayer.models.weights import Weights, held_again
 from cutlayer.models.whereabouts import from_einops, line, step_name
 
 __all__ = ["trace"]
@@ -89,7 +89,7 @@ def trace(
         with (
             _ONE,
             answering(tracer, tracer.found.values, entered),
-            made_as_steps(tracer, entered),
+            made_as_steps(tracer),
             kept_whole(),
             _without_backward_hooks(entered),
             tracer.weights,
@@ -140,48 +140,6 @@ def _put_back(owner: nn.Module, name: str, value: Tensor | None, record: Recorde
         )
 
 
-class _Proxy(fx.Proxy):
-    """A value while tracing. Python may ask for its size or its number where an example tells them.
-
-    It must not give itself out as a tensor (`__class__`): torch's C code would read it as one. See `asked`.
-    """
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
-
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        if name in ("node", "tracer") or not hasattr(Tensor, name):
-            super().__setattr__(name, value)
-        else:
-            set_on(self.tracer, self, name, value)  # type: ignore[arg-type]
-
-    def __index__(self) -> int:
-        return int(self.tracer.constant(self, operator.index))  # type: ignore[attr-defined]
-
-    def __int__(self) -> int:
-        return int(self.tracer.constant(self, int))  # type: ignore[attr-defined]
-
-    def __float__(self) -> float:
-        return float(self.tracer.constant(self, float))  # type: ignore[attr-defined]
-
-    def __len__(self) -> int:
-        return int(self.tracer.constant(self, len))  # type: ignore[attr-defined]
-
-    def __setitem__(self, place: Any, value: Any) -> None:  # noqa: ANN401
-        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
-
-
-def _written(operation: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], Any]:
-    def method(self: _Proxy, other: Any) -> Any:  # noqa: ANN401
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return method
-
-
-for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior):
-    setattr(_Proxy, f"__{_operation.__name__}__", _written(_operation))  # `x += y` writes to x; fx alone makes it x + y
-
-
 def _made_inside(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a module that the model's forward has made itself, such as `nn.ReLU()(x)`, to look into."""
     held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
@@ -211,12 +169,13 @@ class _Tracer(fx.Tracer):
         pick: Callable[[Any], Any],
     ) -> None:
         super().__init__(autowrap_functions=(*_MAKERS, torch.distributions.kl_divergence, *from_einops()))
-        self._autowrap_search += [torch, torch.distributions]
+        self._autowrap_search += [torch, torch.distributions, torch.distributions.kl]
         self.model, self.arguments, self.enter, self.stacks, self.pick = model, arguments, enter, stacks, pick
         self.record = Recorder(model, arguments)
         self.found, self.derived = self.record.found, self.record.found.derived
         self.weights = Weights(model, self)
         self.record.paused = self.weights.paused
+        self.lengths = set[str]()  # steps that give a number that Python's `len` would, or one reckoned from it
         self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -236,7 +195,10 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
-        return _Proxy(node, self)
+        number = node.name in self.derived and type(self.found.values.get(node.name)) in (int, float)
+        if number and any(one.name in self.lengths for one in node.all_input_nodes):
+            self.lengths.add(node.name)
+        return Value(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -332,7 +294,7 @@ class _Tracer(fx.Tracer):
         value = self.found.values.get(proxy.node.name)
         if proxy.node.op == "get_attr" and name in ("shape", "ndim", "dtype"):
             return getattr(value, name)
-        if value is None or callable(getattr(value, name)):
+        if value is None or callable(self.record.attribute(value, name)):
             return Attribute(proxy, name)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
 
