@@ -268,7 +268,8 @@ def _sample(data: Data, split: Split, told: str) -> tuple[str, Tensor]:
     Raises:
         DataError: E253, inputs or label are missing, or what was taken for the label cannot be one.
     """
-    batch, name = _first(data), told or "label"
+    name = told or "label"
+    batch = _first(data, () if name in split.cut.inputs else (*split.cut.inputs, name))
     others = [str(one) for one in batch if one not in split.cut.inputs] if isinstance(batch, Mapping) else []
     alone = len(others) == 1 and not told
     if alone:
@@ -307,13 +308,13 @@ def _sample(data: Data, split: Split, told: str) -> tuple[str, Tensor]:
     return name, label
 
 
-def _first(data: Data) -> Any:  # noqa: ANN401 - whatever the data gives
-    """Return a batch of the first two samples, or of the only one twice."""
+def _first(data: Data, taken: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the data gives
+    """Return a batch of the first two samples, or of the only one twice; `taken`: see `collated`."""
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    collate = data.collate_fn if isinstance(data, DataLoader) else collated
-    collate = collated if collate is default_collate else collate  # torch's own says nothing of what to do
-    try:
-        return collate([dataset[0], dataset[min(1, len(dataset) - 1)]])
+    collate = data.collate_fn if isinstance(data, DataLoader) else default_collate
+    samples = [dataset[0], dataset[min(1, len(dataset) - 1)]]
+    try:  # torch's own says nothing of what to do
+        return collated(samples, taken=taken) if collate is default_collate else collate(samples)
     except DataError as error:
         error.within("the first items of the data")
         raise
@@ -321,7 +322,8 @@ def _first(data: Data) -> Any:  # noqa: ANN401 - whatever the data gives
 
 def _parts(data: Data, split: Split) -> int:
     """Return how many parts a sample has: the model's inputs, or these and a label. Raises `DataError` E253."""
-    batch, inputs = _first(data), split.cut.inputs
+    inputs = split.cut.inputs
+    batch = _first(data, inputs)
     if isinstance(batch, Mapping):
         number, got = len(inputs), f"fields {', '.join(map(str, batch))}"
         fits = all(name in batch for name in inputs)

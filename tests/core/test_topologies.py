@@ -59,6 +59,18 @@ def test_the_training_is_set_by_keywords(name):
         TOPOLOGIES[name](epoch=7)
 
 
+@pytest.mark.provokes("E110")
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_training_that_is_none_is_refused_in_words(name):
+    for given in ({"epochs": 1}, {}, 3):
+        with pytest.raises(PlanError, match=r"E110.*training is a .*or the settings themselves: epochs=3"):
+            TOPOLOGIES[name](training=given)
+    with pytest.raises(PlanError, match=r"E110.*training is a dict"):
+        Plan(TOPOLOGIES[name]().stages, training={"epochs": 1})
+    with pytest.raises(TypeError, match="no such argument: 'releases'; a plan's training has epochs, batch_size"):
+        TOPOLOGIES[name](releases=[])
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_preprocessing_is_that_of_the_plan_by_hand(name):
     plain = TOPOLOGIES[name](epochs=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import uuid
 
 import numpy as np
 import pytest
@@ -72,6 +74,19 @@ def test_identifiers_of_any_whole_or_text_type_are_the_same_names(kind: type):
     assert holdout(kind(number) for number in range(99)).test.tolist() == holdout(torch.arange(99)).test.tolist()
 
 
+def test_whole_numbers_may_be_tensors_and_arrays_of_one():
+    wanted = holdout(range(99)).test.tolist()
+    assert holdout(list(torch.arange(99))).test.tolist() == wanted
+    assert holdout([np.array(number) for number in range(99)]).test.tolist() == wanted
+
+
+@pytest.mark.provokes("E263")
+@pytest.mark.parametrize("one", [torch.tensor(3), np.array(3)], ids=["tensor", "array"])
+def test_a_single_number_is_one_group(one: object):
+    with pytest.raises(DataError, match=r"E263.*from 1 groups"):
+        holdout(one)
+
+
 ROWS = list(range(98))
 
 
@@ -85,6 +100,10 @@ ROWS = list(range(98))
         ([*ROWS, 4711.0], "1 other, at row 98: float", "with a gap"),
         ([*ROWS, float("nan")], "1 other, at row 98: float", "with a gap"),
         ([*ROWS, None], "1 other, at row 98: NoneType", "leave these rows out"),
+        ([*ROWS, uuid.UUID(int=4711)], "1 other, at row 98: UUID", "str(one) of a UUID or a date"),
+        ([*ROWS, datetime.date(4711, 1, 1)], "1 other, at row 98: date", "str(one) of a UUID or a date"),
+        ([*ROWS, b"4711"], "1 other, at row 98: bytes", "one.decode() of bytes"),
+        ([*ROWS, torch.ones(2)], "1 other, at row 98: Tensor", "give whole numbers or texts"),
         ([True, *ROWS, False], "2 others, the first at row 0: bool", "leave these rows out"),
         ([*ROWS, "4711 "], "1 text with spaces around it, at row 98", "strip()"),
         (["\t4711", *ROWS, "4712\n"], "2 texts with spaces around them, the first at row 0", "strip()"),

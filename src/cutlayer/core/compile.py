@@ -28,7 +28,7 @@ from cutlayer.core.program import (
 from cutlayer.core.schedules import Action, forwards_only, schedule
 from cutlayer.errors import DataError, PlanError
 
-__all__ = ["Roster", "agenda", "compile_plan"]
+__all__ = ["Roster", "agenda", "compile_plan", "stages_of"]
 
 BARRIER = 0  # the number of all barriers: their steps tell them apart
 AGREED_BYTES = 256  # most bytes of an entry of shared preprocessing
@@ -53,7 +53,7 @@ class Roster:
         counts: list[int] = []
         owners: dict[str, int] = {}
         for lane in range(graph.lanes):
-            parties = tuple(held_fields(graph, lane, _stages(graph, mode)))
+            parties = tuple(held_fields(graph, lane, stages_of(graph, mode)))
             for party in parties:
                 if owners.setdefault(party, lane) != lane:
                     raise PlanError(
@@ -205,7 +205,7 @@ class _Compiler:
         counts = self.roster.lane_counts(self.graph, mode)
         if not any(counts):
             return []
-        stages = _stages(self.graph, mode)
+        stages = stages_of(self.graph, mode)
         turns = round_steps(counts, self.plan.training, relay=self.relay, drop_last=False)
         blocks: list[Blocks] = []
         for place, turn in enumerate(turns):
@@ -362,7 +362,7 @@ def _stepping(graph: Graph, lanes: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(graph.place(stage.name, lane) for stage in trained for lane in lanes))
 
 
-def _stages(graph: Graph, mode: str) -> set[str]:
+def stages_of(graph: Graph, mode: str) -> set[str]:
     """Return the stages that run in a mode: a prediction ends before the losses."""
     return graph.ancestors(graph.outputs if mode == "predict" else tuple(graph.by_name))
 

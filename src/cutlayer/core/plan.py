@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from cutlayer.core.answers import check_answers
@@ -58,7 +58,7 @@ class Plan:
         """Accept lists; check the whole plan."""
         keep = object.__setattr__
         keep(self, "stages", tuple(stages))
-        keep(self, "training", training or Training())
+        keep(self, "training", _training(training))
         keep(self, "releases", tuple(releases))
         keep(self, "preprocessing", tuple(preprocessing))
         keep(self, "assemble_at", tuple(assemble_at))
@@ -181,7 +181,24 @@ def settings(given: Mapping[str, object]) -> dict[str, Any]:
     """
     own: dict[str, Any] = {"training": Training(), **{n: v for n, v in given.items() if n in _OWN}}
     changes: dict[str, Any] = {name: value for name, value in given.items() if name not in _OWN}
-    return {**own, "training": replace(own["training"] or Training(), **changes)}
+    known = [one.name for one in fields(Training)]
+    for name in changes:
+        if name not in known:
+            raise TypeError(f"no such argument: {name!r}; a plan's training has {', '.join(known)}")
+    return {**own, "training": replace(_training(own["training"]), **changes)}
+
+
+def _training(given: object) -> Training:
+    """Return it, or the usual one for None. Raises `PlanError` E110 for what is none."""
+    if given is not None and not isinstance(given, Training):
+        raise PlanError(
+            f"training is a {type(given).__name__}",
+            where="training",
+            expected="a cl.Training",
+            remedy="write training=cl.Training(epochs=3), or the settings themselves: epochs=3",
+            code="E110",
+        )
+    return given or Training()
 
 
 def _outputs(graph: Graph, answers: Sequence[Answer]) -> dict[str, str]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from traceback import walk_tb
 from typing import Any
@@ -33,14 +33,22 @@ _SIZES = (
 _OTHER = "let the data set give tensors, arrays of numbers, numbers or texts"
 
 
-def collated(samples: list[Any], rows: Sequence[int] | None = None) -> Any:  # noqa: ANN401 - whatever the data set gives
-    """Return samples as a batch. `rows`: their places in the data set; None: from 0 on.
+def collated(samples: list[Any], rows: Sequence[int] | None = None, taken: Collection[str] = ()) -> Any:  # noqa: ANN401 - whatever the data set gives
+    """Return samples as a batch.
+
+    Args:
+        samples: As the data set gives them.
+        rows: Their places in the data set; None: from 0 on.
+        taken: The fields that are taken, if that is known. Where all are there, others are left out of dictionaries:
+            samples may lack these.
 
     Raises:
         DataError: E253, they cannot be put together. Two places and sizes are told where sizes differ, and the place of
             a sample that lacks a field; else the type that is no tensor, with its place, and no values.
     """
     rows = rows or range(len(samples))
+    if taken and all(isinstance(sample, Mapping) for sample in samples) and set(taken) <= set().union(*samples):
+        samples = [{name: sample[name] for name in sample if name in taken} for sample in samples]
     if _lacking(samples, rows):
         raise _misfit(samples, rows, "")
     try:

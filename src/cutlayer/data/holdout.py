@@ -15,7 +15,9 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
         DataError: E254, an identifier is no whole number and no text, or has spaces around it: written "7.0" or "7 ",
             one person would be on both sides. E263, one of the sides would be empty.
     """
-    names = _names(groups.tolist() if isinstance(groups, Tensor) else list(groups))
+    names = _names(_listed(groups))
     held = {name: _fraction(seed, name) < share for name in dict.fromkeys(names)}
     tested = torch.tensor([held[name] for name in names], dtype=torch.bool)
     found = Holdout((~tested).nonzero().flatten(), tested.nonzero().flatten())
@@ -62,6 +64,14 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
             code="E263",
         )
     return found
+
+
+def _listed(groups: Any) -> list[Any]:  # noqa: ANN401 - what the user gives
+    """Return identifiers as a list; tensors and arrays of one number, also in a list, are that number."""
+    if isinstance(groups, Tensor | np.ndarray):
+        groups = groups.reshape(1) if not groups.ndim else groups
+        return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    return [one.item() if isinstance(one, Tensor | np.ndarray) and not one.ndim else one for one in groups]
 
 
 def _names(groups: list[int | str]) -> list[str]:
@@ -82,7 +92,10 @@ def _names(groups: list[int | str]) -> list[str]:
             "then convert it, column.astype('int64')"
         )
     elif other:
-        remedy = "give whole numbers or texts; leave these rows out where an identifier is missing"
+        remedy = (
+            "give whole numbers or texts, at all parties alike: str(one) of a UUID or a date, one.decode() of bytes; "
+            "leave these rows out where an identifier is missing"
+        )
     raise DataError(
         "identifiers cannot be compared",
         where="holdout, rows counted from 0",

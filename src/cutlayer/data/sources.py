@@ -75,7 +75,10 @@ class TensorTable(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The public part of the order of samples, and the party's private seed for what is random in its data set."""
+    """The public part of the order of samples, and the party's private seed for what is random in its data set.
+
+    `fields` are the names of a tuple's parts; `taken` are the fields that the party's stages take, if that is known.
+    """
 
     training: Training
     count: int
@@ -83,6 +86,7 @@ class Order:
     shuffle: bool
     drop_last: bool
     fields: tuple[str, ...] | None = None
+    taken: tuple[str, ...] = ()
 
 
 def sample_count(data: Dataset[Any] | DataLoader[Any]) -> int:
@@ -165,7 +169,7 @@ class OrderedBatches:
         rows = self._indices[place]
         if self._whole:
             return whole(self._dataset, rows)
-        return _named(collated(samples_of(self._dataset, rows), rows), self.order.fields)
+        return _named(collated(samples_of(self._dataset, rows), rows, self.order.taken), self.order.fields)
 
     def _restart(self, lane: int, epoch: int, index: int) -> None:
         order, training = self.order, self.order.training

@@ -23,11 +23,21 @@ from cutlayer.errors import StageError
 if TYPE_CHECKING:
     from torchmetrics import Metric  # takes seconds to import: only who uses metrics pays
 
-__all__ = ["Pairs", "loss_error", "metric_error", "metric_inputs", "mixed_error", "no_gradient", "probable", "shown"]
+__all__ = [
+    "LEFT_OUT",
+    "Pairs",
+    "loss_error",
+    "metric_error",
+    "metric_inputs",
+    "mixed_error",
+    "no_gradient",
+    "probable",
+    "shown",
+]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _BY_ELEMENT = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div"})
-_LEFT_OUT = -100  # torch's own mark of labels to leave out
+LEFT_OUT = -100  # torch's own mark of labels to leave out
 _SCALES = {"binary_cross_entropy_with_logits": "sigmoid", "cross_entropy": "softmax"}
 
 
@@ -88,18 +98,24 @@ class Pairs(TorchFunctionMode):
         return function(*args, **named)
 
 
-def loss_error(name: str, inputs: Sequence[Tensor], error: Exception) -> StageError:
+def loss_error(name: str, inputs: Sequence[Tensor], error: Exception, ignored: object = LEFT_OUT) -> StageError:
     """Return the error for a loss that fails on its inputs: what they are, and what most likely helps.
 
     Labels outside the classes are told in `got`, which stays at this party, and nowhere else: they are values.
+    `ignored` is the label that the loss leaves out.
     """
-    outside = _no_class(inputs) if isinstance(error, IndexError) else ""
-    why = f"a label that is no class: {outside}" if outside else f"{type(error).__name__}: {error}"
+    prediction, label = _pair(inputs)
+    outside = _no_class(prediction, label, ignored) if isinstance(error, IndexError) else ""
+    why = f"{type(error).__name__}: {error}"
+    if outside:
+        why = f"a label that is no class: {outside}"
+    elif isinstance(error, IndexError) and "out of bounds" in str(error):  # torch's words hold the label
+        outside = why = "a label, or another index, out of bounds"
     return StageError(
         f"the loss {name!r} does not take what it is given",
         where=f"stage {name}",
         got=f"{shown(inputs)}; {why}",
-        remedy=_remedy(inputs, str(error), outside=bool(outside)),
+        remedy=_remedy(prediction, label, str(error), outside=bool(outside)),
         code="E307",
     )
 
@@ -223,12 +239,20 @@ def _outside(labels: Tensor, count: int, ignored: int | None) -> bool:
     return bool(wrong.any())
 
 
-def _no_class(inputs: Sequence[Tensor]) -> str:
+def _pair(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what are most likely prediction and label: the first floats, and the one input of whole numbers."""
+    floats = [value for value in inputs if value.is_floating_point()]
+    classes = [value for value in inputs if not value.is_floating_point() and value.dtype != torch.bool]
+    if floats and len(classes) == 1:
+        return floats[0], classes[0]
+    return inputs[0], inputs[-1]
+
+
+def _no_class(prediction: Tensor, label: Tensor, ignored: object) -> str:
     """Return in words from where to where labels go that are not all classes of the prediction; else ""."""
-    prediction, label = inputs[0], inputs[-1]
     if not prediction.dim() or label.is_floating_point() or label.is_complex():
         return ""
-    counted = label[label != _LEFT_OUT]
+    counted = label[label != ignored] if isinstance(ignored, int) else label
     count = prediction.shape[1 if prediction.dim() > 1 else 0]
     if not counted.numel() or not _outside(counted, count, None):
         return ""
@@ -239,8 +263,7 @@ def _stretched(first: Tensor, second: Tensor) -> bool:
     return first.shape != second.shape and first.dim() > 0 and second.dim() > 0
 
 
-def _remedy(inputs: Sequence[Tensor], words: str, *, outside: bool) -> str:
-    prediction, label = inputs[0], inputs[-1]
+def _remedy(prediction: Tensor, label: Tensor, words: str, *, outside: bool) -> str:
     if outside:
         return (
             "give the model one output for each class, and labels that count them from 0: label - 1 in the data set, "

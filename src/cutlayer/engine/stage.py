@@ -15,7 +15,7 @@ from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
 from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_of, hooks_to, put_last, tell_writes
 from cutlayer.engine.flops import FlopCounter
-from cutlayer.engine.scoring import Pairs, loss_error, no_gradient
+from cutlayer.engine.scoring import LEFT_OUT, Pairs, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.engine.tied import Tied
 from cutlayer.errors import CutlayerError, StageError
@@ -308,7 +308,8 @@ def _through(loss: ModuleStage, kept: _Kept, roots: tuple[Tensor, ...], seeds: t
 
 def _failed(stage: ModuleStage, kind: str, shapes: _Shapes, inputs: list[Tensor], error: Exception) -> StageError:
     if stage.ports is None and not isinstance(error, torch.OutOfMemoryError):
-        return loss_error(stage.name, inputs, error)
+        ignored = getattr(stage.module, "ignore_index", LEFT_OUT)
+        return loss_error(stage.name, inputs, error, ignored)
     return StageError(
         f"stage {stage.name!r} failed in its {kind}",
         where=f"stage {stage.name}, inputs of shapes {_lists(shapes)}",

@@ -33,7 +33,7 @@ from cutlayer.run.missteps import again, closure, no_round, no_tensor, outside
 from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party
 from cutlayer.run.scaling import check_scale, check_stepper, scale_of, unscaled
-from cutlayer.run.walk import Leg, Walk
+from cutlayer.run.walk import Leg, Walk, spread
 from cutlayer.transport.session import SessionReset
 from cutlayer.transport.settings import NetworkSettings
 
@@ -77,7 +77,11 @@ def session(
 
 
 class _Remote(torch.autograd.Function):
-    """Sends in forward and gets; the other way round in backward."""
+    """Sends in forward and gets; the other way round in backward.
+
+    Takes a value once for each edge on which a gradient may come back: autograd then adds these one after another to
+    what it has of the loop itself, as it does in the uncut model.
+    """
 
     @staticmethod
     def forward(ctx: Any, hold: _Hold, *sent: Tensor) -> Any:  # noqa: ANN401 - what autograd gives
@@ -97,10 +101,10 @@ class _Remote(torch.autograd.Function):
             check_scale(session.scaler, gradients[0], 1.0, session.place, session.factors)
         finite = session.worker.parts.finite
         known = unscaled(gradients, scale, session.place, finite=finite) if hold.leg.got else ()
-        sums = hold.walk.backward(hold.leg, known)
+        heard = hold.walk.backward(hold.leg, known)
         if scale != 1:
-            sums = {name: total * scale for name, total in sums.items()}
-        return (None, None, *(sums.get(name) for name in hold.names))
+            heard = {edge: gradient * scale for edge, gradient in heard.items()}
+        return (None, None, *(heard.get(edge) for edge in hold.edges))
 
 
 @dataclass
@@ -109,7 +113,8 @@ class _Hold:
 
     session: Session
     walk: Walk
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of each tensor that is sent, its origin
+    edges: tuple[int, ...]  # and an edge on which its gradient may come back
     leg: Leg
 
 
@@ -273,9 +278,9 @@ class Session:
             given += list(named.values())
         if not all(isinstance(one, Tensor) for one in given):
             raise no_tensor(walk.hands.place, given)
-        hold = _Hold(self, walk, names, Leg())
+        names, given, edges = spread(walk, names, given)
         handle = torch.zeros((), requires_grad=walk.training and torch.is_grad_enabled())
-        found = _Remote.apply(hold, handle, *given)  # type: ignore[no-untyped-call]
+        found = _Remote.apply(_Hold(self, walk, names, edges, Leg()), handle, *given)  # type: ignore[no-untyped-call]
         return found[0] if len(found) == 1 else found
 
     def result(self) -> Result:

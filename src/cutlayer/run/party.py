@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from cutlayer.core.compile import Roster
+from cutlayer.core.compile import Roster, stages_of
+from cutlayer.core.emit import held_fields
 from cutlayer.core.graph import Graph
 from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
@@ -275,7 +276,7 @@ def build(plan: Plan, party: Party, roster: Roster, site: Site | None = None) ->
 
 
 def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed: int, roster: Roster) -> Batches:
-    train = mode == "train"
+    train, active = mode == "train", stages_of(graph, mode)
     lanes = [lane for lane in range(graph.lanes) if party.name in graph.data_fields(lane)]
     order = Order(
         training=plan.training,
@@ -284,6 +285,9 @@ def _batches(plan: Plan, graph: Graph, party: Party, mode: str, data: Data, seed
         shuffle=plan.training.shuffle and train,
         drop_last=plan.training.drop_last and train,
         fields=tuple(party.fields) if party.fields is not None else None,
+        taken=tuple(
+            dict.fromkeys(name for lane in lanes for name in held_fields(graph, lane, active).get(party.name, ()))
+        ),
     )
     if order.drop_last and 0 < order.count < plan.training.batch_size:
         warnings.warn(

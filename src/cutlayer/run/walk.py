@@ -19,7 +19,7 @@ from cutlayer.run.course import PARTS, Course, Item, Key
 from cutlayer.run.hands import Hands
 from cutlayer.run.missteps import evaluating, misplaced, second
 
-__all__ = ["Leg", "Walk"]
+__all__ = ["Leg", "Walk", "spread"]
 
 
 @dataclass
@@ -126,8 +126,8 @@ class Walk:
             raise self._unexpected(f"remote({', '.join(values)})", self.course.next)
         return leg, found
 
-    def backward(self, leg: Leg, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Send the gradients at what a leg got, and wait for those at what it sent: origin -> their sum.
+    def backward(self, leg: Leg, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Send the gradients at what a leg got, and wait for those at what it sent: edge -> gradient.
 
         Raises:
             ProgramError: E440, the program is not there: the loop goes back twice, for another microbatch, or in a
@@ -154,12 +154,7 @@ class Walk:
             self._done.add((job.edge, job.lane, job.micro, "down"))
         if not heard:
             self.hands.link.flush()  # the loop goes on to its optimizer
-        sums: dict[str, Tensor] = {}
-        for edge in self.course.graph.last_first:
-            if edge.index in heard:
-                gradient = heard[edge.index]
-                sums[edge.origin] = sums[edge.origin] + gradient if edge.origin in sums else gradient
-        return sums
+        return heard
 
     def _due(self, leg: Leg) -> list[Send | Recv]:
         """Return the instructions of a leg's way back: all edges of what it sent and got, each once."""
@@ -229,6 +224,19 @@ class Walk:
 
     def _unexpected(self, call: str, job: Item | None) -> ProgramError:
         return misplaced(self.hands.place, self.course.comes(job), call, stepping=isinstance(job, Exchange | Step))
+
+
+def spread(
+    walk: Walk, names: Sequence[str], given: Sequence[Tensor]
+) -> tuple[tuple[str, ...], list[Tensor], tuple[int, ...]]:
+    """Return origins and values once for each edge that takes them, in the order in which autograd adds gradients.
+
+    The edges come third; -1: no stage takes the value.
+    """
+    last_first = walk.course.graph.last_first
+    ways = {name: [edge.index for edge in last_first if edge.origin == name] or [-1] for name in names}
+    found = [(name, one, way) for name, one in zip(names, given, strict=True) for way in ways[name]]
+    return tuple(name for name, _, _ in found), [one for _, one, _ in found], tuple(way for _, _, way in found)
 
 
 def _no_field(hands: Hands, name: str, names: Sequence[str]) -> ProgramError:
