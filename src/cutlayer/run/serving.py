@@ -337,10 +337,14 @@ class _Session:
         self._service.welcome(guests, *self._asked)
         self.samples += self._asked[1]
 
-    def _told(self, event: str, _facts: Mapping[str, object]) -> None:
-        """Count a prediction as soon as its program has come to its end, whatever becomes of the session."""
+    def _told(self, event: str, facts: Mapping[str, Any]) -> None:
+        """Count a prediction as soon as its last outputs have left, whatever becomes of the session.
+
+        Only the checkpoint is then to come, at which the last credits are waited for: in vain, if its client has what
+        it wanted and asks anew.
+        """
         worker = self._worker
-        if event != "round" or worker is None:
+        if event != "step" or facts["step"] != facts["steps"] - 2 or worker is None:
             return
         self._count((*self._asked, *_moved(worker.ledger, self._guest.role)))
         for loan in self._chain.loans:
