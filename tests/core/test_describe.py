@@ -46,6 +46,20 @@ def test_what_parallel_replicas_share():
     assert printed(plan) == PARALLEL
 
 
+def test_a_hub_without_a_replica_sees_gradients_and_no_state():
+    """The first replica's state goes to the others at once; only gradients are added up elsewhere."""
+    plan = u_shaped(["a", "b"], "server", cut=C, back=C, output=C, order="parallel", hub="server")
+    pages = pages_of(plan)
+    for stage in ("head", "tail"):
+        assert says(pages["a"], "sends", f"weight gradients of {stage}, by way of server to", "")
+        assert says(pages["a"], "sends", f"its state of {stage}, once, to b", "")
+        assert says(pages["b"], "gets", f"the state of {stage}, once, from a", "")
+        assert says(pages["b"], "gets", f"the sum of all weight gradients of {stage} from server", "")
+        assert says(pages["server"], "gets", f"weight gradients of {stage} from each of a, b, to add up", "")
+    assert "state of" not in "".join(pages["server"])
+    assert not says(pages["b"], "sends", "its state of", "")
+
+
 def test_each_cut_of_each_plan_is_named_on_both_sides():
     """Nothing that crosses is left out: values, gradients, raw data."""
     for make in TOPOLOGIES.values():
@@ -210,7 +224,8 @@ plan large-batch: 2 stages at 2 parties, digest ...
 a
   runs    head, loss
   data    data.x, data.y
-  sends   weight gradients of head, and once its state, by way of a to another of a, b: at most 10,000 bytes a step
+  sends   weight gradients of head, by way of a to another of a, b: at most 10,000 bytes a step
+  sends   its state of head, once, to b: at most 10,000 bytes
   sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   one number a step, the squared norm of its gradients, by way of a (declared release)
   sends   its number of samples, once, to all parties
@@ -222,11 +237,12 @@ a
 b
   runs    head, loss
   data    data.x, data.y
-  sends   weight gradients of head, and once its state, by way of a to another of a, b: at most 10,000 bytes a step
+  sends   weight gradients of head, by way of a to another of a, b: at most 10,000 bytes a step
   sends   sums over its samples behind the metrics of loss, by way of a (at least 5: how many of each label, not whose)
   sends   one number a step, the squared norm of its gradients, by way of a (declared release)
   sends   its number of samples, once, to all parties
-  gets    the sum of all weight gradients of head, and once its state, from a
+  gets    the sum of all weight gradients of head from a
+  gets    the state of head, once, from a
   gets    sums over all samples behind the metrics of loss from a
   gets    one number a step, the squared norm of gradients, from a, of all together
   gets    the number of samples of each party that has data, once

@@ -141,8 +141,9 @@ def _results(plan: Plan, party: str) -> list[str]:
             texts += [f"sums over all samples behind the metrics of {stage.name} from {hub}"] if hub != party else []
         elif training.order == "relay":
             texts.append(f"all state of {stage.name} from another of {', '.join(dict.fromkeys(stage.places))}")
-        elif hub != party:
-            texts.append(f"the sum of all weight gradients of {stage.name}, and once its state, from {hub}")
+        else:
+            texts += [f"the sum of all weight gradients of {stage.name} from {hub}"] if hub != party else []
+            texts += [f"the state of {stage.name}, once, from {first}"] if (first := stage.places[0]) != party else []
     for shared in agreed(plan, party) if party != plan.hub else ():
         holders = _joined(list(plan.graph.holders(shared.at)), "and")
         texts.append(f"{_told(shared)}, of {holders} together, once, from {plan.hub}")
@@ -215,11 +216,13 @@ def _exchanges(plan: Plan, party: str) -> list[str]:
         elif training.order == "relay":
             texts.append(f"all state of {stage.name} to {others}: at most {stage.state_limit:,} bytes a turn")
         else:
-            hub = plan.hub_of(stage.name)
+            limit = f"at most {stage.state_limit:,} bytes"
             texts.append(
-                f"weight gradients of {stage.name}, and once its state, by way of {hub} to {others}: "
-                f"at most {stage.state_limit:,} bytes a step"
+                f"weight gradients of {stage.name}, by way of {plan.hub_of(stage.name)} to {others}: {limit} a step"
             )
+            if party == stage.places[0]:
+                rest = [name for name in dict.fromkeys(stage.places) if name != party]
+                texts.append(f"its state of {stage.name}, once, to {_joined(rest, 'and')}: {limit}")
     for shared in agreed(plan, party):
         holders = ", ".join(plan.graph.holders(shared.at))
         texts.append(f"{_told(shared)}, once, by way of {plan.hub} to {holders}")
