@@ -112,7 +112,7 @@ def test_the_machines_proxy(pair: Cast, proxy: RealProxy, monkeypatch: pytest.Mo
     monkeypatch.setenv(name, f"http://{proxy.address}")
     done = pair.play({"server": exchange, "clinic": exchange}, server_={"listen": f"127.0.0.1:{port}"})
     assert done == {"server": CANARY, "clinic": CANARY}
-    assert proxy.connects() == [f"127.1:{port}"]
+    assert set(proxy.connects()) == {f"127.1:{port}"}  # more than one, where the server begins to listen later
 
 
 def test_the_party_files_none_wins(pair: Cast, monkeypatch: pytest.MonkeyPatch):

@@ -105,11 +105,12 @@ def loss_error(name: str, inputs: Sequence[Tensor], error: Exception, ignored: o
     `ignored` is the label that the loss leaves out.
     """
     prediction, label = _pair(inputs)
-    outside = _no_class(prediction, label, ignored) if isinstance(error, IndexError) else ""
+    bounds = isinstance(error, IndexError) or "out of bounds" in str(error)  # of `gather`, a RuntimeError
+    outside = _no_class(prediction, label, ignored) if bounds else ""
     why = f"{type(error).__name__}: {error}"
     if outside:
         why = f"a label that is no class: {outside}"
-    elif isinstance(error, IndexError) and "out of bounds" in str(error):  # torch's words hold the label
+    elif "out of bounds" in str(error):  # torch's words hold the label
         outside = why = "a label, or another index, out of bounds"
     return StageError(
         f"the loss {name!r} does not take what it is given",

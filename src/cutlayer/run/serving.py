@@ -165,7 +165,7 @@ class Service:
         )
         self.servers = pairs(self.ways, party.name, _bounded(network, self.serving), self.serving.patience)
         self.leave = network.deadlines.close
-        self._lock = threading.Lock()  # of the tallies, the threads and the gate's quotas
+        self._lock = threading.Lock()  # of the tallies and the threads
         self._tallies: dict[str, Tally] = {}
         self._threads: set[threading.Thread] = set()
         self._begun = self._ended = 0.0
@@ -254,12 +254,7 @@ class Service:
 
     def welcome(self, guests: Sequence[Guest], requests: int, samples: int) -> None:
         """Count a prediction against the quotas of all who ask for it. Raises `LinkError` E614; then none has paid."""
-        now = time.monotonic()
-        with self._lock:
-            for guest in guests[1:]:
-                self._gate.check(guest.identity, requests, samples, now)
-            for guest in guests:
-                self._gate.charge(guest.identity, requests, samples, now)
+        self._hall.charge([guest.identity for guest in guests], requests, samples)
         for guest in guests:
             facts = {"identity": guest.identity, "session": guest.number, "role": guest.role, "samples": samples}
             self.tell("came", {**facts, "requests": requests})
@@ -310,10 +305,12 @@ class _Session:
                 start = guest.network.rendezvous(Ready({}, ()))
                 asked, _way = read(service.ways, service.party.name, guest.role, start)
                 loan = Loan(guest, start.session)
-                service.lobby.lend(asked, loan)
-                if loan.moved[0]:
-                    self.samples += loan.moved[1]
-                    self._count(loan.moved)
+                try:
+                    service.lobby.lend(asked, loan)
+                finally:
+                    if loan.moved[0]:
+                        self.samples += loan.moved[1]
+                        self._count(loan.moved)
                 guest.network.finish()
                 return
 

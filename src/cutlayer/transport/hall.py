@@ -137,6 +137,15 @@ class Hall:
         identity = _role_of(first) if names is None else ", ".join(names) or "?"
         self._notify("refused", {"identity": tidy(identity), "code": error.code, "what": error.what})
 
+    def charge(self, identities: Sequence[str], requests: int, samples: int) -> None:
+        """Count a prediction against the quotas of all who ask for it. Raises `LinkError` E614; then none has paid."""
+        now = time.monotonic()
+        with self._changed:
+            for identity in identities:
+                self._gate.check(identity, requests, samples, now)
+            for identity in identities:
+                self._gate.charge(identity, requests, samples, now)
+
     def leave(self, guest: Guest) -> None:
         """A guest's session has ended: its place is free."""
         with self._changed:
