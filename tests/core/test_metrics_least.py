@@ -3,6 +3,7 @@
 import pytest
 
 from cutlayer.core.compile import Roster, compile_plan
+from cutlayer.core.program import Exchange
 from cutlayer.core.topologies import u_shaped, vanilla
 from cutlayer.errors import DataError, PlanError
 
@@ -13,6 +14,18 @@ def compiled(train, evaluate=(), at=("a", "c"), **training):
     plan = u_shaped(list(at), "b", cut=C, back=C, output=C, **training)
     counts = {"train": dict(zip(at, train, strict=True)), "evaluate": dict(zip(at, evaluate, strict=bool(evaluate)))}
     return compile_plan(plan, Roster(counts))
+
+
+def told(programs):
+    """Return who tells others sums behind metrics, in which modes."""
+    return {
+        (party, mode)
+        for party, modes in programs.items()
+        for mode, program in modes.items()
+        for block in program.blocks
+        for job in block.instructions
+        if isinstance(job, Exchange) and job.name == "add_metrics" and len(set(job.group)) > 1
+    }
 
 
 @pytest.mark.provokes("E264")
@@ -38,25 +51,25 @@ def test_sums_over_few_samples_of_a_party_are_refused(order, train, evaluate, tr
 
 
 def test_enough_none_or_a_lower_limit_are_not():
-    compiled((5, 5), (5, 0))
-    compiled((7, 5), (6, 5), drop_last=True, batch_size=5)  # an evaluation drops nothing
-    compiled((1, 2), (1, 1), metrics_least=1)
+    assert told(compiled((5, 5), (5, 0)))
+    assert told(compiled((7, 5), (6, 5), drop_last=True, batch_size=5))  # an evaluation drops nothing
+    assert told(compiled((1, 2), (1, 1), metrics_least=1))
 
 
 def test_what_no_other_party_is_told_of_has_no_limit():
     """One client, or several replicas at one party: their sums stay there. A loss at the server has its own labels."""
-    compiled((2,), (1,), at=("a",))
+    assert not told(compiled((2,), (1,), at=("a",)))
     plan = vanilla(["a", "c"], "b", cut=C, output=C)
-    compile_plan(plan, Roster({"train": {"a": 2, "c": 1}}))
+    assert not told(compile_plan(plan, Roster({"train": {"a": 2, "c": 1}})))
 
 
 def test_the_plan_says_so():
-    def told(least):
+    def lines(least):
         plan = u_shaped(["a", "c"], "b", cut=C, back=C, output=C, metrics_least=least)
         return [line for line in str(plan).splitlines() if "behind the metrics" in line]
 
-    assert "(at least 7: how many of each label, not whose)" in told(7)[0]
-    assert "(of one they tell its label)" in told(1)[0]
+    assert "(at least 7: how many of each label, not whose)" in lines(7)[0]
+    assert "(of one they tell its label)" in lines(1)[0]
 
 
 def test_the_limit_is_a_number_of_samples():
