@@ -9,29 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 from torch import nn
 from torch.distributions import Distribution
 
+from cutlayer.models.weights import Tracing
+
 __all__ = ["made_as_steps"]
 
 
-class _Record(Protocol):
-    @property
-    def away(self) -> bool: ...
-
-
-class _Tracer(Protocol):
-    @property
-    def record(self) -> _Record: ...
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...  # noqa: ANN401
-
-
 @contextmanager
-def made_as_steps(tracer: _Tracer) -> Iterator[None]:
+def made_as_steps(tracer: Tracing) -> Iterator[None]:
     """Let what followed code does with distributions and their classes be steps of `tracer`."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cutlayer.errors import StageError
 from cutlayer.models.whereabouts import line
 
-__all__ = ["SET", "Weights", "held_again", "memory", "set_on", "step_with_weights"]
+__all__ = ["SET", "Tracing", "Weights", "held_again", "memory", "set_on", "step_with_weights"]
 
 SET = frozenset({"data", "requires_grad"})  # what may be set on a tensor as a step: `weight.data = ...`
 _MADE = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
@@ -56,11 +56,15 @@ class _Record(Protocol):
     def away(self) -> bool: ...
 
 
-class _Tracer(Protocol):
-    @property
-    def record(self) -> _Record: ...
+class Tracing(Protocol):
+    """What follows a forward, as those see it who note steps for it."""
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...  # noqa: ANN401
+    @property
+    def record(self) -> _Record:
+        """Say whether a step is being carried out, or another thread is at work: nothing is to be noted then."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        """Note a step; return what stands for its value."""
 
 
 class Weights(TorchFunctionMode):
@@ -71,7 +75,7 @@ class Weights(TorchFunctionMode):
         tracer: What steps are added to.
     """
 
-    def __init__(self, model: nn.Module, tracer: _Tracer) -> None:
+    def __init__(self, model: nn.Module, tracer: Tracing) -> None:
         """Note which tensors are the model's, and where their memory is."""
         super().__init__()
         self.tracer = tracer
@@ -200,7 +204,7 @@ def step_with_weights(call: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     return mode.__torch_function__(call, (), args, kwargs)
 
 
-def set_on(tracer: _Tracer, owner: Any, attribute: str, value: Any) -> None:  # noqa: ANN401
+def set_on(tracer: Tracing, owner: Any, attribute: str, value: Any) -> None:  # noqa: ANN401
     """Note `owner.attribute = value` as a step. Raises `StageError` E313 for what no piece can do again."""
     if attribute not in SET:
         raise _refusal(f"the model's forward sets .{attribute} of a tensor", str(owner))
