@@ -134,6 +134,25 @@ def test_sums_are_copies():
     same(book.values(), expected())
 
 
+@pytest.mark.parametrize("look", ["values", "own", "sums", "state", "settle"])
+def test_what_is_late_is_there_for_whoever_looks(look: str):
+    book, prompt = (filled(classified, LOGITS[:60], LABELS[:60], PARTS) for _ in range(2))
+    given = (torch.tensor(3.0), [LOGITS[:5], LABELS[:5]], 5, "mean")
+    book.late.append(given)
+    prompt.update(*given)
+    getattr(book, look)()
+    assert not book.late
+    assert book.samples == 65
+    same(book.values(), prompt.values())
+
+
+def test_what_is_late_is_of_no_other_round():
+    book = MetricBook("loss", classified, shared=True)
+    book.late.append((torch.tensor(3.0), [LOGITS[:5], LABELS[:5]], 5, "mean"))
+    book.reset()
+    assert book.values() == {}
+
+
 def test_a_round_begins_with_nothing():
     book = filled(classified, LOGITS, LABELS, PARTS)
     book.reset()

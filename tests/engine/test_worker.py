@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torchmetrics import SumMetric
 
 from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
-from cutlayer.core.program import Backward
+from cutlayer.core.program import Backward, Send
 from cutlayer.engine.values import Values
+from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.run import simulate as simulation
 from tests import oracle
 from tests.small import (
@@ -241,6 +243,41 @@ def test_clips_each_party_by_its_own_norm(largest):
 def test_clipping_skips_frozen_stages():
     case = Case.of(chain(frozen=("body",), clip_norm=0.05), optimizer=plain)
     assert difference(case.cut(), case.uncut()) == 0.0
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+class Noted(SumMetric):
+    """A metric that notes when it is updated."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def update(self, prediction: torch.Tensor, label: torch.Tensor) -> None:
+        self.seen.append("metric")
+        super().update(prediction.sum())
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_nobody_waits_for_metrics(monkeypatch: pytest.MonkeyPatch, microbatches: int):
+    """The gradient has left before they are updated; they are, for all microbatches, before the step ends."""
+    seen, packed, end = list[str](), Worker.packed, Worker.end_step
+
+    def noted(self: Worker, job: Send, step: int, value: torch.Tensor) -> Parcel:
+        seen.extend(["gradient"] if job.direction == "down" else [])
+        return packed(self, job, step, value)
+
+    def ended(self: Worker) -> None:
+        end(self)
+        seen.extend(["end"] if seen[-1:] == ["metric"] else [])
+
+    monkeypatch.setattr(Worker, "packed", noted)
+    monkeypatch.setattr(Worker, "end_step", ended)
+    case = Case.of(TOPOLOGIES["vanilla"](batch_size=11, epochs=1, microbatches=microbatches))
+    simulation.simulate(case.plan, case.parties(metrics={"loss": lambda: {"sum": Noted(seen)}}))
+    assert seen == [*["gradient"] * microbatches, *["metric"] * microbatches, "end"] * 2
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ class Noted:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def send(self, to: str, frame: Frame) -> None:
-        self.seen.append(f"{to} gets {frame.tag.edge}")
+    def send(self, to: str, *frames: Frame) -> None:
+        self.seen.append(f"{to} gets {' and '.join(str(frame.tag.edge) for frame in frames)}")
 
     def flush(self) -> None:
         self.seen.append("flush")
@@ -38,9 +38,9 @@ def frame(edge: int, size: int = 1) -> Frame:
     return Frame(Tag(1, "train", 0, 0, edge, 0, 0, "up"), "uint8", (size,), bytes(size))
 
 
-def sending(edge: int, size: int = 1) -> Generator[Effect, Any, None]:
-    yield Do(Send(edge, 0, 0, size, "up", "server"))
-    yield Post("server", frame(edge, size))
+def sending(edge: int, size: int = 1, to: str = "server") -> Generator[Effect, Any, None]:
+    yield Do(Send(edge, 0, 0, size, "up", to))
+    yield Post(to, frame(edge, size))
 
 
 def noted(talk: Generator[Effect, Any, None]) -> list[str]:
@@ -62,7 +62,7 @@ def test_small_frames_wait_for_the_next_send_and_for_nothing_else():
         yield EndStep(0, "lane 0")
 
     assert noted(talk()) == [
-        *("Send", "Send", "server gets 0", "server gets 1", "flush", "Step"),
+        *("Send", "Send", "server gets 0 and 1", "flush", "Step"),
         *("Send", "server gets 2", "server is waited for"),
         *("Send", "server gets 4", "flush", "EndStep"),
     ]
@@ -83,7 +83,7 @@ def test_a_large_frame_leaves_before_the_next_is_made():
         yield from sending(1, LARGE)
         yield from sending(2)
 
-    assert noted(talk()) == ["Send", "Send", "server gets 0", "server gets 1", "Send", "server gets 2"]
+    assert noted(talk()) == ["Send", "Send", "server gets 0 and 1", "Send", "server gets 2"]
 
 
 def test_many_small_frames_do_not_wait_for_the_last():
@@ -91,8 +91,19 @@ def test_many_small_frames_do_not_wait_for_the_last():
         for edge in range(6):
             yield from sending(edge, LARGE // 3)
 
-    gets = [f"server gets {edge}" for edge in range(6)]
-    assert noted(talk()) == [*["Send"] * 4, *gets[:4], *["Send"] * 2, *gets[4:]]
+    assert noted(talk()) == [
+        *(*["Send"] * 4, "server gets 0 and 1 and 2 and 3"),
+        *(*["Send"] * 2, "server gets 4 and 5"),
+    ]
+
+
+def test_frames_for_several_parties_keep_their_order():
+    def talk() -> Generator[Effect, Any, None]:
+        for edge, to in enumerate(["hub", "hub", "lab", "hub"]):
+            yield from sending(edge, to=to)
+        yield Take("hub", frame(4).tag)
+
+    assert noted(talk())[4:] == ["hub gets 0 and 1", "lab gets 2", "hub gets 3", "hub is waited for"]
 
 
 def test_what_an_exchange_says_leaves_at_once():

@@ -20,8 +20,8 @@ class Wire:
     def __init__(self) -> None:
         self.frames: list[tuple[str, Frame]] = []
 
-    def send(self, to: str, frame: Frame) -> None:
-        self.frames.append((to, frame))
+    def send(self, to: str, *frames: Frame) -> None:
+        self.frames += [(to, frame) for frame in frames]
 
     def flush(self) -> None:
         raise AssertionError

@@ -39,6 +39,9 @@ class MetricBook:
         shared: Whether sums of replicas will be added; then every metric state must be a sum.
         lanes: Replicas of the data whose samples are counted here, each apart too where they are several. What is
             counted apart stays at this party.
+
+    Attributes:
+        late: Microbatches to be added when there is time for it: arguments of `update`.
     """
 
     def __init__(self, stage: str, make: MetricFactory | None, *, shared: bool, lanes: Sequence[int] = (0,)) -> None:
@@ -55,6 +58,13 @@ class MetricBook:
             self._lanes[lane] = MetricBook(stage, None, shared=False)
             self._lanes[lane].metrics = copy.deepcopy(self.metrics)  # `make` may give the same objects again
         self._own: list[dict[str, Any]] | None = None  # what was counted here, once sums of others are in
+        self.late: list[tuple[Any, ...]] = []
+
+    def settle(self) -> None:
+        """Add what is `late`, as whoever looks does too. Raises what `update` raises."""
+        late, self.late = self.late, []
+        for given in late:
+            self.update(*given)
 
     def update(
         self,
@@ -88,6 +98,7 @@ class MetricBook:
 
     def reset(self) -> None:
         """Forget all, at the start of a round."""
+        self.late.clear()
         self.loss_sum, self.samples = 0.0, 0
         self._probable.clear()
         self._own = None
@@ -101,6 +112,7 @@ class MetricBook:
 
         A metric that gives several values, by name or in order, gives "name.key" each.
         """
+        self.settle()
         if not self.samples:
             return {}
         found: dict[str, Value] = {"loss": self.loss_sum / self.samples}
@@ -114,6 +126,7 @@ class MetricBook:
 
         A metric that cannot be computed of a lane's samples alone is left out; so is a lane without samples.
         """
+        self.settle()
         if self._own is not None:
             return self._own
         books = self._lanes or {self._lane: self}
@@ -157,6 +170,7 @@ class MetricBook:
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums behind the values."""
+        self.settle()
         found = {"loss": torch.tensor(self.loss_sum, dtype=torch.float64), "samples": torch.tensor(self.samples)}
         for name, owner, key, value in self._states():
             if isinstance(value, Tensor):

@@ -162,6 +162,8 @@ class Site:
             stage.forget()
         for bundle in self.bundles.values():
             bundle.drop_gradients()
+        for book in self.books.values():
+            book.late.clear()
 
     def _bundle(self, place: Place) -> Bundle:
         return self.bundles[place[1] if self.graph.by_name[place[0]].replicated else None]

@@ -111,7 +111,7 @@ class Worker:
         return read is not None
 
     def forward(self, job: Forward) -> None:
-        """FORWARD: run a stage on its inputs; keep the output for the consumers, add a loss to its metrics."""
+        """FORWARD: run a stage on its inputs; keep the output for the consumers, and a loss for its metrics."""
         role = self._role(job.stage, job.lane)
         inputs = self.values.inputs(job.stage, job.lane, job.micro)
         key, training = (job.lane, job.micro), self.mode == "train"
@@ -128,7 +128,7 @@ class Worker:
             except NonFiniteError as error:
                 raise _blamed(self, error, job, inputs) from None
             scale = getattr(role.stage, "scale", "")
-            role.book.update(outputs[0], inputs, job.size, role.reduction, scale, job.lane)
+            role.book.late.append((outputs[0], inputs, job.size, role.reduction, scale, job.lane))
             return
         self.values.put_outputs(job.stage, job.lane, job.micro, outputs)
         if self.mode == "predict" and job.stage in self.graph.outputs:
@@ -202,16 +202,18 @@ class Worker:
         return value
 
     def step(self, job: Step) -> None:
-        """STEP: clip, and update parameters."""
+        """STEP: clip, and update parameters; metrics come after it, when others have what they wait for."""
         training = self.plan.training
         bundles = self.site.stepping(job.lanes)
         if training.clip_norm is not None and training.clip == "party":
             nn.utils.clip_grad_norm_([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
         for bundle in bundles:
             bundle.step(self.parts.scheduler_every == "step")
+        _settle(self)
 
     def end_step(self) -> None:
         """Drop all values of a step: none is needed after it."""
+        _settle(self)
         self.trained = self.trained or self.mode == "train"
         self.values.clear()
         for stage in self.site.stages.values():
@@ -250,6 +252,12 @@ class Worker:
                 after=_joined(self, stage, lane) if isinstance(part, Loss) else None,
             )
         return role
+
+
+def _settle(worker: Worker) -> None:
+    """Add losses, and what metrics make of their inputs, to the round's. Raises `StageError` E308."""
+    for book in worker.site.books.values():
+        book.settle()
 
 
 def _joined(worker: Worker, loss: str, lane: int) -> ModuleStage | None:

@@ -234,13 +234,10 @@ class Chain:
         for name, (link, _) in self._links.items():
             link.open(admission, {name: bounds[name]} if name in bounds else {})
 
-    def send(self, to: str, frame: Frame) -> None:
-        """Queue a frame; see `base.Transport.send`."""
+    def send(self, to: str, *frames: Frame) -> None:
+        """Queue frames; see `base.Transport.send`."""
         link, number = self._links[to]
-        if frame.tag.session != number:
-            tag = msgspec.structs.replace(frame.tag, session=number)
-            frame = Frame(tag, frame.dtype, frame.shape, frame.payload, frame.order)
-        link.send(to, frame)
+        link.send(to, *(_numbered(frame, number) for frame in frames))
 
     def flush(self) -> None:
         """Let the thread that writes run; see `base.Transport.flush`."""
@@ -284,6 +281,14 @@ class Chain:
             finally:
                 link.close()
         self._dialled.clear()
+
+
+def _numbered(frame: Frame, session: int) -> Frame:
+    """Return a frame with the number that the session has on its link."""
+    if frame.tag.session == session:
+        return frame
+    tag = msgspec.structs.replace(frame.tag, session=session)
+    return Frame(tag, frame.dtype, frame.shape, frame.payload, frame.order)
 
 
 def read(ways: Sequence[Way], party: str, role: str, start: Start) -> tuple[Asked, Way]:

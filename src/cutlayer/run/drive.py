@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Final
 
 from cutlayer.core.program import Send, Tag
@@ -57,8 +59,9 @@ def drive(
 
 
 def _hand_over(posts: list[Post], link: Transport) -> None:
-    for post in posts:
-        link.send(post.to, post.frame)
+    """Send what is held: what goes to one party and follows each other, in one call."""
+    for to, group in groupby(posts, attrgetter("to")):
+        link.send(to, *(post.frame for post in group))
     posts.clear()
 
 

@@ -36,7 +36,7 @@ class Link(Protocol):
 
     def open(self, admission: Admission, bounds: Mapping[str, int]) -> None: ...  # noqa: D102
 
-    def send(self, to: str, frame: Frame) -> None: ...  # noqa: D102
+    def send(self, to: str, *frames: Frame) -> None: ...  # noqa: D102
 
     def flush(self) -> None: ...  # noqa: D102
 

@@ -34,15 +34,16 @@ class Sent:
         self._link, self._path = link, folder / _NAME if folder is not None else None
         self._row, self._file = _read(self._path), -1
 
-    def send(self, to: str, frame: Frame) -> None:
-        """Count a frame, then queue it. Raises what `Transport.send` raises; OSError, if the disk refuses."""
+    def send(self, to: str, *frames: Frame) -> None:
+        """Count frames, then queue them. Raises what `Transport.send` raises; OSError, if the disk refuses."""
         row = self._row
-        row.payload += frame.nbytes
-        row.framing += frame.framing
-        row.messages += 1
+        for frame in frames:
+            row.payload += frame.nbytes
+            row.framing += frame.framing
+            row.messages += 1
         if self._path is not None:
             self._write(self._path)
-        self._link.send(to, frame)
+        self._link.send(to, *frames)
 
     def flush(self) -> None:
         """See `Transport.flush`."""

@@ -21,10 +21,10 @@ class Transport(Protocol):
     - `ProgramError` E43x: no session is open.
     """
 
-    def send(self, to: str, frame: Frame) -> None:
-        """Queue a frame for a party; it waits only while too much is queued already.
+    def send(self, to: str, *frames: Frame) -> None:
+        """Queue frames for a party, to leave together if they are small; it waits only while too much is queued.
 
-        The payload is not copied: nobody may write to it from now on.
+        Payloads are not copied: nobody may write to them from now on.
 
         Raises:
             DeadlineError: E622, no room in the queue within `deadlines.send` seconds.

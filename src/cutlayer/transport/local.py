@@ -143,9 +143,10 @@ class Others:
         """Start a round of the others."""
         self._members = {name: _Member(talk) for name, talk in talks.items()}
 
-    def send(self, to: str, frame: Frame) -> None:
-        """Leave a frame for a party; it shares no memory with the sender's."""
-        _put(self.party, Post(to, frame), self._mail)
+    def send(self, to: str, *frames: Frame) -> None:
+        """Leave frames for a party; they share no memory with the sender's."""
+        for frame in frames:
+            _put(self.party, Post(to, frame), self._mail)
 
     def flush(self) -> None:
         """Do nothing: what was sent has left; see `base.Transport.flush`."""

@@ -1,4 +1,4 @@
-"""Frames that have arrived and wait to be taken, by source and tag. Safe for threads; nothing is polled.
+"""Frames that have arrived and wait to be taken, by source and tag. Safe for threads.
 
 | code | error | meaning |
 | --- | --- | --- |
@@ -17,6 +17,7 @@ from contextlib import suppress
 from cutlayer.core.program import Tag
 from cutlayer.engine.wire import Frame
 from cutlayer.errors import ContractError, DeadlineError
+from cutlayer.transport.vigil import Vigil
 
 __all__ = ["Mailbox"]
 
@@ -27,11 +28,12 @@ class Mailbox:
     Args:
         party: Who receives; for messages.
         bounds: Source -> the most frames of it that may wait at once; others may send nothing.
+        vigil: Says how long who waits stays awake; None: not at all.
     """
 
-    def __init__(self, party: str, bounds: Mapping[str, int]) -> None:
+    def __init__(self, party: str, bounds: Mapping[str, int], vigil: Vigil | None = None) -> None:
         """Start empty."""
-        self._party = party
+        self._party, self.vigil = party, vigil or Vigil(0)
         self._bounds = dict(bounds)
         self._frames: dict[str, dict[Tag, Frame]] = {source: {} for source in bounds}
         self._lock = threading.Lock()
@@ -64,14 +66,17 @@ class Mailbox:
             DeadlineError: E621, it did not come within `seconds`; names source and tag.
             BaseException: what `fail` was given, before or while this waits.
         """
-        deadline = time.monotonic() + seconds
+        begin, held = time.monotonic(), self._frames.get(source, {})
+        deadline = begin + seconds
+        if tag not in held:
+            self.vigil.watch(lambda: tag in held or self._failure is not None)
         while True:
             with self._lock:
                 if self._failure is not None:
                     raise self._failure
-                frame = self._frames.get(source, {}).pop(tag, None)
+                frame = held.pop(tag, None)
                 if frame is not None:
-                    return frame
+                    break
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise _late(self._party, source, tag, seconds)
@@ -82,6 +87,8 @@ class Mailbox:
                 continue
             with self._lock, suppress(ValueError):
                 self._bells.remove(bell)
+        self.vigil.took(time.monotonic() - begin)
+        return frame
 
     def fail(self, failure: BaseException) -> None:
         """Make every `take`, waiting or to come, raise this; the first failure stays. Drops all frames."""

@@ -163,20 +163,21 @@ class Network:
         for name in bounds:
             self._links.need(name)
 
-    def send(self, to: str, frame: Frame) -> None:
-        """Queue a frame; see `base.Transport.send`."""
+    def send(self, to: str, *frames: Frame) -> None:
+        """Queue frames; see `base.Transport.send`."""
         steward = self._steward
-        if not steward.opened or frame.tag.session != steward.opened:
+        if not steward.opened or any(frame.tag.session != steward.opened for frame in frames):
             steward.check()  # the session may have ended
             raise no_session(self._settings.party)
         peer = steward.peers.get(to)
         if peer is not None:
             if peer.stream is None:
                 self._links.need(to)
-            parcel = Parcel(kind=KIND_DATA, control=frame.control, payload=frame.payload, size=frame.nbytes)
-            peer.put_waiting([parcel], self._settings.deadlines.send, steward.check)
+            parcels = [Parcel(kind=KIND_DATA, control=f.control, payload=f.payload, size=f.nbytes) for f in frames]
+            peer.put_waiting(parcels, self._settings.deadlines.send, steward.check)
         elif to in self._settings.others:
-            self._relays.send(to, frame, steward.check)
+            for frame in frames:
+                self._relays.send(to, frame, steward.check)
         else:
             raise ProgramError(
                 f"there is no party {to!r} to send to",

@@ -57,6 +57,8 @@ class Rhythm:
         silence: A stream on which nothing came for so long is given up and dialled anew.
         idle_ack: What came is acknowledged after so long without anything else to send.
         retry: The longest pause between two attempts to dial; the pause is random, and doubled after each failure.
+        awake: While the waits of a training are usually no longer than this, the party does not sleep in them; 0: it
+            always sleeps.
     """
 
     hello: float = 10.0
@@ -64,6 +66,7 @@ class Rhythm:
     silence: float = 12.0
     idle_ack: float = 0.05
     retry: float = 10.0
+    awake: float = 0.003
 
 
 @dataclass(frozen=True, kw_only=True)

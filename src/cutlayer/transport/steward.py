@@ -28,6 +28,7 @@ from cutlayer.transport.mailbox import Mailbox
 from cutlayer.transport.peer import Peer, Stream, parcel_of
 from cutlayer.transport.session import EVERYBODY, Conductor, Member, Order, SessionReset
 from cutlayer.transport.settings import NetworkSettings
+from cutlayer.transport.vigil import Vigil
 
 __all__ = ["Steward", "no_session", "resting"]
 
@@ -61,13 +62,13 @@ class Steward:
         self.closing, self.opened = False, 0
         self.farewell: CutlayerError | None = None  # what ends this party's next wait for others who rest
         self._stopped, self._reset = 0, "the session is over"
-        self._mailbox = Mailbox(settings.party, {})
+        vigil = Vigil(settings.rhythm.awake if settings.task == "training" else 0)
+        self._mailbox = Mailbox(settings.party, {}, vigil)
         self._admission: Admission | None = None
 
     def check(self) -> None:
         """Raise what keeps the driver from going on. Takes no lock, so that it can be called with any of them held."""
-        failure = self.failure
-        if failure is not None:
+        if (failure := self.failure) is not None:
             raise failure
         if self.closing:
             raise _closed(self.settings.party)
@@ -156,7 +157,7 @@ class Steward:
             self.check()
             if not self.member.taken:
                 raise no_session(self.settings.party)
-            self._admission, self._mailbox = admission, Mailbox(self.settings.party, bounds)
+            self._admission, self._mailbox = admission, Mailbox(self.settings.party, bounds, self._mailbox.vigil)
             self.opened = self.member.taken
             self.changed.notify_all()
 
