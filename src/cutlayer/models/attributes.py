@@ -6,7 +6,6 @@ is followed these would be traced values; the user's model must not be left with
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from cutlayer.models.steps import every_module
 
 __all__ = ["Attributes", "as_before", "call_first"]
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))
 
 
 class Attributes:
@@ -31,7 +30,7 @@ class Attributes:
         """Keep the attributes of `modules`."""
         self._kept = {module: dict(vars(module)) for module in modules}
         self._inside = {
-            id(value): (value, copy.copy(value))
+            id(value): (value, dict(value) if isinstance(value, dict) else list(value))
             for held in self._kept.values()
             for value in held.values()
             if type(value) in _CONTAINERS

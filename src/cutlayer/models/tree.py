@@ -79,6 +79,7 @@ def adopt(pieces: Sequence[nn.Module], model: nn.Module) -> None:
         StageError: E321, a module that no piece has whole keeps an extra state.
     """
     held = {key for piece in pieces for key in piece.state_dict()}
+    known = [{id(value) for value in (*piece.parameters(), *piece.buffers())} for piece in pieces]
     for key, value in model.state_dict(keep_vars=True).items():
         if key in held:
             continue
@@ -87,8 +88,9 @@ def adopt(pieces: Sequence[nn.Module], model: nn.Module) -> None:
             raise _extra_state(model, path)
         if not isinstance(value, Tensor):
             continue
-        owners = [piece for piece in pieces if any(value is other for other in _tensors(piece))]
-        owner = owners[0] if owners else pieces[-1]
+        place = next((place for place, ids in enumerate(known) if id(value) in ids), len(pieces) - 1)
+        known[place].add(id(value))
+        owner = pieces[place]
         while "lender" in owner.__dict__:
             owner = owner.__dict__["lender"]
         _attach_state(owner, model, key)
@@ -105,10 +107,6 @@ def _extra_state(model: nn.Module, owner: str) -> StageError:
         remedy="keep it in a buffer, self.register_buffer(...), or in a submodule that is not cut apart",
         code="E321",
     )
-
-
-def _tensors(piece: nn.Module) -> list[Tensor]:
-    return [*piece.parameters(), *piece.buffers()]
 
 
 def frozen_paths(model: nn.Module) -> tuple[str, ...]:
