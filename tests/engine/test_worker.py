@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torchmetrics import SumMetric
+from torchmetrics import MeanAbsoluteError, SumMetric
 
 from cutlayer.core.parts import Loss, Release, Stage, Training
 from cutlayer.core.plan import Plan
 from cutlayer.core.program import Backward, Send
+from cutlayer.data.sources import TensorTable
 from cutlayer.engine.values import Values
 from cutlayer.engine.worker import Parcel, Worker
 from cutlayer.run import simulate as simulation
+from cutlayer.run.party import Party
 from tests import oracle
 from tests.small import (
     TOPOLOGIES,
@@ -262,7 +264,7 @@ class Noted(SumMetric):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_nobody_waits_for_metrics(monkeypatch: pytest.MonkeyPatch, microbatches: int):
-    """The gradient has left before they are updated; they are, for all microbatches, before the step ends."""
+    """The gradient has left before they are updated; they are before another microbatch comes, or the step ends."""
     seen, packed, end = list[str](), Worker.packed, Worker.end_step
 
     def noted(self: Worker, job: Send, step: int, value: torch.Tensor) -> Parcel:
@@ -277,7 +279,70 @@ def test_nobody_waits_for_metrics(monkeypatch: pytest.MonkeyPatch, microbatches:
     monkeypatch.setattr(Worker, "end_step", ended)
     case = Case.of(TOPOLOGIES["vanilla"](batch_size=11, epochs=1, microbatches=microbatches))
     simulation.simulate(case.plan, case.parties(metrics={"loss": lambda: {"sum": Noted(seen)}}))
-    assert seen == [*["gradient"] * microbatches, *["metric"] * microbatches, "end"] * 2
+    assert seen == [*["gradient", "metric"] * microbatches, "end"] * 2
+
+
+class Bare(nn.Module):
+    """Gives its own parameter for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(len(x), 1)
+
+
+class Writing(nn.Linear):
+    """Writes to what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mul_(100))
+
+
+def errors_of(plan: Plan, **modules: nn.Module) -> list[dict[str, float]]:
+    """Train and evaluate on one batch; return loss and mean absolute error of the loss `loss` of each round."""
+    torch.manual_seed(4)
+    table = TensorTable(x=torch.randn(8, 5), y=torch.full((8, 1), 2.0))
+    parties = [
+        Party(
+            name,
+            modules={s.name: modules[s.name] for s in plan.stages if name in s.places},
+            optimizer=plain,
+            data=table if name == "a" else None,
+            evaluation=table if name == "a" else None,
+            metrics={"loss": lambda: {"mae": MeanAbsoluteError()}} if name in plan.stage("loss").places else {},
+        )
+        for name in plan.parties
+    ]
+    history = [row for worker in simulation.simulate(plan, parties).workers.values() for row in worker.history]
+    return [row["metrics"] for row in history if row["loss"] == "loss"]
+
+
+def test_metrics_are_of_the_weights_before_the_step():
+    """Also where the prediction is a parameter, which the step writes to."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output=float32(1)),
+        Loss("loss", at="a", inputs=["head", "data.y"]),
+    ]
+    train, evaluation = errors_of(Plan(stages, training=Training(batch_size=8)), head=Bare(), loss=nn.L1Loss())
+    assert train == {"loss": 2.0, "mae": 2.0}
+    assert evaluation["loss"] == evaluation["mae"] < 2
+
+
+def test_metrics_see_what_the_loss_saw():
+    """Also where another stage writes to it."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output=float32(1)),
+        Loss("loss", at="s", inputs=["head", "data.y@a"]),
+        Stage("more", at="s", inputs=["head"], output=float32(1)),
+        Loss("other", at="s", inputs=["more", "data.y@a"]),
+    ]
+    releases = [Release("y", at="a", to="s", spec="float32[batch, 1]")]
+    plan = Plan(stages, training=Training(batch_size=8), releases=releases)
+    modules = {"head": nn.Linear(5, 1), "loss": nn.L1Loss(), "more": Writing(1, 1), "other": nn.L1Loss()}
+    for row in errors_of(plan, **modules):
+        assert row["mae"] == pytest.approx(row["loss"])
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

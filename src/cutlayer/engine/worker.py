@@ -111,7 +111,11 @@ class Worker:
         return read is not None
 
     def forward(self, job: Forward) -> None:
-        """FORWARD: run a stage on its inputs; keep the output for the consumers, and a loss for its metrics."""
+        """FORWARD: run a stage on its inputs; keep the output for the consumers, and a loss for its metrics.
+
+        Metrics of losses before it come first: a module may write to what they are given, and that takes memory.
+        """
+        _settle(self)
         role = self._role(job.stage, job.lane)
         inputs = self.values.inputs(job.stage, job.lane, job.micro)
         key, training = (job.lane, job.micro), self.mode == "train"
@@ -202,14 +206,14 @@ class Worker:
         return value
 
     def step(self, job: Step) -> None:
-        """STEP: clip, and update parameters; metrics come after it, when others have what they wait for."""
+        """STEP: clip, and update parameters; metrics come before it, as what a stage gives may be its parameters."""
+        _settle(self)
         training = self.plan.training
         bundles = self.site.stepping(job.lanes)
         if training.clip_norm is not None and training.clip == "party":
             nn.utils.clip_grad_norm_([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
         for bundle in bundles:
             bundle.step(self.parts.scheduler_every == "step")
-        _settle(self)
 
     def end_step(self) -> None:
         """Drop all values of a step: none is needed after it."""
@@ -255,7 +259,11 @@ class Worker:
 
 
 def _settle(worker: Worker) -> None:
-    """Add losses, and what metrics make of their inputs, to the round's. Raises `StageError` E308."""
+    """Add losses, and what metrics make of their inputs, to the round's: once others have what they wait for.
+
+    Raises:
+        StageError: E308, a metric does not take the inputs.
+    """
     for book in worker.site.books.values():
         book.settle()
 
