@@ -129,6 +129,52 @@ def test_ports_other_fields_and_several_readers():
     assert keeps(Plan(stages), "a") == ["its weights"]
 
 
+def coded(**more: Any) -> Plan:
+    """A U-shape without its tail, whose label goes through stages that may well have no weights."""
+    stages = [
+        Stage("head", at="a", inputs=["data.x"], output=float32(4)),
+        Stage("body", at="s", inputs=["head"], output=C),
+        Stage("whole", at="a", inputs=["data.y"], output="int64[batch]", frozen=True),
+        Stage("target", at="a", inputs=["whole"], output=C, **more),
+        Loss("loss", at="a", inputs=["body", "target"]),
+    ]
+    return Plan(stages)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_stages_make_of_a_label_is_in_the_gradient_too(frozen: bool):
+    """The plan does not know whether they have weights: a one-hot coding has none."""
+    plan = coded(frozen=frozen)
+    assert [(one.holder, one.field, one.reader, one.made) for one in readable(plan)] == [("a", "y", "s", "target")]
+    assert tells(plan) == [
+        "  tells   data.y to s: what target makes of it can be read from the gradient at body->loss, "
+        "as no stage of this party is between"
+    ]
+    assert keeps(plan, "a") == ["data.x", "its weights"]
+    assert warnings_of(plan) == [
+        "s can read what target makes of data.y of a from the gradient at body->loss: "
+        "no stage of another party is between"
+    ]
+
+
+def test_what_the_reader_is_sent_of_a_label_is_not_named_again():
+    """Nor what comes from another party, which the plan names there; nor a field twice."""
+    sent = [*coded().stages, Stage("seen", at="s", inputs=["target"], output=C)]
+    last = Loss("more", at="s", inputs=["seen", "target"])
+    assert readable(Plan([*sent, last])) == ()
+    tail = [one for one in coded().stages if not isinstance(one, Loss)]
+    tail += [
+        Stage("tail", at="a", inputs=["body"], output=C),
+        Loss("loss", at="a", inputs=["tail", "target"]),
+    ]
+    assert readable(Plan(tail)) == ()
+    far = [one for one in coded().stages if not isinstance(one, Loss)]
+    far += [Loss("loss", at="t", inputs=["body", "target"])]
+    assert found(Plan(far)) == [("a", "y", "s", "body->loss")]
+    twice = [*tail[:-2], Loss("loss", at="a", inputs=["body", "target", "data.y"])]
+    assert [one.made for one in readable(Plan(twice))] == [""]
+
+
 def test_several_losses_each_for_itself():
     stages = [
         Stage("head", at="a", inputs=["data.x"], output=float32(4)),

@@ -129,6 +129,18 @@ def test_labels_that_can_be_read_are_not_locked_in(tmp_path: Path):
     )
 
 
+def test_what_a_stage_makes_of_a_label_is_not_locked_in(tmp_path: Path):
+    stages = [
+        cl.Stage("head", at="hospital", inputs=["data.x"], output="float32[batch, 4]"),
+        cl.Stage("body", at="server", inputs=["head"], output="float32[batch, 3]"),
+        cl.Stage("target", at="hospital", inputs=["data.y"], output="float32[batch, 3]", frozen=True),
+        cl.Loss("loss", at="hospital", inputs=["body", "target"]),
+    ]
+    _, scene = draw(tmp_path, cl.Plan(stages))
+    (mark,) = [label for label in labels(scene) if label.text.startswith("data.y")]
+    assert (mark.text, mark.kind) == ("data.y: can be read", "raw")
+
+
 def test_all_that_leaves_of_a_field_is_drawn_raw_first(tmp_path: Path):
     """Labels released to one party, told for preprocessing, and readable by another party."""
     stages = [

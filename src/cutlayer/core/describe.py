@@ -88,7 +88,9 @@ def tells(plan: Plan, party: str) -> list[str]:
             where = f"the gradient at {one.edge.label}{treated(one.edge, 'down')}"
             allowed = " (declared release)" if one.declared else ""
             reason = one.through or "no stage of this party is between"
-            why = f"it can be read from {where}, as {reason}{allowed}"
+            why = (
+                f"{f'what {one.made} makes of it' if one.made else 'it'} can be read from {where}, as {reason}{allowed}"
+            )
             readers.setdefault(f"data.{one.field} to {{}}: {why}", {})[one.reader] = None
     return [text.format(_joined(list(peers), "and")) for text, peers in readers.items()]
 

@@ -6,6 +6,8 @@ the giver does not have must be between: it can undo one whose weights it has, a
 stage that it runs too, since replicas are equal; of one whose weight gradients it adds up (with what it sent there and
 got back, they tell what it would get behind it); and of all stages if the model is assembled at it, at the end.
 
+A loss's other inputs are in that gradient too, each as what it is made of: a field, or what a stage makes of fields.
+
 What is inside a stage is not seen here, nor which weights are known to all since they come from one file or seed.
 """
 
@@ -40,6 +42,8 @@ class Readable:
         edge: Where the gradient is: the input of a loss, or of the first stage before it.
         through: Why the stages between hide nothing from the reader, in words; empty: there is none.
         declared: Whether a release allows the reader to have the field.
+        made: The stage whose output can be read, with nothing of the plan between the field and it but stages of the
+            holder, which may have no weights (a one-hot coding); empty: the field itself can be read.
     """
 
     field: str
@@ -48,6 +52,7 @@ class Readable:
     edge: Edge
     through: str
     declared: bool
+    made: str = ""
 
 
 def readable(plan: Plan) -> tuple[Readable, ...]:
@@ -59,19 +64,46 @@ def readable(plan: Plan) -> tuple[Readable, ...]:
             if not graph.is_cut(edge, lane):
                 continue
             for loss, reasons in _reached(plan, graph, lane, edge, reader).items():
-                for taken in graph.inputs_of[loss]:
-                    holder, field = graph.origin(taken, lane), taken.source.field
-                    if field and holder != reader and not _sent(graph, lane, field, (holder, reader)):
-                        declared = _declared(graph, lane, field, (holder, reader))
-                        found[Readable(field, holder, reader, edge, " and ".join(reasons), declared)] = None
+                for holder, field, made in _given(graph, lane, loss, reader):
+                    declared = _declared(graph, lane, field, (holder, reader))
+                    found[Readable(field, holder, reader, edge, " and ".join(reasons), declared, made)] = None
     return tuple(found)
+
+
+def _given(graph: Graph, lane: int, loss: str, reader: str) -> list[tuple[str, str, str]]:
+    """Return the fields of others that a loss takes, and that stages make its inputs of: holder, field, that stage."""
+    taken = graph.inputs_of[loss]
+    plain = {(graph.origin(edge, lane), edge.source.field, ""): None for edge in taken if edge.source.field}
+    made = {
+        (graph.origin(edge, lane), field, edge.source.stage): None
+        for edge in taken
+        if edge.source.stage and not _comes(graph, lane, edge, reader)
+        for field in _behind(graph, lane, edge.source.stage)
+        if (graph.origin(edge, lane), field, "") not in plain
+    }
+    return [one for one in (plain | made) if one[0] != reader and not _sent(graph, lane, one[1], (one[0], reader))]
+
+
+def _behind(graph: Graph, lane: int, stage: str) -> dict[str, None]:
+    """Return the fields that a stage's party has, and that it and stages of the same party make its output of."""
+    found = dict[str, None]()
+    for edge in graph.inputs_of[stage]:
+        if not graph.is_cut(edge, lane):
+            found |= _behind(graph, lane, edge.source.stage) if edge.source.stage else {edge.source.field: None}
+    return found
+
+
+def _comes(graph: Graph, lane: int, edge: Edge, reader: str) -> bool:
+    """Whether a party gets the value of an edge anyway: the plan says so."""
+    return any(other.source == edge.source and graph.place(other.target, lane) == reader for other in graph.edges)
 
 
 def warnings_of(plan: Plan) -> list[str]:
     """Return in words what can be read and is not declared: the plan's author may not know it."""
     return [
-        f"{one.reader} can read data.{one.field} of {one.holder} from the gradient at {one.edge.label}"
-        f"{treated(one.edge, 'down')}: {one.through or 'no stage of another party is between'}"
+        f"{one.reader} can read {f'what {one.made} makes of ' if one.made else ''}data.{one.field} of {one.holder} "
+        f"from the gradient at {one.edge.label}{treated(one.edge, 'down')}: "
+        f"{one.through or 'no stage of another party is between'}"
         for one in readable(plan)
         if not one.declared
     ]
