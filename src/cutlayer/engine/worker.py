@@ -111,11 +111,8 @@ class Worker:
         return read is not None
 
     def forward(self, job: Forward) -> None:
-        """FORWARD: run a stage on its inputs; keep the output for the consumers, and a loss for its metrics.
-
-        Metrics of losses before it come first: a module may write to what they are given, and that takes memory.
-        """
-        _settle(self)
+        """FORWARD: run a stage on its inputs; keep the output for the consumers, and a loss for its metrics."""
+        _settle(self)  # before a module writes to what metrics are given; nor is that of many microbatches held
         role = self._role(job.stage, job.lane)
         inputs = self.values.inputs(job.stage, job.lane, job.micro)
         key, training = (job.lane, job.micro), self.mode == "train"
@@ -206,10 +203,9 @@ class Worker:
         return value
 
     def step(self, job: Step) -> None:
-        """STEP: clip, and update parameters; metrics come before it, as what a stage gives may be its parameters."""
-        _settle(self)
-        training = self.plan.training
-        bundles = self.site.stepping(job.lanes)
+        """STEP: clip, and update parameters."""
+        _settle(self)  # what a stage gives may be its parameters
+        training, bundles = self.plan.training, self.site.stepping(job.lanes)
         if training.clip_norm is not None and training.clip == "party":
             nn.utils.clip_grad_norm_([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
         for bundle in bundles:
