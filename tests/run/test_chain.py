@@ -598,11 +598,15 @@ def test_a_server_without_an_address_is_told_before_anything_is_dialled(ways: Wa
 # --- who breaks rules ------------------------------------------------------------------------------------------------
 
 
+def coming(ways: Ways, identity: str, role: str, server: str) -> NetworkSettings:
+    """Settings of who comes to a server alone."""
+    settings = ways.settings(identity, role, parties=(server, role), coordinator=server, run="trial" + SERVED)
+    return replace(settings, addresses={server: ways.addresses[server]}, task="served")
+
+
 def meet(ways: Ways, identity: str, role: str, server: str, counts: Mapping[str, int]) -> CutlayerError:
     """Come to a server with a request of one's own making, and return what it says."""
-    settings = ways.settings(identity, role, parties=(server, role), coordinator=server, run="trial" + SERVED)
-    settings = replace(settings, addresses={server: ways.addresses[server]}, task="served")
-    with Network(settings, lambda *_: None) as link:
+    with Network(coming(ways, identity, role, server), lambda *_: None) as link:
 
         def ask_for_it() -> None:
             link.rendezvous(Ready(counts, ()))
@@ -690,6 +694,24 @@ def test_the_lobby_keeps_nothing_of_what_did_not_fit(ways: Ways):
             meet(ways, "hub", "hub", "cloud", {"predict": 3, "lane": 0, "request": number})
         lobby: Lobby = told["cloud"].service.lobby
         assert lobby._loans == {}
+
+
+@pytest.mark.parametrize("anew", ["anna", "hub"])
+def test_who_asks_anew_is_heard_while_the_others_of_its_old_request_are_waited_for(ways: Ways, anew: str):
+    """As a client does when a server has restarted: its next request does not wait for the end of the last one."""
+    counts = {"predict": 3, "lane": 0}
+    with ways.serving("cloud", cloud=replace(ALONE, patience=20)) as told, ExitStack() as stack:
+        links = {
+            name: stack.enter_context(Network(coming(ways, name, role, "cloud"), lambda *_: None))
+            for name, role in (("anna", "alpha"), ("hub", "hub"))
+        }
+        links[anew].rendezvous(Ready({**counts, "request": 20}, ()))
+        begin = time.monotonic()
+        for link in links.values():
+            link.rendezvous(Ready({**counts, "request": 21}, ()))
+        assert {facts["identity"] for facts in told["cloud"].wait("came", 2)} == {"anna", "hub"}
+        assert time.monotonic() - begin < 10
+        assert told["cloud"].service.lobby._loans == {}
 
 
 @pytest.mark.provokes("E456")

@@ -38,7 +38,7 @@ from cutlayer.errors import (
     ProgramError,
 )
 from cutlayer.transport.hall import Guest
-from cutlayer.transport.network import Network, Ready, SessionReset, Start
+from cutlayer.transport.network import Network, Ready, SessionReset, Start, over
 
 __all__ = ["Asked", "Chain", "Host", "Loan", "Lobby"]
 
@@ -94,7 +94,7 @@ class Lobby:
 
         Raises:
             ProgramError: E456, the request has a link in this role already. PeerError: E702, nobody took it.
-            CutlayerError: what ended the request, or the link.
+            CutlayerError: what ended the request, or the link. SessionReset: the guest asks for another.
         """
         key, until = (asked, loan.guest.role), time.monotonic() + self._seconds
         with self._changed:
@@ -105,10 +105,10 @@ class Lobby:
         while not loan.done.wait(_LOOK):
             with self._changed:
                 late = time.monotonic() >= until
-                if loan.taken or not (late or loan.guest.network.failed):
+                if loan.taken or not (late or _ended(loan.guest.network)):
                     continue
                 del self._loans[key]
-            _check(loan.guest.network)
+            _go_on(loan.guest.network)
             raise _absent(self._party, "the client", self._seconds)
         if loan.error is not None:
             raise loan.error
@@ -129,12 +129,13 @@ class Lobby:
         """Wait for the link in this role of a request that another guest leads.
 
         Raises:
-            PeerError: E702, it did not come. CutlayerError: the link that leads has ended.
+            PeerError: E702, it did not come. CutlayerError: the link that leads has ended. SessionReset: its guest asks
+                for another.
         """
         until = time.monotonic() + self._seconds
         with self._changed:
             while (loan := self._loans.pop((asked, role), None)) is None:
-                _check(lead.network)
+                _go_on(lead.network)
                 left = until - time.monotonic()
                 if left <= 0:
                     raise _absent(self._party, role, self._seconds)
@@ -359,6 +360,17 @@ def _give_back(chain: Chain, error: BaseException | None) -> None:
 def _check(link: Network) -> None:
     """Raise what has ended a link."""
     if link.failed:
+        link.finish(0.0)
+
+
+def _ended(link: Network) -> bool:
+    """Whether a link has failed, or its request is over, as the other side has begun anew."""
+    return link.failed or over(link)
+
+
+def _go_on(link: Network) -> None:
+    """Raise what has ended a link, or `SessionReset` if its request is over."""
+    if _ended(link):
         link.finish(0.0)
 
 

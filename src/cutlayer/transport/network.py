@@ -50,7 +50,7 @@ from cutlayer.transport.watch import Watch, busy
 _BRIEFLY: Final = 1e-6  # seconds; in fact as long as the system takes to wake a thread
 _LOOK: Final = 1.0  # seconds between two looks at who is there, while a party waits for the others
 
-__all__ = ["Deadlines", "Network", "NetworkSettings", "Notify", "Ready", "SessionReset", "Start"]
+__all__ = ["Deadlines", "Network", "NetworkSettings", "Notify", "Ready", "SessionReset", "Start", "over"]
 
 
 class Network:
@@ -253,6 +253,11 @@ class Network:
                 code="E433",
             )
         )
+
+
+def over(link: Network) -> bool:
+    """Whether the session that a party is in has ended: another one has restarted, or asks for a new session."""
+    return link._steward.member.over
 
 
 def _stopped(error: BaseException, party: str) -> ProgramError:
