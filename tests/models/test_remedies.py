@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cutlayer as cl
 from cutlayer.errors import StageError
+from tests.models.test_zoo import sgd, undropped
+from tests.models.zoo import SUBJECTS
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
@@ -182,3 +184,25 @@ def test_the_batch_as_a_number():
     for batch in (lambda x: x.size(0), lambda x: len(x)):
         made = cl.split(Token(batch), "patch", example=x[:2], labels="server")
         assert cl.fit(made, TensorDataset(x, torch.arange(8) % 3), loss=nn.CrossEntropyLoss(), batch_size=4).result
+
+
+@pytest.mark.provokes("E319")
+def test_a_bias_of_positions_crosses_for_each_sample():
+    def spread(_block: nn.Module, _given: object, out: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return out[0], *(x if x is None else x.expand(len(out[0]), -1, -1, -1) for x in out[1:])
+
+    subject = SUBJECTS["t5"]
+    example = {name: value[:2] for name, value in subject.inputs.items()}
+    options = {"labels": "server", "release": subject.release}
+    for at in ("encoder.block.0", "decoder.block.0"):
+        with pytest.raises(StageError, match=r"E319.*got float32\[1, 2, .*x.expand\(batch, ...\) in it, or in a f"):
+            cl.split(subject.make(), at, example=example, **options)
+        uncut, model = undropped(subject.make()), undropped(subject.make())
+        for block in (*uncut.encoder.block, *uncut.decoder.block, *model.encoder.block, *model.decoder.block):
+            block.register_forward_hook(spread)
+        made = cl.split(model, at, example=example, **options)
+        run = cl.fit(made, DataLoader(subject.rows(), batch_size=6), loss=subject.loss, optimizer=sgd)
+        optimizer = sgd(list(uncut.parameters()))
+        subject.loss(uncut(**subject.inputs).logits, subject.labels).backward()
+        optimizer.step()
+        assert all(torch.equal(value, uncut.state_dict()[name]) for name, value in run.state_dict().items())

@@ -170,6 +170,27 @@ def test_stacks_of_blocks_at_every_block(name: str, block: int, labels: str):
     assert difference(name, (1, 2) if block == 2 and labels == "client" else block, labels) == 0.0
 
 
+SWIN = ("swin.embeddings", "encoder.layers.0.blocks.0", "encoder.layers.0.blocks.1.layernorm_after", "encoder.layers.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "labels"),
+    [
+        *(("swin", at, labels) for at in (*SWIN, "encoder.layers.1.blocks.0.mlp") for labels in ("client", "server")),
+        *(("clip", f"text.encoder.layers.{block}", "server") for block in range(3)),
+        *(("clip", f"text.encoder.layers.{block}", "client") for block in range(2)),
+        *(("states", block, "server") for block in range(3)),
+        *(("bart", f"model.decoder.layers.{block}", labels) for block in (0, 1) for labels in ("client", "server")),
+        *(("bart", ("model.encoder.layers.0", f"model.decoder.layers.{block}"), "client") for block in (0, 1)),
+        ("t5", ("encoder.block.1", "decoder.block.1"), "client"),
+        ("t5", ("encoder", "decoder"), "client"),
+    ],
+)
+def test_transformers_that_are_followed(name: str, at: object, labels: str):
+    """Stacks to which no hidden state can be handed in, whose other states are used, or that are no stack."""
+    assert difference(name, at, labels) == 0.0
+
+
 @pytest.mark.provokes("E332")
 @pytest.mark.parametrize("labels", ["client", "server"])
 def test_a_table_of_all_blocks_is_not_cut_between_them(labels: str):

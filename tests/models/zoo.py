@@ -328,9 +328,79 @@ def transformer(kind: str) -> Callable[[], nn.Module]:
     return make
 
 
+class OfText(nn.Module):
+    """CLIP's text encoder with a classifier on what it gives for the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers as hf
+
+        sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 16}
+        config = hf.CLIPTextConfig(vocab_size=13, max_position_embeddings=16, bos_token_id=0, eos_token_id=2, **sizes)
+        self.text, self.out = hf.CLIPTextModel(config), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map (batch, length) to (batch, 3)."""
+        return self.out(self.text(input_ids=input_ids).pooler_output)
+
+
+class OfStates(nn.Module):
+    """BERT with a classifier on the hidden states of several blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers as hf
+
+        sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 16}
+        config = hf.BertConfig(vocab_size=13, max_position_embeddings=16, **sizes)
+        self.bert, self.out = hf.BertModel(config, add_pooling_layer=False), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map (batch, length) to (batch, 3)."""
+        states = self.bert(input_ids=input_ids, output_hidden_states=True).hidden_states
+        return self.out((states[-1] + states[-2] + states[1]).mean(1))
+
+
+def untie(*modules: nn.Module) -> None:
+    """Give each its own weight, as E332 advises where two parties would share one."""
+    for module in modules:
+        module.weight = nn.Parameter(module.weight.detach().clone())
+
+
+def bart() -> nn.Module:
+    """An encoder and a decoder, each with a table of words, whose forward checks that all texts have as many ends."""
+    import transformers as hf
+
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 8, "max_position_embeddings": 16}
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = hf.BartForSequenceClassification(hf.BartConfig(vocab_size=13, num_labels=3, **sizes, **ids))
+    untie(model.model.decoder.embed_tokens)
+    return model
+
+
+def t5() -> nn.Module:
+    """An encoder and a decoder, each with a table, whose blocks hand on a bias by positions that has no batch."""
+    import transformers as hf
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=13, **sizes))
+    untie(model.decoder.embed_tokens, model.lm_head)
+    return model
+
+
+def swin() -> nn.Module:
+    """A transformer for images in two stages, whose embeddings give numbers beside the hidden state."""
+    import transformers as hf
+
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 4, "window_size": 2, "num_channels": 1, "num_labels": 3}
+    return hf.SwinForImageClassification(hf.SwinConfig(depths=[2, 2], num_heads=[1, 2], drop_path_rate=0.0, **sizes))
+
+
 WORDS = classes(9, 6, 5)
 TEXT = {"input_ids": classes(13, 6, 7)}
 PADDED = TEXT | {"attention_mask": (torch.arange(7) < torch.tensor([7, 5, 6, 7, 3, 7])[:, None]).long()}
+ENDED = {"input_ids": torch.cat([classes(10, 6, 6) + 3, torch.full((6, 1), 2)], 1)}  # each text ends with the token 2
 SUBJECTS: dict[str, Subject] = {
     "resnet18": Subject(make=seeded(ResNet18), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
     "densenet121": Subject(make=seeded(densenet), inputs={"x": drawn(6, 1, 32, 32)}, labels=classes(3, 6)),
@@ -361,6 +431,17 @@ SUBJECTS: dict[str, Subject] = {
     "deberta": Subject(make=seeded(transformer("deberta")), inputs=TEXT, labels=classes(3, 6)),
     "deberta-relative": Subject(make=seeded(transformer("deberta-relative")), inputs=TEXT, labels=classes(3, 6)),
     "vit": Subject(make=seeded(transformer("vit")), inputs={"pixel_values": drawn(6, 1, 8, 8)}, labels=classes(3, 6)),
+    "swin": Subject(make=seeded(swin), inputs={"pixel_values": drawn(6, 1, 16, 16)}, labels=classes(3, 6)),
+    "clip": Subject(make=seeded(OfText), inputs=ENDED, labels=classes(3, 6)),
+    "states": Subject(make=seeded(OfStates), inputs=TEXT, labels=classes(3, 6)),
+    "bart": Subject(make=seeded(bart), inputs=ENDED, labels=classes(3, 6), release=("input_ids",)),
+    "t5": Subject(
+        make=seeded(t5),
+        inputs=TEXT | {"decoder_input_ids": classes(13, 6, 5)},
+        labels=classes(13, 6, 5),
+        loss=of_words,
+        release=("input_ids", "decoder_input_ids"),
+    ),
 }
 
 # Models whose values at a cut are transposed tensors, or begin with another dimension than the batch.

@@ -3,7 +3,8 @@
 The answer is what the value is for the example. A traced value cannot give it by itself: one with the class of a tensor
 would be read as one by torch's C code. So the modules of Python whose code is followed get an `isinstance` of their own
 for as long as it is followed; for all that is no traced value it is the builtin. Code in other files is not reached.
-So too for `len` of a tensor, which may be the batch: it is the step `size(0)`, where the builtin gives a number.
+So too for `len` of a tensor, which may be the batch: it is the step `size(0)`, where the builtin gives a number. And so
+for the checks of transformers, which ask whether a condition can be called: each is a step, which the pieces carry out.
 
 | code | when |
 |---|---|
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,9 +46,14 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
         StageError: E326, where a forward asks what a value is that `values` does not have.
     """
     ours = {"isinstance": partial(_is, tracer, values), "len": partial(_length, tracer, values)}
-    added = [(scope, name) for scope in _scopes_of(modules) for name in ours if name not in scope]
+    check = getattr(sys.modules.get("transformers.utils"), "torch_compilable_check", _none)
+    scopes = _scopes_of(modules)
+    added = [(scope, name) for scope in scopes for name in ours if name not in scope]
+    checks = [(scope, name) for scope in scopes for name, value in scope.items() if value is check]
     for scope, name in added:
         scope[name] = ours[name]
+    for scope, name in checks:
+        scope[name] = partial(_checked, tracer, check)
     try:
         with (
             patch.object(torch, "is_tensor", lambda obj: _is(tracer, values, obj, Tensor)),
@@ -57,6 +63,8 @@ def answering(tracer: fx.Tracer, values: Mapping[str, Any], modules: Sequence[nn
     finally:
         for scope, name in added:
             del scope[name]
+        for scope, name in checks:
+            scope[name] = check
 
 
 def _scopes_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
@@ -91,6 +99,17 @@ def _length(tracer: fx.Tracer, values: Mapping[str, Any], obj: Any) -> Any:  # n
         tracer.lengths.add(size.node.name)  # type: ignore[attr-defined]
         return tracer.proxy(size.node)
     return len(obj)
+
+
+def _none() -> None:
+    """Stands for the check where transformers is not loaded."""
+
+
+def _checked(tracer: fx.Tracer, check: Callable[..., None], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    if any(isinstance(one, fx.Proxy) and one.tracer is tracer for one in [*args, *kwargs.values()]):
+        tracer.create_proxy("call_function", check, args, kwargs)
+    else:
+        check(*args, **kwargs)
 
 
 def _is_of_torchscript(values: Mapping[str, Any], obj: Any, target_type: Any) -> bool:  # noqa: ANN401

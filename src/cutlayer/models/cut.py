@@ -22,7 +22,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +38,9 @@ from cutlayer.models.attributes import as_before, call_first
 from cutlayer.models.check import check, check_backward_hooks, run_pieces, run_whole
 from cutlayer.models.example import Arguments, Example, arguments_of, undisturbed
 from cutlayer.models.kept import attributes, changed
-from cutlayer.models.names import Point, points_of, resolve
+from cutlayer.models.names import Point, inside, points_of, resolve, stacks_of
 from cutlayer.models.output import Key, picker
-from cutlayer.models.pieces import Piece, sliced, traced
+from cutlayer.models.pieces import Piece, Pieces, sliced, traced
 from cutlayer.models.sequential import sliceable
 
 __all__ = ["Cut", "Piece", "compose", "cut", "refuse_compiled"]
@@ -116,17 +116,36 @@ def cut(
         call_first(model, lambda: _call(model, arguments.resized(3)))
     with as_before(model):
         try:
-            made = traced(model, names, arguments, pick) if chosen == "fx" else sliced(model, names, arguments)
+            if chosen == "fx":
+                made = _traced(model, names, arguments, pick)
+            else:
+                made = _checked(model, sliced(model, names, arguments), arguments, pick)
         except StageError as error:
             if error.code == "E313" and example is not None:
                 check_example(model, example)
             raise
-        check_backward_hooks(model, made.pieces)
-        if arguments.batch:
-            with as_before(*(piece.module for piece in made.pieces)):
-                check(model, made.pieces, arguments, pick)
         moved = changed(model, before)
     return Cut(made.pieces, made.points, made.ties, tuple(arguments.tensors), chosen, bool(arguments.batch), moved)
+
+
+def _traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: Callable[[Any], Any]) -> Pieces:
+    """Cut by tracing. A stack whose parts do not give what it gives, such as its hidden states, is followed instead."""
+    try:
+        return _checked(model, traced(model, names, arguments, pick), arguments, pick)
+    except StageError as error:
+        in_a_stack = any(inside(model, name, path) for path in stacks_of(model) for name in names)
+        if error.code not in ("E313", "E321") or not arguments.batch or not in_a_stack:
+            raise
+        return _checked(model, traced(model, names, arguments, pick, apart=False), arguments, pick)
+
+
+def _checked(model: nn.Module, made: Pieces, arguments: Arguments, pick: Callable[[Any], Any]) -> Pieces:
+    """Return the pieces, compared with the model on the example if there is one. Raises `StageError` (E321)."""
+    check_backward_hooks(model, made.pieces)
+    if arguments.batch:
+        with as_before(*(piece.module for piece in made.pieces)):
+            check(model, made.pieces, arguments, pick)
+    return made
 
 
 def _asked(

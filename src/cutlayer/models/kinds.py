@@ -11,7 +11,7 @@ from torch import nn
 
 from cutlayer.models.steps import Ref, Step, hold, refs
 
-__all__ = ["draws", "is_derived", "is_item", "is_random", "is_size", "is_view", "writes"]
+__all__ = ["draws", "is_derived", "is_item", "is_random", "is_size", "is_told", "is_view", "writes"]
 
 _SIZE_ATTRIBUTES = frozenset(
     {
@@ -118,6 +118,21 @@ def is_derived(step: Step, derived: set[str], modules: Mapping[str, nn.Module]) 
         if next(inside.parameters(), None) is not None or any(draws(module) for module in inside.modules()):
             return False
     return not is_random(step) and all(ref in derived for ref in refs(step))
+
+
+def is_told(step: Step, known: set[str], modules: Mapping[str, nn.Module], values: Mapping[str, Any]) -> bool:
+    """Say whether a step takes numbers out of what a submodule gives beside tensors, or reckons with such (`known`).
+
+    An image's size in patches may come so. Forward may decide by them, and is held to them.
+    """
+    names = list(refs(step))
+    taken = step.target is operator.getitem and bool(names) and names[0] in modules
+    if step.op != "function" or not names or not known.issuperset(names[taken:]):
+        return False
+    if taken and not isinstance(values.get(names[0]), tuple | list | Mapping):
+        return False
+    value = values.get(step.name)
+    return all(type(one) in (int, bool) for one in (value if isinstance(value, tuple | list) else [value]))
 
 
 def is_random(step: Step) -> bool:

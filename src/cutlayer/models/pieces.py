@@ -86,7 +86,9 @@ def sliced(model: nn.Module, names: Sequence[str], arguments: Arguments) -> Piec
     return Pieces(tuple(points), tuple(pieces), ties(modules, model.buffers()))
 
 
-def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: Callable[[Any], Any]) -> Pieces:
+def traced(
+    model: nn.Module, names: Sequence[str], arguments: Arguments, pick: Callable[[Any], Any], *, apart: bool = True
+) -> Pieces:
     """Cut any module that `torch.fx` can follow down to the cut points, and stacks of blocks.
 
     Args:
@@ -94,11 +96,14 @@ def traced(model: nn.Module, names: Sequence[str], arguments: Arguments, pick: C
         names: Qualified names of the submodules after which to cut.
         arguments: What forward is called with.
         pick: Chooses the output tensor.
+        apart: Whether stacks are taken apart; else they are followed as any other module is.
 
     Raises:
         StageError: see `cutlayer.models.cut`.
     """
-    stacks, names = _stacks(model, names, arguments)
+    stacks: dict[str, Parts] = {}
+    if apart:
+        stacks, names = _stacks(model, names, arguments)
     names = _as_called(
         model, names, lambda enter: _trace(model, arguments, BATCHES[0], enter - set(stacks), stacks, pick)
     )

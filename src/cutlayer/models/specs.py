@@ -227,7 +227,10 @@ def _spec(port: str, runs: tuple[Tensor, Tensor, Tensor], lengths: _Lengths) -> 
             where=port,
             expected="shape [batch, ...]",
             got=f"{dtype}{list(first.shape)} for {large} samples, {list(second.shape)} for {small}",
-            remedy="cut elsewhere, or hand in the stages by hand",
+            remedy="cut elsewhere, or let what a submodule gives to all samples cross for each: x.expand(batch, ...) "
+            "in it, or in a forward hook of it"
+            if first.shape == second.shape and first.shape[:1] == (1,)
+            else "cut elsewhere, or hand in the stages by hand",
             code="E319",
         )
     dims = zip(first.shape[1:], shorter.shape[1:], strict=True)

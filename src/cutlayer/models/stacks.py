@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cutlayer.models.kinds import draws
 from cutlayer.models.steps import lend
 
-__all__ = ["Layout", "Part", "Parts", "layout_of", "returned", "take_apart"]
+__all__ = ["Layout", "Part", "Parts", "layout_of", "returned", "take_apart", "without_cache"]
 
 _BLOCKS = ("h", "layers", "encoder.layer", "encoder.layers")
 # What only the part with the embeddings gets; all parts get the other arguments (masks, positions).
@@ -101,8 +101,10 @@ def layout_of(module: nn.Module) -> Layout | None:
     """Return the form of a stack, or None if `module` is not a stack of blocks that is known."""
     if isinstance(module, nn.TransformerEncoder):
         return Layout("layers", len(module.layers), (), ("norm",) if module.norm is not None else ())
-    if module._parameters or not any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__):
+    if module._parameters or not _of_transformers(module):
         return None
+    if not {"inputs_embeds", "pixel_values"} & inspect.signature(module.forward).parameters.keys():
+        return None  # a hidden state cannot be handed in
     for path in _BLOCKS:
         try:
             blocks = module.get_submodule(path)
@@ -111,6 +113,22 @@ def layout_of(module: nn.Module) -> Layout | None:
         if isinstance(blocks, nn.ModuleList) and (around := _around(module, path)) is not None:
             return Layout(path, len(blocks), *around)
     return None
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__)
+
+
+def without_cache(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a call of a model of transformers that keeps no keys and values, unless it is told to.
+
+    They are for generation: kept in an object made anew in each call, which cannot cross.
+    """
+    signature = inspect.signature(module.forward)
+    if not _of_transformers(module) or "use_cache" not in signature.parameters:
+        return kwargs
+    told = kwargs.get("use_cache") or "use_cache" in signature.bind_partial(*args).arguments
+    return kwargs if told else {**kwargs, "use_cache": False}
 
 
 def _around(module: nn.Module, path: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

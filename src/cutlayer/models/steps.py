@@ -90,15 +90,18 @@ def refs(step: Step) -> Iterator[str]:
 
 
 def hold(value: object, expected: object, text: str) -> None:
-    """Raise `StageError` if a size, on which the model's own control flow depends, is another than when it was cut."""
-    if value != expected:
+    """Raise `StageError` if what the model's own control flow depends on is another than when it was cut.
+
+    That is a size, or what a submodule gives beside tensors: a number, a text, or None where it may be a tensor.
+    """
+    if isinstance(value, Tensor) != isinstance(expected, Tensor) or value != expected:
         raise StageError(
             "the model was cut for another size",
             where=text,
             expected=str(expected),
-            got=str(value),
+            got="a tensor" if isinstance(value, Tensor) else str(value),
             remedy="keep sizes (all but the batch) as in the example that the model was cut with, or cut it again with "
-            "an example of this size",
+            "an example of this size; where a submodule finds it from values, use it in that submodule, or as a tensor",
             code="E322",
         )
 

@@ -7,6 +7,7 @@ With an example, each step is computed at once while tracing. So sizes are known
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +25,11 @@ from cutlayer.models.attributes import Attributes
 from cutlayer.models.distributions import made_as_steps
 from cutlayer.models.example import Arguments
 from cutlayer.models.functions import kept_whole
-from cutlayer.models.kinds import is_derived
+from cutlayer.models.kinds import is_derived, is_told
 from cutlayer.models.names import nearest
 from cutlayer.models.proxies import Value
 from cutlayer.models.record import Recorder, Trace
-from cutlayer.models.stacks import Parts
+from cutlayer.models.stacks import Parts, without_cache
 from cutlayer.models.steps import every_module, hold
 from cutlayer.models.weights import Weights, held_again
 from cutlayer.models.whereabouts import from_einops, line, step_name
@@ -175,6 +176,7 @@ class _Tracer(fx.Tracer):
         self.found, self.derived = self.record.found, self.record.found.derived
         self.weights = Weights(model, self)
         self.record.paused = self.weights.paused
+        self.told = set[str]()  # steps that take a number out of what a submodule gave, or reckon with such numbers
         self.lengths = set[str]()  # steps that give a number that Python's `len` would, or one reckoned from it
         self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
         for name, module in model.named_modules(remove_duplicate=False):
@@ -191,7 +193,7 @@ class _Tracer(fx.Tracer):
         given = self.arguments.called(proxies)
         if "" in self.stacks:
             return lambda: self._end(self._stack("", (), given)), []
-        return lambda: self._end(self.model.forward(**given)), []
+        return lambda: self._end(self.model.forward(**without_cache(self.model, (), given))), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a step's result."""
@@ -213,7 +215,7 @@ class _Tracer(fx.Tracer):
             if self.path in self.stacks:
                 return self._stack(self.path, args, kwargs)
             if self.path in self.enter:
-                return forward(*args, **kwargs)
+                return forward(*args, **without_cache(m, args, kwargs))
             self.record.callee = m, forward
             return self.create_proxy("call_module", self.path, args, kwargs)
         finally:
@@ -240,8 +242,12 @@ class _Tracer(fx.Tracer):
             if self.arguments.batch or kind == "get_attr":
                 self.record.compute(node)
             buffer = kind == "get_attr" and not isinstance(self.found.values[node.name], nn.Parameter)
-            if buffer or is_derived(self.record.step(node), self.derived, self.found.modules):
+            step = self.record.step(node)
+            alone = buffer or is_derived(step, self.derived, self.found.modules)
+            if alone and self.found.values.get(node.name, node) is not None:  # one that gives nothing is a check
                 self.derived.add(node.name)
+            elif is_told(step, self.told | self.derived, self.found.modules, self.found.values):
+                self.told.add(node.name)
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:  # noqa: ANN401
@@ -251,6 +257,8 @@ class _Tracer(fx.Tracer):
         plain = value is None or isinstance(value, str)
         if target is getattr and not isinstance(self.found.values.get(args[0].node.name), Tensor):
             plain = plain or isinstance(value, bool | int | float)  # a field of a model's output, not a size
+        if plain and target in (getattr, operator.getitem):
+            super().create_proxy("call_function", hold, (proxy, value, line()), {})
         return value if plain else proxy
 
     def create_arg(self, a: Any) -> Any:  # noqa: ANN401
@@ -273,17 +281,16 @@ class _Tracer(fx.Tracer):
             return a
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Decide a condition from sizes."""
+        """Decide a condition from sizes, or numbers that a submodule gave."""
         return bool(self.constant(obj, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Go through a tuple or list whose length is known."""
+        """Go through a value whose length is known, and held to."""
         value = self.found.values.get(obj.node.name)
-        if isinstance(value, tuple | list):
-            return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
         if isinstance(value, Mapping):
+            self.constant(obj, len)
             return iter(list(value))
-        if isinstance(value, Tensor):
+        if isinstance(value, tuple | list | Tensor):
             return iter([obj[index] for index in range(int(self.constant(obj, len)))])  # type: ignore[index]
         return super().iter(obj)
 
@@ -303,7 +310,7 @@ class _Tracer(fx.Tracer):
         node = proxy.node
         if kind is len:
             node = self.create_proxy("call_function", len, (proxy,), {}).node
-        if node.name not in self.derived:
+        if node.name not in self.derived | self.told:
             raise StageError(
                 "the model's control flow depends on the values of its data",
                 where=str(self.record.step(node)),
