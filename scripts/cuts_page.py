@@ -41,6 +41,11 @@ TITLES = {
     "deberta": "DeBERTa-v2 of Hugging Face with a classifier, three blocks",
     "deberta-relative": "DeBERTa-v2 with `relative_attention`: all blocks use one table",
     "vit": "ViT of Hugging Face with a classifier, three blocks",
+    "swin": "Swin of Hugging Face with a classifier, two stages of two blocks",
+    "clip": "CLIP's text encoder of Hugging Face with a classifier, three blocks",
+    "states": "BERT of Hugging Face with a classifier on the hidden states of several blocks",
+    "bart": "BART of Hugging Face with a classifier, two blocks each way, a table of words for each",
+    "t5": "T5 of Hugging Face, two blocks each way, a table of words for each",
 }
 HEAD = """# What can be cut
 
