@@ -425,6 +425,31 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
         fit(made, images(8), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS)
 
 
+@pytest.mark.provokes("E221")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("holders", "words"),
+    [
+        (1, "the optimizer of party 'server' holds parameters of 'client'"),
+        (2, "the optimizer holds none of the parameters that it is made for"),  # the second holder's are copies
+    ],
+)
+def test_an_optimizer_over_the_whole_model_is_refused(holders: int, words: str, shared: bool):
+    """It would step weights amid their microbatches, and of several holders those of the first only."""
+    net = model()
+    one, data = sgd(list(net.parameters())), [images(8)] * holders
+    made = split(net, "layer1", example=EXAMPLE)
+    with pytest.raises(ConfigError, match=rf"E221.*{words}.*take the argument: lambda parameters: torch"):
+        fit(
+            made,
+            data,
+            loss=nn.CrossEntropyLoss(),
+            optimizer=(lambda _: one) if shared else lambda _: sgd(list(net.parameters())),
+            microbatches=2,
+            batch_size=4,
+        )
+
+
 def test_the_label_has_the_name_that_the_data_gives_it():
     rows = [{"image": image, "labels": label} for image, label in images(8)]
     settings = {"loss": nn.CrossEntropyLoss(), "shuffle": False, "party": {"seed": 0}}

@@ -182,6 +182,19 @@ def test_a_function_that_gives_no_optimizer_is_refused(given: Any):
         Bundle({"head": stage}, lambda _: given, None)
 
 
+@pytest.mark.provokes("E221")
+def test_an_optimizer_over_other_parameters_only_is_refused():
+    """It would train nothing, and nobody would see it: the loss of a small step hardly moves."""
+    stage = ModuleStage("head", nn.Linear(2, 2), ports=None, seed=0, device=torch.device("cpu"))
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(
+        ConfigError, match=r"E221.*holds none of the parameters.*stages head.*take the argument: lambda"
+    ):
+        Bundle({"head": stage}, lambda _: other, None)
+    some = torch.optim.SGD([stage.module.bias, nn.Parameter(torch.zeros(1))], lr=0.1)  # with one of the user's own
+    assert Bundle({"head": stage}, lambda _: some, None).optimizer is some
+
+
 def test_an_optimizer_that_has_a_scheduler_already_is_taken():
     """Schedulers wrap the optimizer's own `step`, whose signature then says `self`."""
 

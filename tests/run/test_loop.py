@@ -584,6 +584,20 @@ def test_a_session_needs_a_with():
             use()
 
 
+@pytest.mark.provokes("E221")
+def test_an_optimizer_of_ones_own_is_over_the_own_parameters():
+    case = plans.u_shaped(schedule="sequential")
+    hospital, server = case.build("alpha"), case.build("server")
+    every = [p for party in (hospital, server) for module in party.modules.values() for p in module.parameters()]
+    mine = torch.optim.SGD(every, lr=0.1)
+    words = "E221.*the optimizer of party 'alpha' holds parameters of 'server'.*take the argument"
+    with (
+        pytest.raises(ConfigError, match=words),
+        cl.session(case.plan, replace(hospital, optimizer=lambda _: mine), others=[server]) as session,
+    ):
+        next(iter(session.rounds()))
+
+
 @pytest.mark.provokes("E440")
 def test_rounds_are_given_once():
     """All rounds of the plan are in one call: a loop over epochs around it would train on, past the plan."""

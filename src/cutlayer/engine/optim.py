@@ -60,6 +60,15 @@ class Bundle:
                     code="E221",
                 )
             self.optimizer = _checked(optimizer(self.parameters), stages)
+            if not self.holds(self.parameters):
+                raise ConfigError(
+                    "the optimizer holds none of the parameters that it is made for",
+                    where=f"stages {', '.join(stages)}",
+                    expected="an optimizer over the parameters that its function is called with",
+                    got="others, which are not trained here",
+                    remedy="take the argument: lambda parameters: torch.optim.Adam(parameters, lr=1e-3)",
+                    code="E221",
+                )
             if _needs_closure(self.optimizer):
                 raise ConfigError(
                     f"{type(self.optimizer).__name__} runs the whole network again within a step, which no party can "
@@ -77,6 +86,12 @@ class Bundle:
                     remedy="use a scheduler that counts epochs or steps, such as CosineAnnealingLR",
                     code="E221",
                 )
+
+    def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether the optimizer steps one or more of these parameters."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        held = {id(p) for group in groups for p in group["params"]}
+        return any(id(p) in held for p in parameters)
 
     def step(self, each_step: bool) -> None:
         """Update parameters, drop gradients; advance the scheduler if it counts steps."""

@@ -16,7 +16,7 @@ from cutlayer.run.hands import Hands
 from cutlayer.run.hooks import Hooks
 from cutlayer.run.meeting import let_in, own_process, tell_others
 from cutlayer.run.party import Party, build, counts
-from cutlayer.run.simulate import check_parties, handler, roster_of
+from cutlayer.run.simulate import check_optimizers, check_parties, handler, roster_of
 from cutlayer.run.walk import Walk
 from cutlayer.transport.base import Transport
 from cutlayer.transport.local import Others
@@ -77,6 +77,7 @@ class Here:
         self.roster = roster_of(parties)
         self._programs = compile_plan(self.plan, self.roster)
         self._workers = {one.name: build(self.plan, one, self.roster) for one in parties}
+        check_optimizers(self._workers)
         self.worker = self.workers[self.party.name]
 
     def begin(self, mode: Mode, number: int) -> None:

@@ -19,7 +19,7 @@ from cutlayer.run.outcome import Result, history_rows
 from cutlayer.run.party import Party, build, counts
 from cutlayer.transport.local import run_together
 
-__all__ = ["Result", "check_parties", "gathered", "handler", "roster_of", "run_phases", "simulate"]
+__all__ = ["Result", "check_optimizers", "check_parties", "gathered", "handler", "roster_of", "run_phases", "simulate"]
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 
@@ -69,6 +69,7 @@ def run_phases(
     check_parties(plan, parties)
     programs = compile_plan(plan, roster)
     workers = {party.name: build(plan, party, roster) for party in parties}
+    check_optimizers(workers)
     if prepare is not None:
         for worker in workers.values():
             prepare(worker)
@@ -162,4 +163,20 @@ def check_parties(plan: Plan, parties: Sequence[Party]) -> None:
                         expected="a module of its own for each party, as in separate processes",
                         remedy="call the function that makes the module once for each party, or copy.deepcopy it",
                         code="E226",
+                    )
+
+
+def check_optimizers(workers: Mapping[str, Worker]) -> None:
+    """Raise `ConfigError` E221 where an optimizer steps the parameters of another party."""
+    for name, worker in workers.items():
+        for bundle in worker.site.bundles.values():
+            for other, owner in workers.items():
+                if name != other and any(bundle.holds(one.parameters) for one in owner.site.bundles.values()):
+                    raise ConfigError(
+                        f"the optimizer of party {name!r} holds parameters of {other!r}",
+                        where=f"party {name}, optimizer",
+                        expected="an optimizer over the parameters that its function is called with",
+                        got="others as well: each party's optimizer would step them, in the midst of their gradients",
+                        remedy="take the argument: lambda parameters: torch.optim.Adam(parameters, lr=1e-3)",
+                        code="E221",
                     )
