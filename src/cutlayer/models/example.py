@@ -156,6 +156,12 @@ def _misfit(got: str, remedy: str = "") -> StageError:
     )
 
 
+def dice() -> tuple[object, ...]:
+    """Return where the global random generators of Python, NumPy and torch (on the CPU) stand, to be compared."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+
+
 @contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
     """Put back, at the end, all that running a model may change.

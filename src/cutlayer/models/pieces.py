@@ -231,7 +231,7 @@ def _unsteady(step: Step) -> StageError:
         expected="the same operations in each step",
         got="operations that a random number, or what the model keeps from call to call, decides",
         remedy="put what differs into a submodule of its own (it is carried out as it is), or decide by a tensor: "
-        "x + keep * y with a random 0 or 1",
+        "x + keep * y with keep = torch.rand_like(x[:, :1]).lt(0.5)",
         code="E314",
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
-from cutlayer.models.example import Arguments
+from cutlayer.errors import StageError
+from cutlayer.models.example import Arguments, dice
 from cutlayer.models.steps import Step, substitute
 from cutlayer.models.weights import memory
 from cutlayer.models.whereabouts import ambient, contexts, line, with_refs
@@ -61,6 +62,8 @@ class Recorder:
         self.makers: dict[int, fx.Node] = {}  # id of a tensor -> the step that gave it
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
+        self.dice = dice()  # where random generators stood after the last step
+        self.stray: fx.Node | None = None
 
     @property
     def away(self) -> bool:
@@ -74,6 +77,7 @@ class Recorder:
             return getattr(value, name)
         finally:
             self.running = before
+            self.dice = dice()
 
     def note(self, node: fx.Node, path: str) -> None:
         """Note where in the model and in the user's code a step is."""
@@ -88,6 +92,7 @@ class Recorder:
 
     def compute(self, node: fx.Node) -> None:
         """Carry out a step on the example, and note which values it wrote to."""
+        self.look_at_dice(node)
         values = self.found.values
         args = substitute(with_refs(node.args), lambda ref: values[ref.name])
         kwargs = substitute(with_refs(node.kwargs), lambda ref: values[ref.name])
@@ -99,6 +104,25 @@ class Recorder:
                 self.keep(node, value)
         finally:
             self.running = False
+            self.dice = dice()
+
+    def look_at_dice(self, node: fx.Node) -> None:
+        """Note the first step before which a random number was drawn in no step."""
+        if self.stray is None and dice() != self.dice:
+            self.stray = node
+
+    def check_dice(self) -> None:
+        """Raise `StageError` E314 if a random number was drawn outside of steps: what it decided would stay so."""
+        if self.stray is not None:
+            raise StageError(
+                "the model draws a random number that is no step of its own, so it would be the same each time",
+                where=f"before {self.step(self.stray)}",
+                expected="random numbers that are drawn by a submodule, or like a tensor",
+                got="a draw of Python, of NumPy, or of torch with sizes that are plain numbers",
+                remedy="put what it decides into a submodule of its own (it is carried out as it is), or decide by a "
+                "tensor: x + keep * y with keep = torch.rand_like(x[:, :1]).lt(0.5)",
+                code="E314",
+            )
 
     def _value(self, node: fx.Node, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         if node.op == "call_module":

@@ -236,7 +236,10 @@ class _Tracer(fx.Tracer):
         if kind == "placeholder":
             if self.arguments.batch:
                 self.record.keep(node, self.arguments.tensors[target])
-        elif kind != "output":
+        elif kind == "output":
+            self.record.look_at_dice(node)
+            self.record.check_dice()
+        else:
             if kind == "call_module":
                 self.found.modules[node.name] = self.record.callee[0]
             if self.arguments.batch or kind == "get_attr":
