@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import safetensors.torch
@@ -448,6 +449,36 @@ def test_an_optimizer_over_the_whole_model_is_refused(holders: int, words: str, 
             microbatches=2,
             batch_size=4,
         )
+
+
+@pytest.mark.provokes("E341")
+@pytest.mark.parametrize("holders", [1, 2])
+def test_a_penalty_on_the_whole_model_in_the_loss_is_refused(holders: int):
+    """Of two holders it would have pulled at the first one's weights in the second one's turn."""
+    net = model()
+
+    def penalised(score: Tensor, label: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(score, label) + sum(p.abs().sum() for p in net.parameters())
+
+    words = r"E341.*loss 'loss' goes back to weights that are not.*stage loss.*of a parameter of shape.*weight_decay"
+    with pytest.raises(StageError, match=words):
+        fit(split(net, "layer1", example=EXAMPLE), [images(8)] * holders, loss=penalised, batch_size=4)
+
+
+def test_a_penalty_on_weights_at_the_losss_own_party_is_as_uncut():
+    ours, theirs, data = model(), model(), images(8)
+
+    def penalised(net: Net) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda score, label: nn.functional.cross_entropy(score, label) + net.fc.weight.abs().sum()
+
+    made = split(ours, "layer1", example=EXAMPLE)
+    fit(made, data, loss=penalised(ours), optimizer=sgd, batch_size=4, shuffle=False)
+    optimizer = sgd(list(theirs.parameters()))
+    for image, label in DataLoader(data, batch_size=4):
+        optimizer.zero_grad()
+        penalised(theirs)(theirs(image), label).backward()
+        optimizer.step()
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 def test_the_label_has_the_name_that_the_data_gives_it():

@@ -6,6 +6,7 @@
 | E308 | StageError | a metric does not take what it is given |
 | E309 | StageError | a loss would stretch prediction and label to each other |
 | E340 | StageError | a loss gives no gradient |
+| E341 | StageError | a loss goes back to weights that are not its party's |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cutlayer.engine.tensors import dtype_name
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LEFT_OUT",
     "Pairs",
+    "check_reach",
     "loss_error",
     "metric_error",
     "metric_inputs",
@@ -131,6 +133,31 @@ def no_gradient(name: str) -> StageError:
         remedy="compute it from the prediction with torch's functions, without detach, argmax, item, numpy or no_grad",
         code="E340",
     )
+
+
+def check_reach(name: str, outputs: Sequence[Tensor], own: frozenset[int]) -> None:
+    """Raise `StageError` E341 if a loss goes back to parameters other than its party's, `own` by `id`.
+
+    Such as a penalty on `model.parameters()` in the loss: in processes of their own, others' weights are not there.
+    """
+    ahead, seen = [output.grad_fn for output in outputs], set[object]()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise StageError(
+                f"the loss {name!r} goes back to weights that are not its party's",
+                where=f"stage {name}",
+                expected="a loss of its inputs, and of weights of stages at its party if need be",
+                got=f"one of a parameter of shape {list(leaf.shape)} besides",
+                remedy="let each party penalise its own weights, by its optimizer's weight_decay; what the loss itself "
+                "trains is a stage, with a plain loss after it",
+                code="E341",
+            )
 
 
 def metric_inputs(name: str, metric: Metric, inputs: Sequence[Tensor], scale: str = "") -> tuple[Tensor, Tensor]:

@@ -76,6 +76,10 @@ class Site:
         self.stages = _stages(self.graph, parts)
         self._rank = {stage.name: place for place, stage in enumerate(self.graph.stages)}
         self.bundles = _bundles(self.graph, parts, self.stages)
+        own = frozenset(id(p) for bundle in self.bundles.values() for p in bundle.parameters)
+        for stage in self.stages.values():
+            if isinstance(stage, ModuleStage) and stage.ports is None:
+                stage.own = own
         self.preprocess = Preprocess(plan, parts.party, parts.batches, parts.agreed)
         self.gathered: dict[str, dict[str, Tensor]] = {}
         self.exchanges = parts.plugs.exchanges

@@ -15,7 +15,7 @@ from cutlayer.core.spec import TensorSpec
 from cutlayer.engine.advice import after_failure, for_other_tensor
 from cutlayer.engine.autograd import Hooks, enter, go_back, hooks_of, hooks_to, put_last, tell_writes
 from cutlayer.engine.flops import FlopCounter
-from cutlayer.engine.scoring import LEFT_OUT, Pairs, loss_error, no_gradient
+from cutlayer.engine.scoring import LEFT_OUT, Pairs, check_reach, loss_error, no_gradient
 from cutlayer.engine.tensors import check_spec, torch_dtype
 from cutlayer.engine.tied import Tied
 from cutlayer.errors import CutlayerError, StageError
@@ -111,7 +111,7 @@ class ModuleStage:
         autocast: Run forwards under `torch.autocast` with this dtype ("bfloat16", "float16"); empty: as they are.
 
     Raises:
-        StageError: the module fails, or gives something else than `ports` says; of a loss, E307 and E309 as well.
+        StageError: the module fails, or gives something else than `ports` says; of a loss, E307, E309 and E341 as well.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class ModuleStage:
         self.spent, self.scale = 0, ""  # scale: of a loss, how it makes probabilities of its first input; see `Pairs`
         self._flops: dict[tuple[str, _Shapes], int] = {}
         self._kept: dict[Key, _Kept] = {}
+        self.own: frozenset[int] | None = None  # of a loss: its party's parameters, by id; None: not looked at
         self.tied = Tied()  # replaced by who has other stages with the same weights
 
     def parameters(self) -> list[nn.Parameter]:
@@ -175,6 +176,8 @@ class ModuleStage:
         tell_writes(leaves, entered, catching)
         outputs = self._named(given, context.batch, shapes)
         if training:
+            if self.own is not None and ("backward", shapes) not in self._flops:
+                check_reach(self.name, outputs, self.own)
             after = None if live is None else after
             hooks = [*catching.values()]
             self._kept[context.key] = _Kept(outputs, context.wanted, leaves, sink, shapes, after, hooks, reached)
