@@ -481,6 +481,41 @@ def test_a_penalty_on_weights_at_the_losss_own_party_is_as_uncut():
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
+class Words(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.table, self.middle, self.out = nn.Embedding(20, 4, sparse=sparse), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.relu(self.middle(self.table(words).mean(1))))
+
+
+@pytest.mark.parametrize("clip", ["party", "global"])
+def test_sparse_gradients_are_clipped_as_dense_ones(clip: str):
+    dice = torch.Generator().manual_seed(1)
+    words, label = torch.randint(0, 20, (24, 5), generator=dice), torch.randint(0, 3, (24,), generator=dice)
+    trained = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        made, settings = split(Words(sparse=sparse), "table", example=words[:3]), {"clip": clip, "clip_norm": 0.05}
+        run = fit(
+            made,
+            TensorDataset(words, label),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=sgd,
+            batch_size=8,
+            microbatches=2,
+            shuffle=False,
+            **settings,
+        )
+        trained.append(run.state_dict())
+    torch.manual_seed(0)
+    first = Words(sparse=False).state_dict()
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=0, atol=1e-6)
+        assert 0 < (value - first[name]).norm() < 0.1 * 0.05 * 3 * 1.01
+
+
 def test_the_label_has_the_name_that_the_data_gives_it():
     rows = [{"image": image, "labels": label} for image, label in images(8)]
     settings = {"loss": nn.CrossEntropyLoss(), "shuffle": False, "party": {"seed": 0}}

@@ -195,6 +195,20 @@ def test_an_optimizer_over_other_parameters_only_is_refused():
     assert Bundle({"head": stage}, lambda _: some, None).optimizer is some
 
 
+@pytest.mark.provokes("E221")
+@pytest.mark.parametrize(("make", "sparse"), [(torch.optim.Adam, True), (torch.optim.SparseAdam, False)])
+def test_an_optimizer_that_does_not_take_the_gradients_is_told(make: Any, sparse: bool):
+    table = nn.Embedding(4, 2, sparse=sparse)
+    stage = ModuleStage("head", table, ports=None, seed=0, device=torch.device("cpu"))
+    bundle = Bundle({"head": stage}, make, None)
+    table(torch.tensor([1, 2])).sum().backward()
+    words = (
+        rf"E221.*{make.__name__} does not take these.*stages head.*does not support.*SGD or Adagrad, or leave sparse"
+    )
+    with pytest.raises(ConfigError, match=words):
+        bundle.step(False)
+
+
 def test_an_optimizer_that_has_a_scheduler_already_is_taken():
     """Schedulers wrap the optimizer's own `step`, whose signature then says `self`."""
 

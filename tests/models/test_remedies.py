@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cutlayer as cl
-from cutlayer.errors import StageError
+from cutlayer.errors import PlanError, StageError
 from tests.models.test_zoo import sgd, undropped
 from tests.models.zoo import SUBJECTS
 
@@ -22,6 +22,10 @@ def trains(model: nn.Module, at: str, target: Tensor, loss: nn.Module, x: Tensor
     made = cl.split(model, at, example=x[:2], labels="server")
     found = cl.fit(made, TensorDataset(x, target), loss=loss, batch_size=4).state_dict()
     return all(value.isfinite().all() and not torch.equal(value, before[name]) for name, value in found.items())
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 class Forces(nn.Module):
@@ -206,3 +210,70 @@ def test_a_bias_of_positions_crosses_for_each_sample():
         subject.loss(uncut(**subject.inputs).logits, subject.labels).backward()
         optimizer.step()
         assert all(torch.equal(value, uncut.state_dict()[name]) for name, value in run.state_dict().items())
+
+
+class Siamese(nn.Module):
+    """One stem and encoder for two inputs, called for each, or once for both."""
+
+    def __init__(self, *, once: bool) -> None:
+        super().__init__()
+        self.stem, self.encoder, self.head, self.once = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), once
+
+    def one(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.encoder(torch.relu(self.stem(x)))))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.once:
+            return self.one(torch.stack([left, right], 1)).flatten(1)
+        return torch.cat([self.one(left), self.one(right)], 1)
+
+
+def contrast(score: Tensor, same: Tensor) -> Tensor:
+    left, right = score.chunk(2, 1)
+    return nn.functional.cosine_embedding_loss(left, right, same)
+
+
+@pytest.mark.provokes("E332")
+def test_a_layer_that_is_called_for_two_inputs_is_called_once_for_both():
+    with pytest.raises(PlanError, match=r"E332.*call it once for all: layer\(torch.stack\(\[left, right\], 1\)\)"):
+        cl.split(Siamese(once=False), "stem", example=(X[:2], X[:2]))
+    ours, theirs, same = Siamese(once=True), Siamese(once=False), torch.tensor([1.0, -1.0] * 4)
+    theirs.load_state_dict(ours.state_dict())
+    data = TensorDataset(X, X.flip(0), same)
+    cl.fit(
+        cl.split(ours, "stem", example=(X[:2], X[:2])), data, loss=contrast, optimizer=sgd, batch_size=4, shuffle=False
+    )
+    optimizer = sgd(list(theirs.parameters()))
+    for left, right, label in DataLoader(data, batch_size=4):
+        optimizer.zero_grad()
+        contrast(theirs(left, right), label).backward()
+        optimizer.step()
+    for name, value in theirs.state_dict().items():  # both inputs in one product: sums in another order
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.provokes("E325")
+def test_of_a_wrapper_what_it_wraps_is_cut():
+    wrapped = torch.nn.DataParallel(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
+    with pytest.raises(StageError, match=r"E325.*as \*inputs, without names.*cut what it wraps: model.module"):
+        cl.split(wrapped, "module.0", example=X[:2], labels="server")
+    assert trains(wrapped.module, "0", torch.randn(8, 3), nn.MSELoss())
+
+
+class Tasks(nn.Module):
+    def __init__(self, *, together: bool) -> None:
+        super().__init__()
+        self.a, self.kind, self.size, self.together = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(6, 1), together
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        h = torch.tanh(self.a(x))
+        outputs = {"kind": self.kind(h), "size": self.size(h)}
+        return torch.cat([*outputs.values()], 1) if self.together else outputs
+
+
+@pytest.mark.provokes("E317")
+def test_several_outputs_go_side_by_side_into_one_loss():
+    words = r"E317.*output='kind', output='size'.*side by side, torch.cat\(\[first, second\], 1\)"
+    with pytest.raises(StageError, match=words):
+        cl.split(Tasks(together=False), "a", example=X[:2], labels="server")
+    assert trains(Tasks(together=True), "a", torch.randn(8, 3), nn.MSELoss())

@@ -94,10 +94,25 @@ class Bundle:
         return any(id(p) in held for p in parameters)
 
     def step(self, each_step: bool) -> None:
-        """Update parameters, drop gradients; advance the scheduler if it counts steps."""
+        """Update parameters, drop gradients; advance the scheduler if it counts steps.
+
+        Raises `ConfigError` E221 for an optimizer that does not take sparse gradients, or those only.
+        """
         if self.optimizer is None:
             return
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "sparse" not in str(error).lower():
+                raise
+            raise ConfigError(
+                f"the optimizer {type(self.optimizer).__name__} does not take these gradients",
+                where=f"stages {', '.join(self.stages)}",
+                expected="dense gradients, or those of nn.Embedding(sparse=True), or both, as the optimizer says",
+                got=str(error),
+                remedy="use one that takes both, SGD or Adagrad, or leave sparse=True out",
+                code="E221",
+            ) from error
         _drop_gradients(self.optimizer)
         if each_step:
             self.advance()
@@ -366,6 +381,18 @@ def squared_norm(parameters: Iterable[nn.Parameter]) -> float:
     """Return the sum of squares of all gradients, in float64, parameter by parameter in order."""
     total = 0.0
     for parameter in parameters:
-        if parameter.grad is not None:
-            total += float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square())
+        if (gradient := parameter.grad) is not None:
+            gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
     return total
+
+
+def clip_own(parameters: list[nn.Parameter], largest: float) -> None:
+    """Scale gradients as `clip_grad_norm_` does; it takes no sparse ones: with these by the norm of `squared_norm`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(gradient.is_sparse for gradient in gradients):
+        factor = min(1.0, largest / (squared_norm(parameters) ** 0.5 + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(factor)
+    else:
+        nn.utils.clip_grad_norm_(parameters, largest)

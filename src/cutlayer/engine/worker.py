@@ -20,6 +20,7 @@ from cutlayer.engine.blame import blamed, with_classes
 from cutlayer.engine.coder import Coder
 from cutlayer.engine.ledger import Ledger
 from cutlayer.engine.metrics import MetricBook
+from cutlayer.engine.optim import clip_own
 from cutlayer.engine.preprocess import unread
 from cutlayer.engine.site import Batches, Parts, Site, stage_seed
 from cutlayer.engine.stage import Context, Gradients, ModuleStage, StageProtocol
@@ -207,7 +208,7 @@ class Worker:
         _settle(self)  # what a stage gives may be its parameters
         training, bundles = self.plan.training, self.site.stepping(job.lanes)
         if training.clip_norm is not None and training.clip == "party":
-            nn.utils.clip_grad_norm_([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
+            clip_own([p for bundle in bundles for p in bundle.parameters], training.clip_norm)
         for bundle in bundles:
             bundle.step(self.parts.scheduler_every == "step")
 

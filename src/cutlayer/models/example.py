@@ -126,7 +126,10 @@ def _bind(signature: inspect.Signature, example: Example) -> dict[str, Any]:
         if kind is inspect.Parameter.VAR_KEYWORD:
             given |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise _misfit(f"forward takes its inputs as *{name}, without names")
+            raise _misfit(
+                f"forward takes its inputs as *{name}, without names",
+                f"{_EACH}; of a wrapper, such as nn.DataParallel or AveragedModel, cut what it wraps: model.module",
+            )
         else:
             given[name] = value
     return given

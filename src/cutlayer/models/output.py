@@ -64,6 +64,9 @@ def _refusal(model: nn.Module, output: Any) -> StageError:  # noqa: ANN401
         where=f"forward of {type(model).__name__}",
         expected="one tensor, or a choice",
         got=got,
-        remedy=f"choose one: {choice} (cutlayer cut: --output)" if choice else "let forward return one tensor",
+        remedy=f"choose one: {choice} (cutlayer cut: --output); for a loss of several let forward put them side by "
+        "side, torch.cat([first, second], 1), and take them apart in the loss"
+        if choice
+        else "let forward return one tensor",
         code="E317",
     )

@@ -48,7 +48,9 @@ def _ways(made: Cut, places: Sequence[str], labels: str, tie: tuple[str, int, st
     user = _user(first, made.points) if first == second else ""
     if user:
         return [f"cut before {user!r}, which uses it in several of its parts, or after it"]
-    ways = ["cut so that both are at one party", "give each its own weight"]
+    layer = first == second and not _fetches(made, {one: first, other: second})
+    once = "where forward calls a layer for several inputs, call it once for all: layer(torch.stack([left, right], 1))"
+    ways = ["cut so that both are at one party", once if layer else "give each its own weight"]
     if other == len(places) - 1 and labels == "server" and places[one] == "client":
         ways.insert(0, "keep the last layers at the client (a U-shape: labels='client')")
     if other == len(places) - 1 and labels == "client" and places[one] == "server":
