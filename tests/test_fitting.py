@@ -481,6 +481,41 @@ def test_a_penalty_on_weights_at_the_losss_own_party_is_as_uncut():
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["gradient", "accumulated"])
+def test_hooks_on_weights_act_at_every_data_holder(kind: str):
+    """Copies of torch have no hooks of parameters: the second holder would have trained without the clamp."""
+
+    def accumulated(parameter: Tensor) -> None:
+        parameter.grad.clamp_(-0.01, 0.01)
+
+    def hooked() -> Net:
+        net = model()
+        for parameter in net.parameters():
+            if kind == "gradient":
+                parameter.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            else:
+                parameter.register_post_accumulate_grad_hook(accumulated)
+        return net
+
+    ours, theirs, held = hooked(), hooked(), [images(8), images(8)]
+    run = fit(
+        split(ours, "layer1", example=EXAMPLE),
+        held,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=sgd,
+        batch_size=4,
+        shuffle=False,
+        order="relay",
+    )
+    optimizer = sgd(list(theirs.parameters()))
+    for data in held:
+        for image, label in DataLoader(data, batch_size=4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(theirs(image), label).backward()
+            optimizer.step()
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in run.state_dict().items())
+
+
 class Words(nn.Module):
     def __init__(self, *, sparse: bool) -> None:
         super().__init__()

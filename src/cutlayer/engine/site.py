@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from cutlayer.core.parts import Loss
 from cutlayer.core.plan import Plan
 from cutlayer.engine.agree import Agreed
 from cutlayer.engine.coder import Plugs
+from cutlayer.engine.copies import copy_of
 from cutlayer.engine.metrics import MetricBook, MetricFactory
 from cutlayer.engine.optim import (
     Bundle,
@@ -192,7 +192,7 @@ def _stages(graph: Graph, parts: Parts) -> dict[Place, StageProtocol]:
         for place, lane in enumerate(lanes):
             module = parts.modules[part.name]
             if place:
-                module = copy.deepcopy(module, copies.setdefault(lane, {}))
+                module = copy_of(module, copies.setdefault(lane, {}))
             held = module if isinstance(module, nn.Module) else module.module
             if part.frozen:
                 held.requires_grad_(False)

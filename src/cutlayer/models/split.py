@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from torch import nn
 from cutlayer.core.parts import STATE_LIMIT, Loss, Release, Stage
 from cutlayer.core.plan import Plan, settings
 from cutlayer.core.spec import TensorSpec
+from cutlayer.engine.copies import copy_of
 from cutlayer.engine.tensors import torch_dtype
 from cutlayer.errors import ConfigError, PlanError, StageError
 from cutlayer.models.attributes import as_before
@@ -132,7 +132,7 @@ class Split:
         found = {
             n: piece.module for n, p, piece in zip(self.names, self.places, self.cut.pieces, strict=True) if p == place
         }
-        return {n: copy.deepcopy(module, memo) for n, module in found.items()} if copied else found
+        return {n: copy_of(module, memo) for n, module in found.items()} if copied else found
 
     def _check_kept(self) -> None:
         if self.kept is not None:
