@@ -159,10 +159,12 @@ def _misfit(got: str, remedy: str = "") -> StageError:
     )
 
 
-def dice() -> tuple[object, ...]:
-    """Return where the global random generators of Python, NumPy and torch (on the CPU) stand, to be compared."""
+def dice(*, torchs: bool) -> tuple[object, ...]:
+    """Return where global random generators stand, to be compared: torch's (on the CPU), or Python's and NumPy's."""
+    if torchs:
+        return (torch.get_rng_state().numpy().tobytes(),)
     kind, keys, *rest = np.random.get_state()
-    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
 @contextmanager

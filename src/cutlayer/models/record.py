@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import get_ident
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -62,7 +63,10 @@ class Recorder:
         self.makers: dict[int, fx.Node] = {}  # id of a tensor -> the step that gave it
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
-        self.dice = dice()  # where random generators stood after the last step
+        # Where random generators stood after the last step.
+        self.dice = {
+            torchs: dice(torchs=torchs) for torchs in (True, False)
+        }  # where random generators stood after the last step
         self.stray: fx.Node | None = None
 
     @property
@@ -77,7 +81,7 @@ class Recorder:
             return getattr(value, name)
         finally:
             self.running = before
-            self.dice = dice()
+            self.note_dice(True, False)
 
     def note(self, node: fx.Node, path: str) -> None:
         """Note where in the model and in the user's code a step is."""
@@ -104,11 +108,15 @@ class Recorder:
                 self.keep(node, value)
         finally:
             self.running = False
-            self.dice = dice()
+            self.note_dice(*_dice_of(node))
+
+    def note_dice(self, *which: bool) -> None:
+        """Note where generators stand after a step that may have drawn."""
+        self.dice |= {torchs: dice(torchs=torchs) for torchs in which}
 
     def look_at_dice(self, node: fx.Node) -> None:
         """Note the first step before which a random number was drawn in no step."""
-        if self.stray is None and dice() != self.dice:
+        if self.stray is None and any(dice(torchs=torchs) != self.dice[torchs] for torchs in _dice_of(node)):
             self.stray = node
 
     def check_dice(self) -> None:
@@ -164,3 +172,9 @@ class Recorder:
         self.found.output = output.name
         self.found.steps = [self.step(node) for node in nodes if node.op not in ("placeholder", "output")]
         return self.found
+
+
+def _dice_of(node: fx.Node) -> tuple[bool, ...]:
+    """Return whose generators a step may draw from: torch's, and others (dearer to look at) where it is Python code."""
+    own = node.op in ("call_module", "output") or isinstance(node.target, FunctionType)
+    return (True, False) if own else (True,)
