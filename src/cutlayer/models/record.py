@@ -63,10 +63,7 @@ class Recorder:
         self.makers: dict[int, fx.Node] = {}  # id of a tensor -> the step that gave it
         self.watched: list[tuple[str, Tensor, int]] = []
         self.ambient = ambient()
-        # Where random generators stood after the last step.
-        self.dice = {
-            torchs: dice(torchs=torchs) for torchs in (True, False)
-        }  # where random generators stood after the last step
+        self.dice = {torchs: dice(torchs=torchs) for torchs in (True, False)}  # as it was after the last step
         self.stray: fx.Node | None = None
 
     @property
