@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cutlayer as cl
 from cutlayer.errors import PlanError, StageError
-from tests.models.test_zoo import sgd, undropped
+from tests.models.test_zoo import undropped
 from tests.models.zoo import SUBJECTS
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
