@@ -107,10 +107,19 @@ ROWS = list(range(98))
         ([True, *ROWS, False], "2 others, the first at row 0: bool", "leave these rows out"),
         ([*ROWS, "4711 "], "1 text with spaces around it, at row 98", "strip()"),
         (["\t4711", *ROWS, "4712\n"], "2 texts with spaces around them, the first at row 0", "strip()"),
+        ([*ROWS, "", ""], "2 texts that say that none is there, the first at row 98", "leave the rows"),
+        ([*ROWS, "nan"], "1 text that says that none is there, at row 98", "leave the rows"),
+        ([*ROWS, "4711.0"], "1 text of a decimal number, at row 98", "astype('int64')"),
+        (["\ufeff4711", *ROWS], "1 text with signs of no width, at row 0", "utf-8-sig"),
+        ("4711 4712", "a str", "one identifier a row"),
+        ({"4711", "4712"}, "a set", "one identifier a row"),
     ],
 )
 def test_what_would_name_one_person_in_two_ways_is_refused(groups, got: str, remedy: str):
-    """Of a column with a gap pandas makes floats: "1.0" is on another side than "1", with no other sign of it."""
+    """Of a column with a gap pandas makes floats: "1.0" is on another side than "1", with no other sign of it.
+
+    A set has another order in each process, and the letters of a text are no people.
+    """
     with pytest.raises(DataError, match="identifiers cannot be compared") as caught:
         holdout(groups)
     error = caught.value

@@ -290,7 +290,9 @@ def test_rows_are_put_in_the_places_of_their_people():
      ([1, 2], ["1", "2"], "2 others (str)"),
      ([1, "2"], [3, "4"], "2 others (int, str)"),
      ([1, 2], [1, "2"], "int, str"),
-     ([1, 2], [1.0, 2.0], "float")],
+     ([1, 2], [1.0, 2.0], "float"),
+     (["p1", ""], ["p1", ""], "1 text that says that none is there, at row 1"),
+     (["7", "8"], ["7", "8.0"], "1 text of a decimal number, at row 1")],
 )  # fmt: skip
 def test_rows_that_cannot_be_placed_are_refused(everyone, own, words):
     with pytest.raises(DataError) as caught:
@@ -302,6 +304,15 @@ def test_rows_that_cannot_be_placed_are_refused(everyone, own, words):
 def test_whole_numbers_of_numpy_and_torch_are_those_of_python():
     for own in (np.array([8, 7]), torch.tensor([8, 7]), [8, 7]):
         assert spread(range(7, 10), own, x=torch.tensor([8, 7])).fields["x"].tolist() == [7, 8, 0]
+
+
+def test_rows_may_be_all_that_a_table_takes():
+    table = spread(["p1", "p2", "p3"], ["p3", "p1"], ward=["icu", "eye"], age=[70, 60], dose=[0.5, 1.5])
+    assert table.fields["ward"] == ("eye", "", "icu")
+    assert table.fields["age"].tolist() == [60, 0, 70]
+    assert table.fields["dose"][[0, 2]].tolist() == [1.5, 0.5]
+    with pytest.raises(DataError, match="the field 'day' of a table is neither numbers nor texts"):
+        spread(["p1"], ["p1"], day=[None])
 
 
 def test_a_party_with_nobody_has_a_table_without_rows_of_its_own():

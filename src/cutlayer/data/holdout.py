@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlayer.data.identifiers import fault
 from cutlayer.errors import DataError
 
 __all__ = ["Holdout", "holdout"]
@@ -48,7 +49,8 @@ def holdout(groups: Tensor | Iterable[int | str], *, share: float = 0.2, seed: i
 
     Raises:
         DataError: E254, an identifier is no whole number and no text, or has spaces around it: written "7.0" or "7 ",
-            one person would be on both sides. E263, one of the sides would be empty.
+            one person would be on both sides; or it is a text that stands for none, such as "" or "nan". E263, one of
+            the sides would be empty.
     """
     names = _names(_listed(groups))
     held = {name: _fraction(seed, name) < share for name in dict.fromkeys(names)}
@@ -71,37 +73,38 @@ def _listed(groups: Any) -> list[Any]:  # noqa: ANN401 - what the user gives
     if isinstance(groups, Tensor | np.ndarray):
         groups = groups.reshape(1) if not groups.ndim else groups
         return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    if isinstance(groups, str | bytes | set | frozenset):
+        raise _refused(f"a {type(groups).__name__}", "give a list or a column: one identifier a row")
     return [one.item() if isinstance(one, Tensor | np.ndarray) and not one.ndim else one for one in groups]
 
 
-def _names(groups: list[int | str]) -> list[str]:
+def _names(groups: list[Any]) -> list[str]:
     """Return identifiers as texts. Raises `DataError` E254; no identifier is in its text."""
     other = [row for row, one in enumerate(groups) if isinstance(one, bool) or not isinstance(one, Integral | str)]
-    loose = [row for row, one in enumerate(groups) if isinstance(one, str) and one != one.strip()]
-    if not other and not loose:
-        return [one if isinstance(one, str) else str(int(one)) for one in groups]
-    rows = other or loose
-    many, first = len(rows) > 1, rows[0]
-    kind = "others" if many else "other"
     if not other:
-        kind = "texts with spaces around them" if many else "text with spaces around it"
-    remedy = "take the spaces off, at all parties: text.strip()"
-    if other and isinstance(groups[first], Real) and not isinstance(groups[first], bool):
+        if found := fault(groups):
+            raise _refused(*found)
+        return [one if isinstance(one, str) else str(int(one)) for one in groups]
+    first = groups[other[0]]
+    got = f"{len(other)} others, the first" if len(other) > 1 else "1 other,"
+    remedy = (
+        "give whole numbers or texts, at all parties alike: str(one) of a UUID or a date, one.decode() of bytes; "
+        "leave these rows out where an identifier is missing"
+    )
+    if not isinstance(first, bool) and isinstance(first, Real):
         remedy = (
             "pandas makes floats of whole numbers in a column with a gap: leave the rows without an identifier out, "
             "then convert it, column.astype('int64')"
         )
-    elif other:
-        remedy = (
-            "give whole numbers or texts, at all parties alike: str(one) of a UUID or a date, one.decode() of bytes; "
-            "leave these rows out where an identifier is missing"
-        )
-    raise DataError(
+    raise _refused(f"{got} at row {other[0]}: {type(first).__name__}", remedy)
+
+
+def _refused(got: str, remedy: str) -> DataError:
+    return DataError(
         "identifiers cannot be compared",
         where="holdout, rows counted from 0",
         expected="whole numbers, or texts without spaces around them",
-        got=f"{len(rows)} {kind}, {'the first ' if many else ''}at row {first}"
-        + (f": {type(groups[first]).__name__}" if other else ""),
+        got=got,
         remedy=remedy,
         code="E254",
     )
