@@ -63,12 +63,14 @@ def test_a_lost_party_is_told_to_everybody_with_what_to_do(capsys: pytest.Captur
     for event in ("lost", "lost", "returned"):
         shown(event, {"party": "hospital-b"})
     shown("waiting", {"parties": ("a", "b")})
+    shown("unreached", {"party": "server", "cause": "E601 nobody listens at the server's address"})
     shown("aborted", {"party": "a", "code": "E304", "what": "stage 'head' failed"})
-    lost, back, waiting, stopped = capsys.readouterr().err.splitlines()
+    lost, back, waiting, unreached, stopped = capsys.readouterr().err.splitlines()
     assert lost.startswith("E701 hospital-b is lost")
     assert "cutlayer resume" in lost
     assert back == "hospital-b is back"
     assert waiting == "waiting for a, b"
+    assert unreached == "server does not answer yet: E601 nobody listens at the server's address. Trying again"
     assert stopped == "stopped by a: E304 stage 'head' failed"
 
 

@@ -198,6 +198,7 @@ def test_a_server_that_is_down_without_a_proxy_is_another_error(pair: Cast):
     assert (type(error), error.code) == (PeerError, "E702")
     assert error.got.startswith("E601 ")
     assert not pair.heard("clinic", "blocked")
+    assert [(told["party"], told["cause"]) for told in pair.heard("clinic", "unreached")] == [("server", error.got)]
 
 
 def test_a_proxy_that_comes_back_is_used(pair: Cast, tmp_path: Path):

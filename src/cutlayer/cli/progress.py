@@ -26,6 +26,7 @@ LOST_IN_PREDICTION = "E701 {party} is lost. Waiting for it; if it does not come 
 _NEWS = {
     "returned": "{party} is back",
     "waiting": "waiting for {parties}",
+    "unreached": "{party} does not answer yet: {cause}. Trying again",
     "rollback": "{reason}: going back to the last checkpoint that all parties have",
     "second": "{code} {what}: waiting for its end. Or {remedy}",
     "damaged": "E802 a checkpoint is damaged and not used: {file} ({got})",

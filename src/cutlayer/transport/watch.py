@@ -41,6 +41,7 @@ class _View:
     cause: str = ""
     blocked: CutlayerError | None = None  # by this party's own proxy, or by another process of it
     told: str = ""  # the code of what people were told of that
+    unreached: bool = False  # people were told that no answer comes
     refused: CutlayerError | None = None  # why this party did not let in whoever came last in the peer's name
 
 
@@ -58,6 +59,7 @@ class Watch:
         self._gone: dict[str, set[str]] = {}  # party -> who says that it is gone
         self._told: tuple[str, ...] = ()
         self._telling = False
+        self._begun = time.monotonic()
 
     def look(self) -> None:
         """End streams on which nothing came for too long; now, and again and again."""
@@ -109,13 +111,19 @@ class Watch:
         """Note why a link does not come up, for the error to come.
 
         If this party's own proxy is why, or another process of it, its people are told when that is found again: only
-        they can help.
+        they can help. All else they are told once, of a peer that has not come in a heartbeat's time.
         """
         with self._steward.changed:
             view = self._views[name]
             before, view.cause = view.blocked, cause
             view.blocked = found if found is not None and found.code in (*OF_PROXIES, SECOND) else None
-            if view.blocked is None or before is None or before.code != view.blocked.code or view.told == before.code:
+            if view.blocked is None:
+                late = time.monotonic() - self._begun > self._settings.rhythm.heartbeat
+                if late and not (view.unreached or view.incarnation):
+                    view.unreached = True
+                    self._steward.event("unreached", {"party": name, "cause": cause})
+                return
+            if before is None or before.code != view.blocked.code or view.told == before.code:
                 return
             view.told = before.code
             what = {"party": name, "code": before.code, "what": before.what, "got": before.got}
