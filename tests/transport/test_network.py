@@ -228,6 +228,12 @@ def test_a_party_that_never_comes_is_named_at_all_that_came(cast: Cast):
     assert {"parties": ("lab",)} in cast.heard("clinic", "waiting")
 
 
+def test_a_coordinator_that_is_not_the_first_with_an_address_dials_those_before_it(cast: Cast):
+    """They wait for it, as of two parties with addresses the later one dials."""
+    cast.addressed = ("server", "lab")
+    assert cast.play(dict.fromkeys(NAMES, exchange), coordinator="lab") == dict.fromkeys(NAMES, True)
+
+
 def test_who_waits_says_who_dials_it(cast: Cast):
     cast.names = ("server", "lab")
     error = cast.play({"server": meet}, deadlines=Deadlines(join=1, close=1))["server"]

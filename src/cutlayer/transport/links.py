@@ -32,7 +32,7 @@ class Links:
         self._dialers: dict[str, Dialer] = {}
 
     def start(self) -> None:
-        """Listen, and dial the coordinator.
+        """Listen, and dial the coordinator; as the coordinator, dial whom it must, since they wait for it.
 
         Raises:
             LinkError: E604, the party cannot listen at its address. Whom it can dial is told; but nobody where the port
@@ -47,7 +47,10 @@ class Links:
         except CutlayerError as error:
             failed, self._desk.steward.takes_part = error, False
         if failed is None or not in_use(failed.__cause__):
-            self.need(self._desk.settings.coordinator)
+            settings = self._desk.settings
+            first = [settings.coordinator] if settings.party != settings.coordinator else settings.others
+            for name in first:
+                self.need(name)
         if failed is not None:
             if self._dialers:
                 self._desk.steward.fail(failed)
