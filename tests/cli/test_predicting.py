@@ -137,6 +137,7 @@ def test_options_that_contradict_each_other(asking: Path, call: Call):
         assert (result.code, result.err[0][:4]) == (2, "E210"), words
     result = call("predict", "contract.toml", "hospital.toml")
     assert (result.code, result.err[0][:4]) == (2, "E225")
+    assert "--join, all at one time, or asks a server with --served" in result.err[3]
 
 
 def test_weights_of_another_run(asking: Path, call: Call):

@@ -81,6 +81,7 @@ def test_party_files_must_be_those_of_the_plan(call: Call, demo: Path):
     result = call("run", "contract.toml", "server.toml")
     assert (result.code, len(result.err)) == (2, 4)
     assert result.err[0].startswith("E225")
+    assert "takes part with `cutlayer join`" in result.err[3]
     assert not (demo / "runs").exists()
 
 

@@ -182,6 +182,18 @@ def test_weights_that_are_missing_damaged_or_others(trained: Runs, tmp_path: Pat
         cl.predict(case.plan, asking(case), weights=tmp_path)
 
 
+@pytest.mark.provokes("E811")
+def test_the_folder_of_a_run_that_has_not_ended_or_of_another_party(trained: Runs, tmp_path: Path):
+    case = plans.u_shaped()
+    (tmp_path / "other.safetensors").write_bytes((trained / "u_shaped" / "server.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"this is the folder of other: give that of alpha's own run"):
+        cl.predict(case.plan, asking(case), weights=tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    (tmp_path / "launch.json").write_text('{"kind": "join", "digest": "", "party_files": []}')
+    with pytest.raises(CheckpointError, match=r"the run has not ended: cutlayer resume .*, then predict"):
+        cl.predict(case.plan, asking(case), weights=tmp_path)
+
+
 def test_a_changed_file_is_refused_where_the_summary_has_its_hash(trained: Runs, tmp_path: Path):
     case = plans.u_shaped()
     for path in (trained / "u_shaped").iterdir():

@@ -177,6 +177,12 @@ def test_whatever_the_library_raises_on_hostile_bytes_is_typed(error: Exception)
         raise error
 
 
+def test_a_private_key_in_place_of_a_certificate_is_named_and_not_shown(authority: Path):
+    with pytest.raises(CertificateError, match=r"E666.*a private key, which stays where it is") as caught:
+        names_of((authority / "ca.key").read_bytes())
+    assert "https://" not in str(caught.value)
+
+
 def test_a_negative_serial_number_is_unreadable_where_warnings_are_errors(authority: Path):
     der = x509.load_pem_x509_certificate(own_leaf(authority, [x509.DNSName("a")])[0]).public_bytes(
         serialization.Encoding.DER

@@ -108,6 +108,7 @@ def test_a_foreign_authority_is_named_by_the_dialler_and_missed_by_the_server(pa
     server, clinic = outcome(pair, server_={"deadlines": SHORT})
     assert isinstance(clinic, CertificateError)
     assert clinic.code == "E667"  # each refuses the other; the dialler sees the server's first
+    assert "and this party its own and ca.pem" in clinic.remedy  # it is the dialler's that is wrong here
     assert isinstance(server, PeerError)
     assert server.code == "E702"
     assert "clinic" in server.what

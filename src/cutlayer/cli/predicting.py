@@ -72,7 +72,7 @@ def predict_command(
     if single:
         _from_here(contract, files[0], weights, folder, output, how)
     else:
-        check_names(contract, files)
+        check_names(contract, files, "--join, all at one time, or asks a server with --served")
         _tell_untrained(weights, output)
         _all_here(contract, files, weights, folder, output, processes=how.processes)
 

@@ -234,15 +234,19 @@ def consent(contract: Contract, file: PartyFile, output: Output, accepted: str, 
         )
 
 
-def check_names(contract: Contract, files: Sequence[PartyFile]) -> None:
-    """Raise `ConfigError` E225 unless there is one party file for each party of the plan."""
+def check_names(contract: Contract, files: Sequence[PartyFile], way: str = "`cutlayer join`") -> None:
+    """Raise `ConfigError` E225 unless there is one party file for each party of the plan.
+
+    `way` is what a site that has only its own file does instead.
+    """
     names = [file.name for file in files]
     if sorted(names) != sorted(contract.plan.parties):
+        alone = "a site that has its own alone takes part with " + way
         raise ConfigError(
             "the party files are not those of the plan's parties",
             where=", ".join(file.path.name for file in files),
             expected=", ".join(contract.plan.parties),
             got=", ".join(names),
-            remedy="give one party file for each party",
+            remedy="give one party file for each party; " + alone,
             code="E225",
         )

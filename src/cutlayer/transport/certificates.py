@@ -114,6 +114,8 @@ def names_of(certificate: bytes) -> tuple[str, ...]:
 def parse_chain(data: bytes, *, where: str) -> list[x509.Certificate]:
     """Return the certificates of a PEM text, or the one of a DER; at least one. Raises CertificateError E666."""
     with readable(where):
+        if b"PRIVATE KEY-----" in data and b"BEGIN CERTIFICATE-----" not in data:
+            raise ValueError("a private key, which stays where it is; the certificate is party.pem or ca.pem")
         if len(data) > SIZE_LIMIT:
             raise ValueError(f"{len(data)} bytes, at most {SIZE_LIMIT} are read")
         if data[:1] == b"\x30" and data[1:2] >= b"\x80":  # a DER sequence of more than 127 bytes; never text

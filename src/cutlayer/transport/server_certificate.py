@@ -109,8 +109,9 @@ def _foreign(leaf: x509.Certificate, shown: bytes, server: str, authority: bytes
         where=where,
         expected=f"one signed by {title(own.subject)}, the authority (ca.pem) that this party has",
         got=f"issuer {title(leaf.issuer)}, made for {listed(names_of(shown))}",
-        remedy=f"Compare `cutlayer pki show` at both parties: {server} needs a certificate of the same authority, made "
-        f"with {_issue(server)}; an issuer that nobody knows is a proxy that opens TLS.",
+        remedy="Compare `cutlayer pki show` at both parties, and ask whoever issues certificates for this run which "
+        f"authority is theirs: {server} needs a certificate of it, made with {_issue(server)}, and this party its own "
+        "and ca.pem; an issuer that nobody knows is a proxy that opens TLS.",
         code="E667",
     )
 
