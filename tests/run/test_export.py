@@ -143,6 +143,17 @@ def test_all_parties_of_one_machine_are_joined_from_their_files(tmp_path):
             assert torch.equal(tensor, assemble(result)[key])
 
 
+@pytest.mark.provokes("E229")
+def test_a_run_that_has_not_ended_is_to_be_gone_on_with(tmp_path):
+    made = plan(assemble_at=["server"])
+    keep(tmp_path, made, run(made))
+    for path in (*tmp_path.glob("*.safetensors"), tmp_path / "summary.json"):
+        path.unlink(missing_ok=True)
+    (tmp_path / "launch.json").write_text('{"kind": "join", "digest": "", "party_files": []}')
+    with pytest.raises(ConfigError, match=r"E229.*has not ended.*cutlayer resume"):
+        assemble(tmp_path)
+
+
 @pytest.mark.provokes("E806")
 def test_a_damaged_file_and_a_folder_without_a_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run with a contract"):

@@ -72,6 +72,13 @@ def test_evaluation_data_is_tried_as_well():
         attempt(owner(evaluation=odd))
 
 
+def test_prediction_data_is_tried_as_well_and_needs_no_label():
+    attempt(owner(prediction=TensorTable(x=torch.randn(4, 3))))
+    with pytest.raises(DataError, match="no usable field 'x'") as caught:
+        attempt(owner(prediction=TensorTable(z=torch.randn(4, 3))))
+    assert "predict round" in caught.value.where
+
+
 @pytest.mark.parametrize("order", ["relay", "parallel"])
 def test_replicas_are_tried_without_the_others(order: str):
     plan = vanilla(["c", "a"], "b", cut="float32[batch, 8]", output="float32[batch, 2]", batch_size=4, order=order)

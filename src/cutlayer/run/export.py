@@ -23,6 +23,7 @@ from cutlayer.engine.site import Site
 from cutlayer.errors import CheckpointError, ConfigError
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.config import load_contract
+from cutlayer.run.launch import kind_of
 from cutlayer.run.outcome import Result
 
 __all__ = ["JOINED", "Ended", "assemble", "export", "write_joined"]
@@ -115,6 +116,14 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
         )
     if (folder / JOINED).exists():
         return _read(folder / JOINED)
+    if kind_of(folder) not in ("", "simulate") and not (folder / "summary.json").exists():
+        raise ConfigError(
+            "the run has not ended, and has left no weights yet",
+            where=str(folder),
+            expected="summary.json, which a run writes when it ends",
+            remedy=f"go on with it first: cutlayer resume {folder}",
+            code="E229",
+        )
     states: dict[str, dict[str, Tensor]] = {}
     for party in plan.parties:
         path = folder / f"{party}.safetensors"

@@ -85,7 +85,7 @@ def preflight(contract: Contract, files: Sequence[PartyFile], *, now: datetime) 
 
 
 def try_party(plan: Plan, party: Party, roster: Roster) -> None:
-    """Run a party's first step of training, and of evaluation, with made-up values for what others would send.
+    """Run a party's first step of training, evaluation and prediction, with made-up values for what others would send.
 
     Raises:
         ConfigError, DataError: a module, an optimizer or a field of the data is missing.
@@ -111,8 +111,10 @@ def try_party(plan: Plan, party: Party, roster: Roster) -> None:
     worker = build(plan, party, roster)
     worker.site.preprocess.alone()
     made_up = torch.Generator().manual_seed(0)
-    modes: tuple[Mode, ...] = ("train", "evaluate")
+    modes: tuple[Mode, ...] = ("train", "evaluate", "predict")
     for mode in modes:
+        if mode not in programs:
+            continue
         worker.begin(mode, 1)
         for job in _first_step(programs[mode]):
             parcel = _parcel(job, _shape(worker, job), made_up, worker) if isinstance(job, Recv) else None
