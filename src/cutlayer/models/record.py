@@ -116,8 +116,9 @@ class Recorder:
         if self.stray is None and any(dice(torchs=torchs) != self.dice[torchs] for torchs in _dice_of(node)):
             self.stray = node
 
-    def check_dice(self) -> None:
-        """Raise `StageError` E314 if a random number was drawn outside of steps: what it decided would stay so."""
+    def check_dice(self, node: fx.Node) -> None:
+        """Raise `StageError` E314 if a random number was drawn outside of steps, up to this one: it would stay so."""
+        self.look_at_dice(node)
         if self.stray is not None:
             raise StageError(
                 "the model draws a random number that is no step of its own, so it would be the same each time",

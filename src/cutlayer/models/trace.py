@@ -176,8 +176,7 @@ class _Tracer(fx.Tracer):
         self.found, self.derived = self.record.found, self.record.found.derived
         self.weights = Weights(model, self)
         self.record.paused = self.weights.paused
-        self.told = set[str]()  # steps that take a number out of what a submodule gave, or reckon with such numbers
-        self.lengths = set[str]()  # steps that give a number that Python's `len` would, or one reckoned from it
+        self.told, self.lengths = set[str](), set[str]()  # steps: numbers out of what a submodule gave; `len`s
         self.path, self.seen, self.names = "", set[str](), dict[nn.Module, list[str]]()
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -237,8 +236,7 @@ class _Tracer(fx.Tracer):
             if self.arguments.batch:
                 self.record.keep(node, self.arguments.tensors[target])
         elif kind == "output":
-            self.record.look_at_dice(node)
-            self.record.check_dice()
+            self.record.check_dice(node)
         else:
             if kind == "call_module":
                 self.found.modules[node.name] = self.record.callee[0]
