@@ -119,7 +119,7 @@ class Watch:
             view.blocked = found if found is not None and found.code in (*OF_PROXIES, SECOND) else None
             if view.blocked is None:
                 late = time.monotonic() - self._begun > self._settings.rhythm.heartbeat
-                if late and not (view.unreached or view.incarnation):
+                if late and self._steward.failure is None and not (view.unreached or view.incarnation):
                     view.unreached = True
                     self._steward.event("unreached", {"party": name, "cause": cause})
                 return
