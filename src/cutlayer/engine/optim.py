@@ -141,7 +141,7 @@ class Bundle:
 
 
 def _drop_gradients(optimizer: Optimizer) -> None:
-    """Do what `zero_grad` does; where it is PyTorch's own, without what it notes for profilers, its larger part."""
+    """Do what `zero_grad` does; where it is PyTorch's own, without what it notes for profilers."""
     if "zero_grad" in vars(optimizer) or type(optimizer).zero_grad is not Optimizer.zero_grad:
         optimizer.zero_grad(set_to_none=True)
         return

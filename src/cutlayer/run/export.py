@@ -23,7 +23,7 @@ from cutlayer.engine.site import Site
 from cutlayer.errors import CheckpointError, ConfigError
 from cutlayer.run.checkpoint import write_atomic
 from cutlayer.run.config import load_contract
-from cutlayer.run.launch import kind_of
+from cutlayer.run.launch import unfinished
 from cutlayer.run.outcome import Result
 
 __all__ = ["JOINED", "Ended", "assemble", "export", "write_joined"]
@@ -116,7 +116,7 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
         )
     if (folder / JOINED).exists():
         return _read(folder / JOINED)
-    if kind_of(folder) not in ("", "simulate") and not (folder / "summary.json").exists():
+    if unfinished(folder):
         raise ConfigError(
             "the run has not ended, and has left no weights yet",
             where=str(folder),

@@ -45,6 +45,7 @@ __all__ = [
     "network_settings",
     "no_checkpoints",
     "read_run",
+    "unfinished",
 ]
 
 Counts = Mapping[str, Mapping[str, int]]  # party -> mode -> samples
@@ -275,6 +276,11 @@ def kind_of(folder: Path) -> str:
         return _read_record(folder / RECORD).kind
     except ConfigError:
         return ""
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a party's run in this folder was begun, and has not ended: then it has written no summary."""
+    return kind_of(folder) not in ("", "simulate") and not (folder / "summary.json").exists()
 
 
 def read_run(folder: Path) -> tuple[Contract, str, LaunchRecord]:

@@ -21,7 +21,7 @@ from cutlayer.engine.agree import Agreed
 from cutlayer.engine.site import Site
 from cutlayer.engine.tensors import dtype_name
 from cutlayer.errors import CheckpointError
-from cutlayer.run.launch import kind_of
+from cutlayer.run.launch import unfinished
 from cutlayer.run.results import site_modules
 
 __all__ = ["agreed_in", "load_trained"]
@@ -136,7 +136,6 @@ def _unfit(path: Path, got: str, expected: str) -> CheckpointError:
 
 def _unreadable(path: Path, got: str) -> CheckpointError:
     folder = path.parent
-    begun = kind_of(folder) not in ("", "simulate") and not (folder / "summary.json").exists()
     held = sorted(one.stem for one in folder.glob("*.safetensors") if one.stem != "joined")
     return CheckpointError(
         "a trained party cannot be read",
@@ -144,7 +143,7 @@ def _unreadable(path: Path, got: str) -> CheckpointError:
         expected="what a training run has left: its folder holds <party>.safetensors",
         got=got,
         remedy=f"the run has not ended: cutlayer resume {folder}, then predict"
-        if begun
+        if unfinished(folder)
         else f"this is the folder of {', '.join(held[:_LISTED])}: give that of {path.stem}'s own run"
         if held and path.stem not in held and path.suffix == ".safetensors"
         else "give the folder that the run named in its last line",
